@@ -1,0 +1,106 @@
+"""What a run shows while it works, and when it is done."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from clipfilter_wds.rewrite import Tally
+
+#: Seconds between two lines when nobody watches a bar.
+_LINE_SECONDS = 10.0
+_MAX_SHOWN_FAILURES = 10
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
+    """A function that shows a tally: as a bar on a terminal, as a line now and then elsewhere."""
+    if console.is_terminal:
+        with _bar(console) as update:
+            yield update
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[Tally], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards  {task.fields[pace]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("scoring", total=None, pace="")
+
+        def update(tally: Tally) -> None:
+            progress.update(task, total=tally.num_shards, completed=tally.done + len(tally.failed), pace=_pace(tally))
+
+        yield update
+
+
+def _lines(console: Console) -> Callable[[Tally], None]:
+    next_at = time.monotonic() + _LINE_SECONDS
+
+    def update(tally: Tally) -> None:
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + _LINE_SECONDS
+            console.print(
+                f"{tally.done + len(tally.failed)}/{tally.num_shards} shards, {_pace(tally)}", highlight=False
+            )
+
+    return update
+
+
+def _pace(tally: Tally) -> str:
+    parts = [f"{tally.num_scored / max(tally.seconds, 1e-9):,.0f} samples/s"]
+    if tally.counts.seen:
+        parts.append(f"{tally.counts.keep_rate:.1%} kept")
+    done, left = tally.done - tally.resumed + len(tally.failed), tally.num_shards - tally.done - len(tally.failed)
+    if done and left:
+        parts.append(f"{timedelta(seconds=round(tally.seconds / done * left))} left")
+    return ", ".join(parts)
+
+
+def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
+    """Print the closing table, and the shards that failed."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right", style="dim")
+    counts = tally.counts
+    table.add_row("seen", f"{counts.seen:,}", "")
+    table.add_row(
+        "[bold]scored[/]" if scored_only else "[bold]kept[/]", f"{counts.kept:,}", _share(counts.kept, counts.seen)
+    )
+    for reason, count in counts.dropped.items():
+        table.add_row(f"dropped: {reason}", f"{count:,}", _share(count, counts.seen))
+    table.add_row("shards", f"{tally.done:,}", f"of {tally.num_shards:,}")
+    if tally.resumed:
+        table.add_row("  done by an earlier run", f"{tally.resumed:,}", "")
+    if tally.torn:
+        table.add_row("  torn (cut or damaged)", f"{tally.torn:,}", "")
+    if tally.truncated_captions:
+        table.add_row(
+            "captions truncated", f"{tally.truncated_captions:,}", _share(tally.truncated_captions, counts.seen)
+        )
+    table.add_row(
+        "time", str(timedelta(seconds=round(tally.seconds))), f"{tally.num_scored / tally.seconds:,.0f} samples/s"
+    )
+    console.print(table)
+    for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
+        console.print(f"[red]failed[/] {escape(url)}: {escape(why)}", highlight=False, soft_wrap=True)
+    if len(tally.failed) > _MAX_SHOWN_FAILURES:
+        console.print(
+            f"… and {len(tally.failed) - _MAX_SHOWN_FAILURES} more failed shards; summary.json names them all"
+        )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""

@@ -1,0 +1,108 @@
+"""What a run reads, keeps and writes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from clipfilter_wds.rewrite.outputs import Output, RewriteOutput, ScoreOutput
+from clipfilter_wds.samples import SampleLayout
+from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.shards import expand_shards, local_folder, output_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """A run that writes a score table per shard.
+
+    Creating one checks all that can be checked without a model, and makes the output folder.
+
+    Attributes:
+        shards: Whatever :func:`~clipfilter_wds.shards.expand_shards` takes.
+        output: Folder to write to; made if it is not there, never one that holds input.
+        caption: Extension of the caption's member (``txt``), or ``json:FIELD``.
+        batch_size: Samples per forward pass.
+        num_workers: Processes that decode; None chooses by device and number of processors.
+
+    Raises:
+        ValueError: When one of them can't be used.
+    """
+
+    shards: str | Path | Sequence[str | Path]
+    output: str | Path
+    caption: str = "txt"
+    batch_size: int = 64
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}; it must not be negative")
+        SampleLayout(caption=self.caption)
+        _check_apart(self.names, self.folder)
+        _check_writable(self.folder)
+
+    @cached_property
+    def urls(self) -> list[str]:
+        """The shards to read, each once."""
+        return expand_shards(self.shards)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Per shard, its name in the output folder, without suffix."""
+        return output_names(self.urls)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output).expanduser()
+
+    @property
+    def layout(self) -> SampleLayout:
+        """Where image and caption are."""
+        return SampleLayout(caption=self.caption)
+
+    def open_output(self) -> Output:
+        """Where the outcome of each shard goes."""
+        return ScoreOutput(folder=self.folder, names=self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteConfig(ScoreConfig):
+    """A run that also writes the kept samples of each shard to a shard of the same name.
+
+    Attributes:
+        threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this.
+    """
+
+    threshold: float = DEFAULT_THRESHOLD
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        super().__post_init__()
+
+    def open_output(self) -> Output:
+        """Where the outcome of each shard goes."""
+        return RewriteOutput(folder=self.folder, names=self.names, threshold=self.threshold, layout=self.layout)
+
+
+def _check_apart(names: dict[str, str], folder: Path) -> None:
+    inputs = {local_folder(url) for url in names}
+    outputs = {(folder / name).resolve().parent for name in names.values()} | {folder.resolve()}
+    if clash := inputs & outputs:
+        raise ValueError(
+            f"output {str(folder)!r} would write into {str(clash.pop())!r}, which holds input; choose another"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    if "://" in str(folder) or ":/" in str(folder):
+        raise ValueError(f"output {str(folder)!r} is no local folder; remote outputs can't be written yet")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"can't write to output {str(folder)!r}: {error.strerror}") from error

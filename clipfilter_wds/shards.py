@@ -1,0 +1,304 @@
+"""Shard URLs: expand them, share them out, open one."""
+
+import gzip
+import io
+import posixpath
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+from urllib.parse import urlsplit
+
+import fsspec
+import zstandard
+from braceexpand import braceexpand
+from webdataset.gopen import gopen
+
+from clipfilter_wds.types import ShardError
+
+_TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
+_OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
+_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_BUFFER_BYTES = 1 << 18
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+class DamagedStreamError(Exception):
+    """A compressed shard that can't be unpacked any further."""
+
+
+# --- from what the user wrote to a list of URLs ---
+
+
+def expand_shards(shards: str | Path | Sequence[str | Path], *, allow_pipe: bool = False) -> list[str]:
+    """Every shard that ``shards`` names, each once, in the order given (the matches of a glob sorted).
+
+    Args:
+        shards: A path or URL, a glob, a brace range (``{00000..00999}``), several of these separated by commas,
+            ``@file.txt`` with one of these per line, or a list of any of these.
+        allow_pipe: Let ``pipe:`` URLs through. They run a shell command, so only ever for input that you trust.
+
+    Raises:
+        ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed.
+    """
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    urls = [url for pattern in patterns for url in _expand_one(str(pattern), allow_pipe)]
+    if not urls:
+        raise ValueError(f"no shard matches {', '.join(map(repr, map(str, patterns))) or 'an empty list'}")
+    return list(dict.fromkeys(urls))
+
+
+def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
+    if pattern.startswith("pipe:"):
+        if not allow_pipe:
+            raise ValueError(f"{pattern!r} would run a shell command; pass allow_pipe=True if you trust it")
+        return [pattern]
+    if "://" not in pattern and Path(pattern).is_file():
+        return [pattern]  # a file is meant as it is written, even with a comma or bracket in its name
+    if pattern.startswith("@"):
+        return [url for line in _lines(Path(pattern[1:])) for url in _expand_one(line, allow_pipe)]
+    parts = [part.strip() for part in _OUTSIDE_BRACES.split(pattern)]
+    if len(parts) > 1:
+        return [url for part in parts if part for url in _expand_one(part, allow_pipe)]
+    try:
+        candidates = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"{pattern!r} is not a brace range like {{00000..00999}}: {error}") from None
+    return [url for candidate in candidates for url in _matches(candidate)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ValueError(f"can't read the list of shards {str(path)!r}: {error.strerror}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _matches(url: str) -> list[str]:
+    fs, path = _filesystem(url)
+    local = "file" in _protocols(fs)
+    if any(char in path for char in "*?["):
+        found = sorted(fs.glob(path))
+        return found if local and "://" not in url else [fs.unstrip_protocol(name) for name in found]
+    if local and Path(path).is_dir():
+        raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
+    if local and not Path(path).exists():
+        raise ValueError(f"no shard matches {url!r}: there is no such file")
+    return [url]
+
+
+# --- from a URL to names ---
+
+
+def shard_name(url: str) -> str:
+    """The shard's base name without folder, query and tar suffix: ``s3://b/x/00000.tar.gz?v=1`` is ``00000``."""
+    base = posixpath.basename(_path_of(url))
+    name = _TAR_SUFFIX.sub("", base)
+    if name in ("", ".", "..") or "\0" in name or "\\" in name:
+        raise ValueError(f"{url!r} has no base name that an output file could have")
+    return name
+
+
+def output_names(urls: Sequence[str]) -> dict[str, str]:
+    """A relative output name (no suffix) per URL, no two alike.
+
+    Base names where those differ; where some are alike, every shard keeps its folders below the common parent.
+
+    Raises:
+        ValueError: When two shards would still get one name (``00000.tar`` beside ``00000.tar.gz``).
+    """
+    names = {url: shard_name(url) for url in urls}
+    if len(set(names.values())) < len(urls):
+        folders = {url: _folder_of(url) for url in urls}
+        common = posixpath.commonpath(list(folders.values())) if urls else ""
+        names = {url: posixpath.join(posixpath.relpath(folders[url], common), names[url]) for url in urls}
+        names = {url: posixpath.normpath(name) for url, name in names.items()}
+    taken: dict[str, str] = {}
+    for url, name in names.items():
+        if name in taken:
+            raise ValueError(
+                f"{taken[name]!r} and {url!r} would both be written to {name + '.tar'!r}; rename one of them"
+            )
+        taken[name] = url
+    return names
+
+
+def public_url(url: str) -> str:
+    """The absolute URL of a shard without what may be secret in it: user, password, query."""
+    if "://" not in url:
+        return url if url.startswith("pipe:") else str(Path(url).resolve())
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _path_of(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2] + parts.path if parts.scheme and "://" in url else url
+
+
+def _folder_of(url: str) -> str:
+    folder = posixpath.dirname(_path_of(url))
+    absolute = folder if "://" in url else str(Path(folder).resolve())
+    return "/" + absolute.lstrip("/")
+
+
+def local_folder(url: str) -> Path | None:
+    """The resolved folder that holds a shard on this machine, or None for one that lies elsewhere."""
+    fs, path = _filesystem(url)
+    return Path(path).resolve().parent if "file" in _protocols(fs) else None
+
+
+# --- who reads what ---
+
+
+class ShardPart(NamedTuple):
+    """One worker's share of a shard: every ``num_parts``-th block of samples, starting with block ``part``."""
+
+    url: str
+    part: int = 0
+    num_parts: int = 1
+
+
+def split_by_worker(urls: Sequence[str], worker: int, num_workers: int) -> list[ShardPart]:
+    """What ``worker`` of ``num_workers`` reads, so that all of them have work and every block is read exactly once.
+
+    Whole shards in turn; the shards that are left when there are fewer than workers are each shared by several.
+    """
+    num_whole = len(urls) - len(urls) % num_workers
+    parts = [ShardPart(url) for url in urls[worker:num_whole:num_workers]]
+    if rest := urls[num_whole:]:
+        sharers = range(worker % len(rest), num_workers, len(rest))
+        parts.append(ShardPart(rest[worker % len(rest)], sharers.index(worker), len(sharers)))
+    return parts
+
+
+# --- opening one ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenShard:
+    """A shard that is being read: its unpacked bytes, and its size as stored (-1: the storage does not tell)."""
+
+    url: str
+    stream: BinaryIO
+    num_bytes: int
+
+
+@contextmanager
+def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
+    """Open a shard for one pass from front to back, unpacking gzip and Zstandard by their magic bytes.
+
+    Raises:
+        ShardError: When it can't be opened, and from ``stream`` when reading fails or the storage delivers fewer bytes
+            than it announced.
+    """
+    with _open_raw(url, allow_pipe) as (raw, num_bytes):
+        counted = io.BufferedReader(_WholeRaw(raw, num_bytes), buffer_size=_BUFFER_BYTES)
+        yield OpenShard(url=url, stream=_unpack(counted), num_bytes=num_bytes)
+
+
+@contextmanager
+def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
+    if url.startswith("pipe:"):
+        if not allow_pipe:
+            raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
+        with gopen(url) as raw:
+            yield raw, -1
+        return
+    num_bytes = shard_num_bytes(url)
+    try:
+        fs, path = _filesystem(url)
+        raw = fs.open(path, "rb")
+    except Exception as error:
+        raise ShardError(f"can't open it: {_reason(error)}") from error
+    with raw:
+        yield raw, num_bytes
+
+
+def shard_num_bytes(url: str) -> int:
+    """Size of a shard as stored, -1 when the storage does not tell.
+
+    Raises:
+        ShardError: When it can't be reached.
+    """
+    try:
+        fs, path = _filesystem(url)
+        num_bytes = fs.size(path)
+    except Exception as error:  # each storage has errors of its own
+        raise ShardError(f"can't open it: {_reason(error)}") from error
+    return -1 if num_bytes is None else int(num_bytes)
+
+
+class _WholeRaw(io.RawIOBase):
+    """Passes bytes through and checks that the storage delivers all that it announced: a lost connection is no end."""
+
+    def __init__(self, raw: BinaryIO, num_bytes: int) -> None:
+        self._raw, self._num_bytes, self._position = raw, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
+        try:
+            data = self._raw.read(len(buffer))
+        except Exception as error:  # each storage has errors of its own
+            raise ShardError(f"reading failed at byte {self._position}: {_reason(error)}") from error
+        if not data and self._position < self._num_bytes:
+            raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+class _UnpackedRaw(io.RawIOBase):
+    """Unpacks a compressed stream and gives its many ways to be damaged one name."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # as above
+        try:
+            data = self._stream.read1(len(buffer))  # read would throw away what it has when it meets the damage
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DamagedStreamError(str(error)) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _unpack(raw: "io.BufferedReader[_WholeRaw]") -> BinaryIO:
+    magic = raw.peek(4)[:4]
+    if magic.startswith(_GZIP_MAGIC):
+        packed = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
+    elif magic == _ZSTD_MAGIC:
+        packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    else:
+        return raw
+    return io.BufferedReader(_UnpackedRaw(packed), buffer_size=_BUFFER_BYTES)
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        protocol = fsspec.utils.get_protocol(url)
+        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        cure = f"pip install 'clipfilter-wds[{extra}]'" if extra else str(error)
+        raise ValueError(f"reading {protocol}:// needs a package that is not installed: {cure}") from None
+    return fs, path
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,100 @@
+"""The vocabulary of the stream: what passes from one file to the next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class DropReason(StrEnum):
+    """Why a sample was not kept. Every sample that is seen is either kept or has exactly one of these."""
+
+    BELOW_THRESHOLD = "below_threshold"
+    BLANK_CAPTION = "blank_caption"
+    MISSING_CAPTION = "missing_caption"
+    MISSING_IMAGE = "missing_image"
+    UNREADABLE_IMAGE = "unreadable_image"
+    IMAGE_TOO_LARGE = "image_too_large"
+    MEMBER_TOO_LARGE = "member_too_large"
+    TORN = "torn"
+    NOT_IN_SUBSET = "not_in_subset"
+
+
+class ShardError(Exception):
+    """A shard that can't be used as a whole; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One file of a sample: its full name in the tar, its extension (after the key, lower case) and its bytes."""
+
+    name: str
+    extension: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Adjacent members of one shard that share a key.
+
+    Attributes:
+        key: The members' common name up to the first dot of the base name, folders included (webdataset's ``__key__``);
+            bytes that are not UTF-8 are escaped.
+        index: Position of the sample in its shard, counting from 0 and counting unusable samples too.
+        members: In the order of the tar. Empty when ``problem`` is set.
+        problem: Why the sample can't be used, if that is known from the tar alone.
+    """
+
+    key: str
+    index: int
+    members: tuple[Member, ...] = ()
+    problem: DropReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEnd:
+    """What was found by the time that a shard was read to its end. Always the last thing that a shard yields.
+
+    Attributes:
+        num_samples: How many samples the shard holds, unusable ones included.
+        torn: The archive is damaged or cut: it has no end-of-archive mark where its members end.
+        num_bytes: Size of the shard as stored (compressed, if it is), -1 when the storage does not tell.
+    """
+
+    num_samples: int
+    torn: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterStats:
+    """Counts whose accounting closes: ``seen == kept + sum(dropped.values())``.
+
+    ``seen`` is counted where samples are read, ``kept`` and ``dropped`` where they are decided, so that a sample lost
+    on the way is an error here and not a silent difference.
+
+    Raises:
+        ValueError: When the accounting does not close.
+    """
+
+    seen: int = 0
+    kept: int = 0
+    dropped: Mapping[DropReason, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seen != self.kept + sum(self.dropped.values()):
+            raise ValueError(
+                f"samples were lost or counted twice: seen {self.seen}, kept {self.kept}, dropped {dict(self.dropped)}"
+            )
+
+    def __add__(self, other: "FilterStats") -> "FilterStats":
+        reasons = [reason for reason in DropReason if reason in self.dropped or reason in other.dropped]
+        return FilterStats(
+            seen=self.seen + other.seen,
+            kept=self.kept + other.kept,
+            dropped={reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0) for reason in reasons},
+        )
+
+    @property
+    def keep_rate(self) -> float:
+        """Share of the seen samples that were kept, 0.0 when none was seen."""
+        return self.kept / self.seen if self.seen else 0.0

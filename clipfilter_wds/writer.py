@@ -1,0 +1,91 @@
+"""Files that are whole or absent, and tars that hold members as they were."""
+
+import fcntl
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+from clipfilter_wds.types import Member
+
+_TEMPORARY = ".*.clipfilter-tmp"
+_BUFFER_BYTES = 1 << 20
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears at ``path`` when the block ends, whole and on disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(_TEMPORARY.replace("*", f"{path.name}.{uuid4().hex}"))
+    try:
+        with temporary.open("xb", buffering=_BUFFER_BYTES) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # held as long as the writer lives: how others tell it from a leftover
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def publish_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with publish(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files of writers that are no more, in ``folder`` and below."""
+    for path in folder.rglob(_TEMPORARY):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # its writer lives, or has just finished
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class TarWriter:
+    """Writes members to a tar whose bits depend on their names and bytes only.
+
+    Args:
+        file: Where to, from its beginning.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._num_bytes = file, hashlib.sha256(), 0
+
+    def add(self, member: Member) -> None:
+        """Append a member under its own name, with fixed time, owner and mode."""
+        info = tarfile.TarInfo(member.name)
+        info.size = len(member.data)
+        # GNU keeps names of any length and any bytes exactly.
+        self._write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        self._write(member.data)
+        self._write(bytes(-len(member.data) % tarfile.BLOCKSIZE))
+
+    def finish(self) -> str:
+        """Write the end of the archive; the SHA-256 of all that was written, in hex."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self._num_bytes % tarfile.RECORDSIZE))
+        return self._digest.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
