@@ -8,8 +8,9 @@ from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 from rich.markup import escape
 
-from clipfilter_wds.progress import print_summary, show_progress
-from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
+from clipfilter_wds.demo.run import demo
+from clipfilter_wds.progress import run_with_progress
+from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.world import World
@@ -33,7 +34,7 @@ def rewrite(
     """Write shards that hold only the pairs whose caption describes the image.
 
     Args:
-        shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or any fsspec URL.
+        shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
         revision: Branch, tag or commit of a hub model.
@@ -70,7 +71,7 @@ def score(
     """Write a table of scores for every shard, and no samples.
 
     Args:
-        shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or any fsspec URL.
+        shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
         revision: Branch, tag or commit of a hub model.
@@ -90,10 +91,7 @@ def _run(config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
         raise ValueError(
             f"this is rank {world.rank} of {world.world_size}, but shards are processed by one process yet"
         )
-    with show_progress(Console(stderr=True)) as update:
-        tally = process_shards(config, load(), on_progress=update)
-    print_summary(Console(), tally, scored_only=not isinstance(config, RewriteConfig))
-    return SOME_FAILED if tally.failed else ALL_DONE
+    return SOME_FAILED if run_with_progress(config, load).failed else ALL_DONE
 
 
 class _Parser(ArgumentParser):
@@ -105,8 +103,6 @@ class _Parser(ArgumentParser):
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments."""
-    from clipfilter_wds.demo.run import demo
-
     try:
         code = auto_cli([demo, rewrite, score], args=args, parser_class=_Parser, prog="clipfilter-wds")
     except ValueError as error:

@@ -9,12 +9,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from transformers.utils import logging
 
-from clipfilter_wds.rewrite import Tally
+from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, Tally, process_shards
+from clipfilter_wds.scorer import ClipScorer
 
 #: Seconds between two lines when nobody watches a bar.
 _LINE_SECONDS = 10.0
 _MAX_SHOWN_FAILURES = 10
+
+
+def run_with_progress(config: ScoreConfig, load_scorer: Callable[[], ClipScorer]) -> Tally:
+    """Load the model, process the shards, and show on the terminal what is going on and what came out."""
+    logging.disable_progress_bar()
+    console = Console(stderr=True)
+    with console.status("loading the model"):
+        scorer = load_scorer()
+    with show_progress(console) as update:
+        tally = process_shards(config, scorer, on_progress=update)
+    print_summary(Console(), tally, scored_only=not isinstance(config, RewriteConfig))
+    return tally
 
 
 @contextmanager

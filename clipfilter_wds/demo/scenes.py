@@ -1,0 +1,374 @@
+"""Drawn scenes with captions: the world that the bundled tiny CLIP knows.
+
+A `Scene` is one or two groups of shapes on a textured background. A quarter of the colour-and-shape pairs are held
+out: the tiny CLIP is trained without them and measured on scenes that hold nothing else. Every function is pure over
+its arguments; randomness comes in as a `random.Random`.
+"""
+
+import cmath
+import io
+import itertools
+import math
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Shape = Literal["circle", "square", "triangle", "star", "cross", "heart", "diamond", "ring"]
+Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "white", "black"]
+Size = Literal["small", "large"]
+Texture = Literal["plain", "striped", "checkered", "dotted"]
+Relation = Literal["left of", "right of", "above", "below"]
+Attribute = Literal["shape", "colour", "size", "count", "relation", "background"]
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+COLOURS: tuple[Colour, ...] = get_args(Colour)
+SIZES: tuple[Size, ...] = get_args(Size)
+TEXTURES: tuple[Texture, ...] = get_args(Texture)
+ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
+OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# The most shapes in a group: of the only group, and of each of two.
+MAX_COUNT = {1: 4, 2: 3}
+
+# What a caption may say instead of an attribute's own name.
+_SYNONYMS: dict[str, list[str]] = {
+    "circle": ["disc"],
+    "cross": ["plus sign"],
+    "diamond": ["rhombus"],
+    "ring": ["hoop"],
+    "red": ["scarlet"],
+    "yellow": ["golden"],
+    "green": ["emerald"],
+    "blue": ["azure"],
+    "purple": ["violet"],
+    "small": ["little", "tiny"],
+    "large": ["big", "huge"],
+    "left of": ["to the left of", "on the left side of"],
+    "right of": ["to the right of", "on the right side of"],
+    "above": ["over", "higher than"],
+    "below": ["under", "lower than"],
+}
+_COUNT_WORDS = {1: ["a", "one", "a single"], 2: ["two", "2", "a pair of"], 3: ["three", "3"], 4: ["four", "4"]}
+_BACKGROUND_WORDS: dict[Texture, list[str]] = {
+    "plain": ["on a plain background", "against a plain backdrop", "on an empty surface"],
+    "striped": ["on a striped background", "against stripes", "in front of a striped wall"],
+    "checkered": ["on a checkered background", "on a chessboard pattern", "against a checkered wall"],
+    "dotted": ["on a dotted background", "against polka dots", "in front of a dotted wall"],
+}
+_OPENINGS = ["a picture of", "a drawing of", "an image showing", "a photo of", "here we see", "you can see"]
+_ASIDES = ["drawn by a computer", "in flat colours", "simple clip art", "with soft edges"]
+
+# The pixels of a drawing.
+_RGB: dict[Colour, tuple[int, int, int]] = {
+    "red": (214, 34, 36),
+    "orange": (246, 136, 20),
+    "yellow": (246, 222, 40),
+    "green": (38, 152, 62),
+    "blue": (36, 92, 214),
+    "purple": (136, 46, 160),
+    "white": (248, 248, 248),
+    "black": (16, 16, 16),
+}
+# Mid-tones, so that white and black shapes both stand out.
+_BACKGROUND_RGB = [(140, 140, 140), (158, 146, 122), (122, 140, 156), (132, 150, 132)]
+# Diameters as a fraction of the image's shorter side. The sizes leave a gap, so that a size is never in doubt.
+_DIAMETER: dict[Size, tuple[float, float]] = {"small": (0.17, 0.20), "large": (0.27, 0.30)}
+_MARGIN = 0.04
+_SUPERSAMPLING = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """A group of equal shapes, such as two small red circles."""
+
+    shape: Shape
+    colour: Colour
+    size: Size
+    count: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this colour never has this shape in training: two of the eight shapes for every colour."""
+        return (COLOURS.index(self.colour) - SHAPES.index(self.shape)) % len(SHAPES) in (0, 3)
+
+    @property
+    def core(self) -> tuple[int, Colour, Shape]:
+        """What every caption says about the group."""
+        return self.count, self.colour, self.shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """All that a drawing depends on; equal scenes are drawn to equal pixels.
+
+    Attributes:
+        things: one group, or two of different colour-and-shape pairs.
+        relation: where the first of two groups is, seen from the second; `None` for one group.
+        background: the texture behind the shapes.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        seed: of what no caption mentions: exact places and shades, and the background's noise.
+    """
+
+    things: tuple[Thing, ...]
+    relation: Relation | None
+    background: Texture
+    width: int
+    height: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse scenes that could not be drawn or described."""
+        if len(self.things) not in (1, 2):
+            raise ValueError(f"things holds {len(self.things)} groups; a scene has one or two")
+        if (self.relation is None) != (len(self.things) == 1):
+            raise ValueError(f"relation is {self.relation!r} for {len(self.things)} group(s); it belongs to two groups")
+        limit = MAX_COUNT[len(self.things)]
+        if any(not 1 <= thing.count <= limit for thing in self.things):
+            raise ValueError(f"counts are {[thing.count for thing in self.things]}; each must lie in 1..{limit}")
+        if len({(thing.colour, thing.shape) for thing in self.things}) < len(self.things):
+            raise ValueError("both things have the same colour and shape; their caption would be ambiguous")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One drawn shape: the centre and radius of the circle around it, in pixels, and its turn in radians."""
+
+    x: float
+    y: float
+    radius: float
+    turn: float
+
+
+def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
+    """Return a scene whose groups all have held-out colour-and-shape pairs, or all have trained ones."""
+    num_things = rng.choice((1, 2))
+    pairs = rng.sample(_pairs(held_out), num_things)
+    things = tuple(
+        Thing(shape=shape, colour=colour, size=rng.choice(SIZES), count=rng.randint(1, MAX_COUNT[num_things]))
+        for colour, shape in pairs
+    )
+    width, height = rng.choice(((192, 160), (160, 192), (208, 144), (176, 176), (144, 176), (224, 160)))
+    return Scene(
+        things=things,
+        relation=rng.choice(tuple(OPPOSITE)) if num_things == 2 else None,
+        background=rng.choice(TEXTURES),
+        width=width,
+        height=height,
+        seed=rng.getrandbits(32),
+    )
+
+
+def different_scene(scene: Scene, rng: random.Random, *, held_out: bool) -> Scene:
+    """Return a random scene no caption of which is true of `scene`: a source of mismatched captions."""
+    while True:
+        other = random_scene(rng, held_out=held_out)
+        if contradicts(other, scene):
+            return other
+
+
+def contradicts(described: Scene, shown: Scene) -> bool:
+    """Return whether every caption of `described` is false of the image of `shown`.
+
+    Captions may leave out sizes, the relation and the background, and always name count, colour and shape. So they
+    are all false when `shown` lacks one of the groups, and a group with another count is another group.
+    """
+    return not {thing.core for thing in described.things} <= {thing.core for thing in shown.things}
+
+
+def change_one(scene: Scene, rng: random.Random) -> tuple[Scene, Attribute]:
+    """Return `scene` with exactly one attribute changed, and which: a hard negative.
+
+    A changed colour or shape gives a held-out pair where the pair was held out, and a trained one where it was not.
+    Caption the result with `describe(changed, rng, always=(attribute,))`, or the change may go unmentioned.
+    """
+    changes = {attribute: _changes(scene, attribute) for attribute in ATTRIBUTES}
+    attribute = rng.choice([attribute for attribute in ATTRIBUTES if changes[attribute]])
+    return rng.choice(changes[attribute]), attribute
+
+
+def describe(scene: Scene, rng: random.Random, *, always: Collection[Attribute] = ()) -> str:
+    """Return a true caption of 4 to 30 words, of a random wording and case.
+
+    Count, colour and shape of every group are always named; sizes, the relation and the background now and then, and
+    whenever they are in `always`.
+    """
+    with_size = "size" in always or rng.random() < 0.6
+    groups = [_phrase(thing, rng, with_size=with_size) for thing in scene.things]
+    text = groups[0]
+    if scene.relation is not None:
+        first, second = groups
+        if "relation" in always or rng.random() < 0.8:
+            relation = scene.relation
+            if rng.random() < 0.5:
+                first, second, relation = second, first, OPPOSITE[relation]
+            text = f"{first} {_word(relation, rng)} {second}"
+        else:
+            text = f"{first} and {second}"
+    background = "background" in always or rng.random() < 0.5
+    if background:
+        text = f"{text} {rng.choice(_BACKGROUND_WORDS[scene.background])}"
+    if not background or rng.random() < 0.3:
+        text = f"{rng.choice(_OPENINGS)} {text}"
+    if rng.random() < 0.15:
+        text = f"{text}, {rng.choice(_ASIDES)}"
+    return rng.choices((text, f"{text[0].upper()}{text[1:]}.", text.upper()), weights=(6, 3, 1))[0]
+
+
+def place(scene: Scene) -> tuple[tuple[Mark, ...], ...]:
+    """Return where each group's shapes are drawn: apart from one another, within the central square of the image."""
+    rng = random.Random(scene.seed)
+    side = min(scene.width, scene.height)
+    left, top = (scene.width - side) / 2, (scene.height - side) / 2
+    groups = []
+    for index, thing in enumerate(scene.things):
+        columns, rows = _cells(scene, index)
+        cells = rng.sample([(column, row) for column in columns for row in rows], thing.count)
+        marks = []
+        for (x0, x1), (y0, y1) in cells:
+            radius = rng.uniform(*_DIAMETER[thing.size]) / 2
+            x, y = rng.uniform(x0 + radius, x1 - radius), rng.uniform(y0 + radius, y1 - radius)
+            turn = rng.uniform(-0.15, 0.15)
+            marks.append(Mark(x=left + x * side, y=top + y * side, radius=radius * side, turn=turn))
+        groups.append(tuple(marks))
+    return tuple(groups)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Return the RGB image of a scene, `scene.width` by `scene.height`; the same pixels at every call."""
+    noise = np.random.default_rng(scene.seed)
+    image = Image.fromarray(_background(scene, noise))
+    large = scene.width * _SUPERSAMPLING, scene.height * _SUPERSAMPLING
+    for thing, marks in zip(scene.things, place(scene), strict=True):
+        mask = Image.new("L", large)
+        pen = ImageDraw.Draw(mask)
+        for mark in marks:
+            _draw_mark(pen, thing.shape, mark)
+        shade = np.clip(np.array(_RGB[thing.colour]) + noise.integers(-12, 13, 3), 0, 255)
+        image.paste((int(shade[0]), int(shade[1]), int(shade[2])), mask=mask.reduce(_SUPERSAMPLING))
+    return image
+
+
+def to_jpeg(image: Image.Image, *, quality: int = 90) -> bytes:
+    """Return the image as a JPEG file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@cache
+def _pairs(held_out: bool) -> tuple[tuple[Colour, Shape], ...]:
+    things = (Thing(shape=shape, colour=colour, size="small", count=1) for colour in COLOURS for shape in SHAPES)
+    return tuple((thing.colour, thing.shape) for thing in things if thing.held_out == held_out)
+
+
+def _changes(scene: Scene, attribute: Attribute) -> list[Scene]:
+    """Return every scene that differs from `scene` in this attribute only, on the same side of the hold-out."""
+    if attribute == "background":
+        return [replace(scene, background=texture) for texture in TEXTURES if texture != scene.background]
+    if attribute == "relation":
+        return [replace(scene, relation=OPPOSITE[scene.relation])] if scene.relation else []
+    values: dict[str, Sequence[Any]] = {
+        "shape": SHAPES,
+        "colour": COLOURS,
+        "size": SIZES,
+        "count": range(1, MAX_COUNT[len(scene.things)] + 1),
+    }
+    changes = []
+    for index, thing in enumerate(scene.things):
+        rest = {(other.colour, other.shape) for other in scene.things if other is not thing}
+        for value in values[attribute]:
+            changed = replace(thing, **{attribute: value})
+            if changed == thing or changed.held_out != thing.held_out or (changed.colour, changed.shape) in rest:
+                continue
+            changes.append(replace(scene, things=(*scene.things[:index], changed, *scene.things[index + 1 :])))
+    return changes
+
+
+def _word(value: str, rng: random.Random) -> str:
+    return rng.choice([value, *_SYNONYMS.get(value, [])])
+
+
+def _phrase(thing: Thing, rng: random.Random, *, with_size: bool) -> str:
+    adjectives = f"{_word(thing.size, rng)} {_word(thing.colour, rng)}" if with_size else _word(thing.colour, rng)
+    count, noun = rng.choice(_COUNT_WORDS[thing.count]), _word(thing.shape, rng)
+    if count == "a" and adjectives[0] in "aeiou":
+        count = "an"
+    if thing.count > 1:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{count} {adjectives} {noun}"
+
+
+def _split(start: float, stop: float, parts: int) -> list[tuple[float, float]]:
+    edges = [start + (stop - start) * part / parts for part in range(parts + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _cells(scene: Scene, index: int) -> tuple[Sequence[tuple[float, float]], Sequence[tuple[float, float]]]:
+    """Return the columns and rows of the cells a group may use, as fractions of the central square."""
+    thirds = _split(_MARGIN, 1 - _MARGIN, 3)
+    if scene.relation is None:
+        return thirds, thirds
+    near, far = _split(_MARGIN, 1 - _MARGIN, 2)
+    half = near if (scene.relation in ("left of", "above")) == (index == 0) else far
+    return ([half], thirds) if scene.relation in ("left of", "right of") else (thirds, [half])
+
+
+def _background(scene: Scene, noise: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the texture as uint8 pixels [height, width, 3], with noise and a soft gradient."""
+    y, x = np.ogrid[: scene.height, : scene.width]
+    period, phase = int(noise.integers(16, 27)), int(noise.integers(0, 16))
+    pattern: NDArray[np.bool_]
+    match scene.background:
+        case "plain":
+            pattern = np.zeros((1, 1), dtype=bool)
+        case "striped":
+            pattern = (x + (int(noise.integers(-1, 2))) * y + phase) % period < period // 2
+        case "checkered":
+            pattern = ((x + phase) // (period // 2) + (y + phase) // (period // 2)) % 2 == 0
+        case "dotted":
+            centre = period // 2
+            pattern = ((x + phase) % period - centre) ** 2 + ((y + phase) % period - centre) ** 2 < (period // 4) ** 2
+    slope = noise.integers(-16, 17, 2)
+    light = slope[0] * (x / scene.width - 0.5) + slope[1] * (y / scene.height - 0.5) - 26 * pattern
+    grain = noise.integers(-7, 8, (scene.height, scene.width), dtype=np.int16)
+    base = np.array(_BACKGROUND_RGB[int(noise.integers(len(_BACKGROUND_RGB)))], dtype=np.int16)
+    pixels: NDArray[np.uint8] = ((light.astype(np.int16) + grain)[:, :, None] + base).astype(np.uint8)
+    return pixels
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, shape: Shape, mark: Mark) -> None:
+    centre, radius = _SUPERSAMPLING * complex(mark.x, mark.y), _SUPERSAMPLING * mark.radius
+    turned = [centre + radius * cmath.exp(1j * mark.turn) * point for point in _OUTLINES[shape]]
+    pen.polygon([(point.real, point.imag) for point in turned], fill=255)
+    if shape == "ring":
+        pen.circle((centre.real, centre.imag), 0.55 * radius, fill=0)
+
+
+def _regular(corners: int, *, turn: float = 0.0) -> list[complex]:
+    """Return a regular polygon in the unit circle, the first corner on top (y is downwards)."""
+    return [-1j * cmath.exp(1j * math.tau * (corner + turn) / corners) for corner in range(corners)]
+
+
+def _heart(angle: float) -> complex:
+    y = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)
+    return complex(0.95 * math.sin(angle) ** 3, -y / 17.5)
+
+
+# Polygons within the unit circle of the complex plane.
+_OUTLINES: dict[Shape, list[complex]] = {
+    "circle": _regular(40),
+    "square": _regular(4, turn=0.5),
+    "triangle": _regular(3),
+    "star": [point * (0.42 if index % 2 else 1.0) for index, point in enumerate(_regular(10))],
+    "cross": [1j**quarter * point for quarter in range(4) for point in (-0.3 - 0.95j, 0.3 - 0.95j, 0.3 - 0.3j)],
+    "heart": [_heart(math.tau * step / 40) for step in range(40)],
+    "diamond": [complex(0.62 * point.real, point.imag) for point in _regular(4)],
+    "ring": _regular(40),
+}

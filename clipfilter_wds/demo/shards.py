@@ -1,0 +1,100 @@
+"""The demo's shards: drawn scenes, a known share of them with another scene's caption, and every kind of bad sample."""
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipfilter_wds.demo.scenes import Scene, describe, different_scene, draw, random_scene, to_jpeg
+from clipfilter_wds.types import Member
+from clipfilter_wds.writer import TarWriter, publish
+
+NUM_SHARDS, SAMPLES_PER_SHARD, MISMATCHED_PERCENT = 4, 256, 30
+_TORN_SHARD, _TORN_SHARE = 3, 0.95
+
+
+def write_demo_shards(folder: Path, *, seed: int = 0) -> list[Path]:
+    """Write the demo's shards, laid out as img2dataset does; the ``json`` member says whether the caption is true."""
+    rng = random.Random(seed)
+    paths = []
+    for shard in range(NUM_SHARDS):
+        # Exactly that share of every 10 samples in a row, so that the truth is known to the sample.
+        path = folder / f"{shard:05d}.tar"
+        with publish(path) as file:
+            tar = TarWriter(file)
+            for index in range(SAMPLES_PER_SHARD):
+                for member in _sample(shard, index, rng):
+                    tar.add(member)
+            tar.finish()
+            if shard == _TORN_SHARD:
+                file.truncate(int(file.tell() * _TORN_SHARE))
+        paths.append(path)
+    return paths
+
+
+def _sample(shard: int, index: int, rng: random.Random) -> Iterator[Member]:
+    key = f"{shard:05d}{index:04d}"
+    oddity = _ODDITIES.get((shard, index))
+    number = shard * SAMPLES_PER_SHARD + index
+    matched = oddity is not None or number * 7 % 10 >= MISMATCHED_PERCENT // 10
+    scene = random_scene(rng, held_out=False)
+    told = scene if matched else different_scene(scene, rng, held_out=False)
+    members = {"jpg": to_jpeg(draw(scene)), "txt": describe(told, rng).encode()}
+    if oddity is not None:
+        members = oddity(members, rng)
+    members["json"] = json.dumps({"key": key, "matched": matched}).encode()
+    for extension, data in members.items():
+        yield Member(name=f"{key}.{extension}", extension=extension, data=data)
+
+
+Members = dict[str, bytes]
+
+
+def _blank_caption(members: Members, rng: random.Random) -> Members:
+    return {**members, "txt": b" \n"}
+
+
+def _missing_caption(members: Members, rng: random.Random) -> Members:
+    return {"jpg": members["jpg"]}
+
+
+def _truncated_jpeg(members: Members, rng: random.Random) -> Members:
+    return {**members, "jpg": members["jpg"][: len(members["jpg"]) // 2]}
+
+
+def _text_named_jpg(members: Members, rng: random.Random) -> Members:
+    return {**members, "jpg": b"<html>404 Not Found</html>"}
+
+
+def _cmyk_jpeg(members: Members, rng: random.Random) -> Members:
+    return {**members, "jpg": to_jpeg(Image.open(io.BytesIO(members["jpg"])).convert("CMYK"))}
+
+
+def _grey_16_bit_png(members: Members, rng: random.Random) -> Members:
+    scene = _grey_scene(rng)
+    grey = np.asarray(draw(scene).convert("L")).astype(np.uint16) * 257
+    png = io.BytesIO()
+    Image.fromarray(grey).save(png, format="PNG")
+    return {"png": png.getvalue(), "txt": describe(scene, rng).encode()}
+
+
+def _grey_scene(rng: random.Random) -> Scene:
+    """A scene whose caption is also true of its greyscale image."""
+    while True:
+        scene = random_scene(rng, held_out=False)
+        if all(thing.colour in ("black", "white") for thing in scene.things):
+            return scene
+
+
+_ODDITIES: dict[tuple[int, int], Callable[[Members, random.Random], Members]] = {
+    (0, 10): _blank_caption,
+    (0, 20): _missing_caption,
+    (1, 30): _truncated_jpeg,
+    (1, 40): _text_named_jpg,
+    (2, 50): _cmyk_jpeg,
+    (2, 60): _grey_16_bit_png,
+}
