@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clipfilter_wds.preprocess import ClipPreprocess, SamplePixels, UnusableError
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by_worker
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
@@ -118,7 +118,7 @@ class _BatchBuilder:
 
     def __init__(self, part: ShardPart, preprocess: ClipPreprocess, layout: SampleLayout) -> None:
         self._part, self._preprocess, self._layout = part, preprocess, layout
-        self._samples: list[tuple[Sample, SamplePixels | DropReason]] = []
+        self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -131,21 +131,20 @@ class _BatchBuilder:
 
     def build(self, *, end: ShardEnd | None = None, error: str | None = None) -> Batch:
         """Make a batch of what was added, and begin the next one."""
-        usable = [opened for _, opened in self._samples if isinstance(opened, SamplePixels)]
-        tokens = self._preprocess.tokenize([opened.caption for opened in usable])
+        usable = [opened for _, opened in self._samples if isinstance(opened, OpenPair)]
+        pixel_values, tokens = self._preprocess.collate(usable)
         counts = zip(tokens.num_tokens, tokens.truncated, strict=True)
         rows = [
             SampleRow(sample.key, sample.index, None, *next(counts), opened.width, opened.height)
-            if isinstance(opened, SamplePixels)
+            if isinstance(opened, OpenPair)
             else SampleRow(sample.key, sample.index, opened)
             for sample, opened in self._samples
         ]
         self._samples = []
-        empty = torch.empty(0, 3, *self._preprocess.view.crop, dtype=torch.uint8)
         return Batch(
             part=self._part,
             rows=rows,
-            pixel_values=torch.stack([opened.pixels for opened in usable]) if usable else empty,
+            pixel_values=pixel_values,
             input_ids=tokens.input_ids,
             end=end,
             error=error,

@@ -150,8 +150,8 @@ class CaptionTokenizer:
         )
 
 
-class SamplePixels(NamedTuple):
-    """A usable sample: its uint8 view, its caption, and the size of the image as stored, in pixels."""
+class OpenPair(NamedTuple):
+    """A usable pair: the image's uint8 view, the caption, and the size of the image as stored, in pixels."""
 
     pixels: torch.Tensor
     caption: str
@@ -179,7 +179,7 @@ class ClipPreprocess:
             "policy": POLICY_VERSION,
         }
 
-    def open_sample(self, sample: Sample, layout: SampleLayout) -> SamplePixels:
+    def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
         """Read caption and image of a sample.
 
         Raises:
@@ -191,16 +191,31 @@ class ClipPreprocess:
         encoded = next((data[extension] for extension in IMAGE_EXTENSIONS if extension in data), None)
         if encoded is None:
             raise UnusableError(DropReason.MISSING_IMAGE)
-        caption = read_caption(data, layout)
+        return self.open_pair(encoded, read_caption(data, layout))
+
+    def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
+        """Decode an image and prepare its view.
+
+        Raises:
+            UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
+        """
+        if not caption.strip():
+            raise UnusableError(DropReason.BLANK_CAPTION)
         image = self.view.decode(encoded)
-        return SamplePixels(self.view(image), caption, *image.size)
+        return OpenPair(self.view(image), caption, *image.size)
+
+    def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
+        """Pairs -> what :class:`~clipfilter_wds.scorer.ClipScorer` scores: uint8 ``[N, 3, H, W]``, and tokens."""
+        views = [pair.pixels for pair in pairs]
+        pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
+        return pixel_values, self.tokenize([pair.caption for pair in pairs])
 
 
 def read_caption(data: dict[str, bytes], layout: SampleLayout) -> str:
     """The caption among a sample's members; bytes that are not UTF-8 are replaced.
 
     Raises:
-        UnusableError: ``missing_caption`` or ``blank_caption``.
+        UnusableError: ``missing_caption``.
     """
     member = data.get(layout.caption_extension)
     caption = None if member is None else member.decode("utf-8", errors="replace")
@@ -208,8 +223,6 @@ def read_caption(data: dict[str, bytes], layout: SampleLayout) -> str:
         caption = _json_field(caption, layout.caption_field)
     if caption is None:
         raise UnusableError(DropReason.MISSING_CAPTION)
-    if not caption.strip():
-        raise UnusableError(DropReason.BLANK_CAPTION)
     return caption
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipfilter_wds.writer import publish
 
-_COLUMNS, _TILE, _TEXT, _GAP, _HEADING = 6, 168, 64, 14, 30
+_COLUMNS, _TILE, _TEXT, _GAP, _HEADING = 6, 168, 78, 14, 30
 _KEPT_COLOUR, _DROPPED_COLOUR, _INK, _PAPER = "#1a7f37", "#b42318", "#1f2328", "#ffffff"
 
 
@@ -44,7 +44,7 @@ def _draw_row(sheet: Image.Image, top: int, heading: str, colour: str, pictures:
         tile = Image.open(io.BytesIO(picture.image)).convert("RGB")
         tile.thumbnail((_TILE, _TILE))
         sheet.paste(tile, (left, below - tile.height))
-        words = "\n".join(textwrap.wrap(picture.caption, width=30)[:3])
+        words = "\n".join(textwrap.wrap(picture.caption, width=23 if picture.caption.isupper() else 28)[:4])
         pen.text((left, below + 4), f"{picture.score:.2f}", fill=colour, font=ImageFont.load_default(13))
         pen.text((left, below + 20), words, fill=_INK, font=ImageFont.load_default(11), spacing=2)
 
