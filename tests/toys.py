@@ -10,6 +10,10 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from clipfilter_wds.samples import SampleLayout, read_samples
+from clipfilter_wds.shards import OpenShard
+from clipfilter_wds.types import Sample, ShardEnd
+
 #: Members of a sample: extension -> bytes.
 Members = Mapping[str, bytes]
 
@@ -70,11 +74,7 @@ def pair(seed: int, *, size: tuple[int, int] = (48, 40)) -> dict[str, bytes]:
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: object) -> Path:
     """A tar of named members, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_bytes(members, **options))
     return path
 
 
@@ -105,3 +105,28 @@ class Reference:
         )
         output = self.model(**inputs)
         return (output.image_embeds * output.text_embeds).sum().item()
+
+
+def tar_bytes(members: Iterable[tuple[str, bytes]], **options: object) -> bytes:
+    """A tar of named members, in order, in memory."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def raw_member(info: tarfile.TarInfo, data: bytes = b"", tar_format: int = tarfile.GNU_FORMAT) -> bytes:
+    """Header and padded data of one member, whatever its header claims."""
+    return info.tobuf(tar_format, "utf-8", "surrogateescape") + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def read_shard(
+    data: bytes, layout: SampleLayout | None = None, **options: object
+) -> tuple[list[Sample], ShardEnd]:
+    """Everything that a shard with these bytes yields."""
+    shard = OpenShard(url="toy.tar", stream=io.BytesIO(data), num_bytes=len(data))
+    *samples, end = read_samples(shard, layout or SampleLayout(), **options)
+    return samples, end

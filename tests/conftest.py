@@ -1,0 +1,18 @@
+"""Models that several tests share; they are made once."""
+
+from pathlib import Path
+
+import pytest
+
+from clipfilter_wds.scorer import ClipScorer
+from tests.toys import make_clip
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("models") / "clip-32")
+
+
+@pytest.fixture(scope="session")
+def scorer(clip_folder) -> ClipScorer:
+    return ClipScorer(clip_folder, device="cpu")

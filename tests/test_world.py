@@ -1,0 +1,48 @@
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from clipfilter_wds.world import World
+
+READ_WORLD = "from clipfilter_wds.world import World; world = World.from_env(); print(world.rank, world.world_size)"
+
+
+@given(st.integers(-5, 20), st.integers(-5, 20))
+def test_rank_lies_in_the_world_or_is_refused_with_both_values(rank, world_size):
+    if 0 <= rank < world_size:
+        world = World(rank=rank, world_size=world_size)
+        assert (world.rank, world.world_size) == (rank, world_size)
+    else:
+        with pytest.raises(ValueError, match=f"rank is {rank} and world_size {world_size}"):
+            World(rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("environ", "world"),
+    [
+        ({}, World()),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, World(rank=2, world_size=4)),
+        # What a DataLoader worker may see: never a guess at a rank.
+        ({"WORLD_SIZE": "4"}, World()),
+        ({"RANK": "1"}, World()),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, World()),
+    ],
+)
+def test_the_world_is_read_from_rank_and_world_size_together(environ, world):
+    assert World.from_env(environ) == world
+
+
+@pytest.mark.parametrize("environ", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "one", "WORLD_SIZE": "2"}])
+def test_an_impossible_environment_is_refused(environ):
+    with pytest.raises(ValueError, match="rank is 4|'one'"):
+        World.from_env(environ)
+
+
+def test_a_process_reads_its_own_environment():
+    environ = {**os.environ, "RANK": "1", "WORLD_SIZE": "3"}
+    run = subprocess.run([sys.executable, "-c", READ_WORLD], env=environ, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1", "3"]
