@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipfilter_wds.scorer import ClipScorer
 from tests.toys import make_clip
+
+# The models here are tiny: a second thread costs more than it brings, above all beside DataLoader workers.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,9 @@ class TestUnusableModels:
         self.check(folder, "save_pretrained", "pytorch_model.bin")
 
     def test_model_of_another_kind(self, tmp_path):
-        config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+        config = BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+        )
         BertModel(config).save_pretrained(tmp_path)
         self.check(tmp_path, "'bert'", "not a CLIP")
 
@@ -158,7 +160,9 @@ class TestUnusableModels:
     def test_hub_that_cannot_be_reached(self):
         code = "from clipfilter_wds import ClipScorer; ClipScorer('some/clip-that-is-not-cached')"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
         assert "ModelError: can't load 'some/clip-that-is-not-cached' from the Hugging Face hub" in done.stderr
         assert "--local-dir" in done.stderr.splitlines()[-1]
 

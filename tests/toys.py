@@ -123,9 +123,7 @@ def raw_member(info: tarfile.TarInfo, data: bytes = b"", tar_format: int = tarfi
     return info.tobuf(tar_format, "utf-8", "surrogateescape") + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-def read_shard(
-    data: bytes, layout: SampleLayout | None = None, **options: object
-) -> tuple[list[Sample], ShardEnd]:
+def read_shard(data: bytes, layout: SampleLayout | None = None, **options: object) -> tuple[list[Sample], ShardEnd]:
     """Everything that a shard with these bytes yields."""
     shard = OpenShard(url="toy.tar", stream=io.BytesIO(data), num_bytes=len(data))
     *samples, end = read_samples(shard, layout or SampleLayout(), **options)
