@@ -79,7 +79,9 @@ class ImageView:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         size = list(self._resized(*image.size))
         pixels = tvf.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
-        view: torch.Tensor = tvf.center_crop(pixels, list(self.crop)).contiguous()
+        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop to even.
+        top, left = ((side - cropped) // 2 for side, cropped in zip(size, self.crop, strict=True))
+        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop).contiguous()
         return view
 
     def _check_size(self, width: int, height: int) -> None:
@@ -97,7 +99,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    if rgb.info.get("transparency") is None:
+        return rgb
+    # Pillow keeps a transparent colour (of a palette, or PNG's tRNS) beside the pixels, and CLIPImageProcessor puts
+    # such an image on white. An alpha channel, in contrast, is gone after convert.
+    white = Image.new("RGBA", rgb.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
 
 
 class Tokens(NamedTuple):

@@ -197,7 +197,7 @@ def _preprocess_of(
     settings = processor.to_dict()
     resize, crop = settings["size"].get("shortest_edge"), settings["crop_size"]
     wanted = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if not resize or not all(settings[step] for step in wanted):
+    if not resize or max(crop.values()) > resize or not all(settings[step] for step in wanted):
         raise ModelError(f"{name!r} does not resize the shortest edge and centre crop, so its images can't be prepared")
     pad_id = tokenizer.pad_token_id
     return ClipPreprocess(

@@ -35,6 +35,8 @@ def odd_images() -> dict[str, bytes]:
         "jpeg": encoded(base, quality=85),
         "scene": encoded(draw(random_scene(random.Random(5), held_out=True)), quality=90),
         "large jpeg": encoded(photo(2, (640, 480)), quality=90),
+        **{f"margin {width}": encoded(photo(width, (width, 100)), quality=90) for width in range(101, 141, 3)},
+        **{f"margin {height}": encoded(photo(height, (100, height)), quality=90) for height in range(102, 142, 3)},
         "progressive": encoded(base, quality=85, progressive=True),
         "greyscale": encoded(base.convert("L"), "PNG"),
         "palette": encoded(base.quantize(16), "PNG"),
