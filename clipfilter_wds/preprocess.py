@@ -24,6 +24,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPE
 #: Version of the pixel and text policy in this file; part of the fingerprint of every score.
 POLICY_VERSION = 1
 
+#: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
+_MAX_CAPTION_CHARS = 1 << 16
+
 #: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
 _MAX_RESIZED_PIXELS = 1 << 28
 
@@ -80,7 +83,7 @@ class ImageView:
         size = list(self._resized(*image.size))
         pixels = tvf.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop to even.
-        top, left = ((side - cropped) // 2 for side, cropped in zip(size, self.crop, strict=True))
+        top, left = (int((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
         view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop).contiguous()
         return view
 
@@ -144,7 +147,7 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Tokenize a batch of captions; ``[]`` gives ``[0, 0]`` ids."""
-        encodings = self._tokenizer.encode_batch(list(captions))
+        encodings = self._tokenizer.encode_batch([_bounded(caption) for caption in captions])
         num_tokens = [
             sum(encoding.attention_mask)
             + sum(sum(rest.attention_mask) - self._num_special for rest in encoding.overflowing)
@@ -156,6 +159,11 @@ class CaptionTokenizer:
             num_tokens=num_tokens,
             truncated=[bool(encoding.overflowing) for encoding in encodings],
         )
+
+
+def _bounded(caption: str) -> str:
+    """A caption whose tokenizing takes bounded time, cut far behind the last token that counts."""
+    return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
 
 
 class OpenPair(NamedTuple):
@@ -188,7 +196,15 @@ class ClipPreprocess:
         }
 
     def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
-        """Read caption and image of a sample.
+        """Read caption and image of a sample, and prepare its view.
+
+        Raises:
+            UnusableError: With the reason that the sample is dropped for.
+        """
+        return self.prepare(*self.decode_sample(sample, layout))
+
+    def decode_sample(self, sample: Sample, layout: SampleLayout) -> tuple[Image.Image, str]:
+        """Read image (as RGB) and caption of a sample.
 
         Raises:
             UnusableError: With the reason that the sample is dropped for.
@@ -199,7 +215,7 @@ class ClipPreprocess:
         encoded = next((data[extension] for extension in IMAGE_EXTENSIONS if extension in data), None)
         if encoded is None:
             raise UnusableError(DropReason.MISSING_IMAGE)
-        return self.open_pair(encoded, read_caption(data, layout))
+        return self._decode_pair(encoded, read_caption(data, layout))
 
     def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
         """Decode an image and prepare its view.
@@ -207,9 +223,15 @@ class ClipPreprocess:
         Raises:
             UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
         """
+        return self.prepare(*self._decode_pair(encoded, caption))
+
+    def _decode_pair(self, encoded: bytes, caption: str) -> tuple[Image.Image, str]:
         if not caption.strip():
             raise UnusableError(DropReason.BLANK_CAPTION)
-        image = self.view.decode(encoded)
+        return self.view.decode(encoded), caption
+
+    def prepare(self, image: Image.Image, caption: str) -> OpenPair:
+        """Prepare the view of an RGB image."""
         return OpenPair(self.view(image), caption, *image.size)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
@@ -226,7 +248,7 @@ def read_caption(data: dict[str, bytes], layout: SampleLayout) -> str:
         UnusableError: ``missing_caption``.
     """
     member = data.get(layout.caption_extension)
-    caption = None if member is None else member.decode("utf-8", errors="replace")
+    caption = None if member is None else member.decode("utf-8-sig", errors="replace")
     if caption is not None and layout.caption_field is not None:
         caption = _json_field(caption, layout.caption_field)
     if caption is None:

@@ -88,7 +88,7 @@ def read_samples(
                 if (done := groups.begin_member(name[1], name[2].lower())) is not None:
                     yield done
                 groups.read_member(archive, info, name[2].lower())
-        torn = not reader.at_end_mark
+        torn = not (reader.at_end_mark and reader.only_zeros_follow())
     except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.
         if reader.failed_at_first_header:
@@ -123,11 +123,20 @@ class _Groups:
         return done
 
     def read_member(self, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> None:
-        """Read the bytes of the member that was begun, if anybody wants them."""
+        """Read the bytes of the member that was begun, if anybody wants them.
+
+        Raises:
+            tarfile.ReadError: When it is damaged. Whether that is found must not depend on who wants to read it, or
+                the workers that share a shard would not agree on what is in it.
+        """
+        if info.size < 0 or (not info.issparse() and info.offset_data + info.size > archive.offset):
+            raise tarfile.ReadError(f"{info.name!r} declares an impossible size")
         if info.size > self._layout.max_member_bytes:
             self._problem = DropReason.MEMBER_TOO_LARGE
         elif self._is_wanted and (not self._pair_only or self._layout.is_pair_member(extension)):
             self._members.append(Member(name=info.name, extension=extension, data=_read_data(archive, info)))
+        elif info.issparse():
+            _read_data(archive, info)
 
     def finish(self, torn: bool) -> Sample | None:
         """The last sample, which is not known to be whole if the shard is torn."""
@@ -170,7 +179,7 @@ class _ForwardReader:
     """The part of a file that tarfile needs, over a stream that can't go back."""
 
     def __init__(self, stream: BinaryIO, max_read_bytes: int) -> None:
-        self._stream, self._max_read_bytes, self._position = stream, max_read_bytes, 0
+        self._stream, self._max_read_bytes, self._position = stream, max(max_read_bytes, _READ_BYTES), 0
         self.at_end_mark = False
         self._short = False
 
@@ -178,6 +187,13 @@ class _ForwardReader:
     def failed_at_first_header(self) -> bool:
         """Whether reading stopped at a first block that is there but is no header. An empty file is torn instead."""
         return 0 < self._position < tarfile.BLOCKSIZE or (self._position == tarfile.BLOCKSIZE and not self._short)
+
+    def only_zeros_follow(self) -> bool:
+        """Whether nothing but padding is left. A zeroed header in mid-shard looks like the end, but is none."""
+        while piece := self._stream.read(_READ_BYTES):
+            if piece.count(0) < len(piece):
+                return False
+        return True
 
     def tell(self) -> int:
         return self._position

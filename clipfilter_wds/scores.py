@@ -64,7 +64,10 @@ class ShardScores:
     ) -> Self:
         """Put rows, in any order, and the scores of those without a reason, in the same order, together."""
         all_scores = np.zeros(len(rows), dtype=np.float32)
-        all_scores[[row.reason is None for row in rows]] = scores
+        usable = np.array([row.reason is None for row in rows], dtype=bool)
+        if len(scores) != usable.sum():
+            raise ValueError(f"{usable.sum()} samples could be scored, and there are {len(scores)} scores")
+        all_scores[usable] = scores
         table = pa.table(
             [all_scores if name == "score" else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
@@ -94,17 +97,18 @@ class ShardScores:
         try:
             table = pq.read_table(path)
             metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-        except (pa.ArrowException, KeyError, ValueError) as error:
+            version = metadata["version"]
+            if version == _FORMAT_VERSION:
+                return cls(
+                    table=table,
+                    source=metadata["shard"],
+                    num_bytes=metadata["num_bytes"],
+                    torn=metadata["torn"],
+                    fingerprint=metadata["fingerprint"],
+                )
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error
-        if metadata["version"] != _FORMAT_VERSION:
-            raise ValueError(f"{str(path)!r} has format {metadata['version']}, this version reads {_FORMAT_VERSION}")
-        return cls(
-            table=table,
-            source=metadata["shard"],
-            num_bytes=metadata["num_bytes"],
-            torn=metadata["torn"],
-            fingerprint=metadata["fingerprint"],
-        )
+        raise ValueError(f"{str(path)!r} has format {version}, this version reads {_FORMAT_VERSION}")
 
     @property
     def scores(self) -> np.ndarray:

@@ -32,6 +32,13 @@ def check_threshold(threshold: float) -> float:
     return threshold
 
 
+def passes(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether ``clip(score, 0, 1) >= threshold``, for raw cosines, float32 ``[N]``; never for what is not a number."""
+    # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
+    passed: np.ndarray = np.clip(scores.astype(np.float64), 0.0, 1.0) >= threshold
+    return passed
+
+
 def select(scores: ShardScores, threshold: float | None) -> Selection:
     """Keep what could be scored and has ``clip(score, 0, 1) >= threshold``; None keeps all that could be scored.
 
@@ -40,8 +47,7 @@ def select(scores: ShardScores, threshold: float | None) -> Selection:
     keep = scores.usable
     dropped = dict(scores.dropped)
     if threshold is not None:
-        # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
-        keep = keep & (np.clip(scores.scores.astype(np.float64), 0.0, 1.0) >= threshold)
+        keep = keep & passes(scores.scores, threshold)
         dropped[DropReason.BELOW_THRESHOLD] = int(scores.usable.sum() - keep.sum())
     dropped = {reason: dropped[reason] for reason in DropReason if dropped.get(reason)}
     return Selection(keep=keep, stats=FilterStats(seen=scores.table.num_rows, kept=int(keep.sum()), dropped=dropped))

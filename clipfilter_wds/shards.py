@@ -20,10 +20,10 @@ from webdataset.gopen import gopen
 from clipfilter_wds.types import ShardError
 
 _TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
-_OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _BUFFER_BYTES = 1 << 18
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # behind any byte 0x5?; pzstd begins with such a frame
 
 
 class DamagedStreamError(Exception):
@@ -45,10 +45,20 @@ def expand_shards(shards: str | Path | Sequence[str | Path], *, allow_pipe: bool
         ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed.
     """
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    urls = [url for pattern in patterns for url in _expand_one(str(pattern), allow_pipe)]
-    if not urls:
-        raise ValueError(f"no shard matches {', '.join(map(repr, map(str, patterns))) or 'an empty list'}")
-    return list(dict.fromkeys(urls))
+    if not patterns:
+        raise ValueError("no shard matches an empty list")
+    urls: dict[str, str] = {}
+    for pattern in map(str, patterns):
+        found = _expand_one(pattern, allow_pipe)
+        if not found:
+            raise ValueError(f"no shard matches {pattern!r}")
+        urls.update({_identity(url): url for url in found if _identity(url) not in urls})
+    return list(urls.values())
+
+
+def _identity(url: str) -> str:
+    """What two ways to write one local path have in common."""
+    return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
 
 
 def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
@@ -60,7 +70,7 @@ def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
         return [pattern]  # a file is meant as it is written, even with a comma or bracket in its name
     if pattern.startswith("@"):
         return [url for line in _lines(Path(pattern[1:])) for url in _expand_one(line, allow_pipe)]
-    parts = [part.strip() for part in _OUTSIDE_BRACES.split(pattern)]
+    parts = [part.strip() for part in _split_at_commas(pattern)]
     if len(parts) > 1:
         return [url for part in parts if part for url in _expand_one(part, allow_pipe)]
     try:
@@ -68,6 +78,18 @@ def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{pattern!r} is not a brace range like {{00000..00999}}: {error}") from None
     return [url for candidate in candidates for url in _matches(candidate)]
+
+
+def _split_at_commas(pattern: str) -> list[str]:
+    """The parts between commas that stand in no braces."""
+    parts, depth = [""], 0
+    for char in pattern:
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
 
 
 def _lines(path: Path) -> list[str]:
@@ -83,6 +105,8 @@ def _matches(url: str) -> list[str]:
     local = "file" in _protocols(fs)
     if any(char in path for char in "*?["):
         found = sorted(fs.glob(path))
+        if not found:
+            raise ValueError(f"no shard matches {url!r}")
         return found if local and "://" not in url else [fs.unstrip_protocol(name) for name in found]
     if local and Path(path).is_dir():
         raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
@@ -129,9 +153,11 @@ def output_names(urls: Sequence[str]) -> dict[str, str]:
 
 def public_url(url: str) -> str:
     """The absolute URL of a shard without what may be secret in it: user, password, query."""
+    if url.startswith("pipe:"):
+        return f"{url.split()[0]} …" if " " in url else url  # a command's arguments may hold anything
     if "://" not in url:
-        return url if url.startswith("pipe:") else str(Path(url).resolve())
-    parts = urlsplit(url)
+        return _identity(url)
+    parts = urlsplit(url.rpartition("::")[2])
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -143,7 +169,7 @@ def _path_of(url: str) -> str:
 def _folder_of(url: str) -> str:
     folder = posixpath.dirname(_path_of(url))
     absolute = folder if "://" in url else str(Path(folder).resolve())
-    return "/" + absolute.lstrip("/")
+    return posixpath.normpath("/" + absolute.lstrip("/"))
 
 
 def local_folder(url: str) -> Path | None:
@@ -206,17 +232,31 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
-        with gopen(url) as raw:
-            yield raw, -1
+        yield from _open_pipe(url)
         return
     num_bytes = shard_num_bytes(url)
     try:
         fs, path = _filesystem(url)
-        raw = fs.open(path, "rb")
+        # Front to back in one request: not every web server can deliver ranges.
+        raw = fs.open(path, "rb", **({"block_size": 0} if "http" in _protocols(fs) else {}))
     except Exception as error:
         raise ShardError(f"can't open it: {_reason(error)}") from error
     with raw:
         yield raw, num_bytes
+
+
+def _open_pipe(url: str) -> Iterator[tuple[BinaryIO, int]]:
+    raw = gopen(url)
+    failed = True
+    try:
+        yield raw, -1
+        failed = False
+    finally:
+        try:
+            raw.close()
+        except OSError as error:  # the command's exit status; no news when reading has failed already
+            if not failed:
+                raise ShardError(f"the command failed: {error}") from error
 
 
 def shard_num_bytes(url: str) -> int:
@@ -243,15 +283,21 @@ class _WholeRaw(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
+        filled = 0
+        while filled < len(buffer) and (data := self._read(len(buffer) - filled)):
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+        return filled
+
+    def _read(self, size: int) -> bytes:
         try:
-            data = self._raw.read(len(buffer))
+            data = self._raw.read(size)
         except Exception as error:  # each storage has errors of its own
             raise ShardError(f"reading failed at byte {self._position}: {_reason(error)}") from error
         if not data and self._position < self._num_bytes:
             raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
-        buffer[: len(data)] = data
         self._position += len(data)
-        return len(data)
+        return data
 
 
 class _UnpackedRaw(io.RawIOBase):
@@ -276,7 +322,7 @@ def _unpack(raw: "io.BufferedReader[_WholeRaw]") -> BinaryIO:
     magic = raw.peek(4)[:4]
     if magic.startswith(_GZIP_MAGIC):
         packed = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
-    elif magic == _ZSTD_MAGIC:
+    elif magic == _ZSTD_MAGIC or (magic[1:] == _SKIPPABLE_MAGIC and magic[0] >> 4 == 5):
         packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     else:
         return raw

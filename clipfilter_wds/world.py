@@ -1,8 +1,12 @@
-"""Which of how many processes this is. The only file that reads rank variables."""
+"""Which of how many processes this is, and what the processes agree on. The only file that reads rank variables."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,3 +33,49 @@ class World:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return cls(rank=int(environ["RANK"]), world_size=int(environ["WORLD_SIZE"]))
         return cls()
+
+    @classmethod
+    def current(cls) -> "World":
+        """The world of ``torch.distributed`` where that is initialised, else that of the environment."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(rank=distributed.get_rank(), world_size=distributed.get_world_size())
+        return cls.from_env()
+
+
+class Agreement:
+    """Lets the ranks of a world tell each other something, over a process group of its own on the CPU.
+
+    Every rank must create it, and make each exchange, together. In a world of one nothing is sent.
+
+    Args:
+        world: This rank among all.
+
+    Raises:
+        ValueError: When there are several ranks and ``torch.distributed`` is not initialised.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = None
+        if world.world_size > 1:
+            if not distributed.is_initialized():
+                raise ValueError(
+                    f"this is rank {world.rank} of {world.world_size}, and the ranks must agree on when an epoch ends; "
+                    "call torch.distributed.init_process_group() before you iterate"
+                )
+            self._group = distributed.new_group(backend="gloo")
+
+    def lowest(self, value: int) -> int:
+        """The lowest of all ranks' values."""
+        if self._group is None:
+            return value
+        lowest = torch.tensor(value)
+        distributed.all_reduce(lowest, distributed.ReduceOp.MIN, group=self._group)
+        return int(lowest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank says, in the order of the ranks."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * distributed.get_world_size(self._group)
+        distributed.all_gather_object(values, value, group=self._group)
+        return values

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and tars that hold members as they were."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ _BUFFER_BYTES = 1 << 20
 def publish(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears at ``path`` when the block ends, whole and on disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(_TEMPORARY.replace("*", f"{path.name}.{uuid4().hex}"))
+    temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
     try:
         with temporary.open("xb", buffering=_BUFFER_BYTES) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # held as long as the writer lives: how others tell it from a leftover
@@ -44,12 +45,27 @@ def publish_json(path: Path, content: Mapping[str, Any]) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete the unfinished files of writers that are no more, in ``folder`` and below."""
     for path in folder.rglob(_TEMPORARY):
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # its writer lives, or has just finished
+        _remove_leftover(path)
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Delete the unfinished files of writers of ``path`` that are no more."""
+    for leftover in path.parent.glob(_TEMPORARY.replace("*", f"{glob.escape(_stem(path))}.*")):
+        _remove_leftover(leftover)
+
+
+def _stem(path: Path) -> str:
+    """As much of the name as leaves room for the rest of a temporary one."""
+    return path.name.encode()[:120].decode(errors="ignore")
+
+
+def _remove_leftover(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):
+        pass  # its writer lives, or has just finished
 
 
 def _sync_folder(folder: Path) -> None:

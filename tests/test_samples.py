@@ -374,6 +374,19 @@ def test_garbage_in_place_of_a_member_ends_the_shard_there(garbage, number):
     assert plain(samples[:num_whole]) == shard.samples[:num_whole]
 
 
+@pytest.mark.parametrize("number", [3, 6, 12])
+def test_a_zeroed_header_with_members_after_it_is_torn_and_not_the_end(number):
+    """A hole in a file, such as a crash leaves, is no end-of-archive mark: samples after it would be lost uncounted."""
+    shard = SHARDS["ustar"]
+    data = bytearray(shard.data)
+    at = shard.infos[number].offset
+    data[at : at + BLOCK] = bytes(BLOCK)
+    samples, end = read_shard(bytes(data))
+    check_accounting(samples, end)
+    assert end.torn
+    assert plain(samples[:-1]) == shard.samples[: number // 3 - 1]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(SHARDS)), flips | st.just([]), st.sets(st.integers(0, 5)), st.booleans())
 def test_what_is_wanted_never_changes_how_samples_are_counted(tar_format, flips, wanted, pair_only):

@@ -138,7 +138,7 @@ def test_a_list_file_names_one_pattern_per_line(folder):
         ("", "folder|no shard"),
         (",", "no shard matches ','"),
         ("nothing*.tar", r"no shard matches 'nothing\*.tar'"),
-        (["nothing*.tar", "x?.tar"], r"no shard matches 'nothing\*.tar', 'x\?.tar'"),
+        (["nothing*.tar", "x?.tar"], r"no shard matches 'nothing\*.tar'"),
         ("missing.tar", "'missing.tar': there is no such file"),
         (["000.tar", "missing.tar"], "'missing.tar': there is no such file"),
         ("{010..012}.tar", "'012.tar': there is no such file"),

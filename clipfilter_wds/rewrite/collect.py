@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from clipfilter_wds.dataset import Batch, SampleRow
+from clipfilter_wds.dataset import SampleRow
+from clipfilter_wds.rewrite.blocks import Block
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ShardScores
 from clipfilter_wds.shards import ShardPart, public_url
@@ -21,7 +22,7 @@ class FailedShard:
 
 
 def collect_shards(
-    batches: Iterable[Batch],
+    batches: Iterable[Block],
     scorer: ClipScorer,
     fingerprint: Fingerprint,
     on_batch: Callable[[int], None],
@@ -31,7 +32,7 @@ def collect_shards(
     Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
 
     Args:
-        batches: From :class:`~clipfilter_wds.dataset.ClipWebDataset`, of any number of workers.
+        batches: From :class:`~clipfilter_wds.rewrite.blocks.BlockDataset`, of any number of workers.
         scorer: Scores them.
         fingerprint: Goes into each table.
         on_batch: Called with the number of samples of each batch.
@@ -54,7 +55,7 @@ class _PendingShard:
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, batch: Batch, scores: torch.Tensor) -> None:
+    def add(self, batch: Block, scores: torch.Tensor) -> None:
         self.rows += batch.rows
         self.scores.append(scores)  # stays on the device: one copy per shard instead of one wait per batch
         if batch.end is not None:

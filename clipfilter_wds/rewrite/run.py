@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from clipfilter_wds import __version__
-from clipfilter_wds.dataset import ClipWebDataset, worker_loader
+from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.rewrite.blocks import BlockDataset
 from clipfilter_wds.rewrite.collect import FailedShard, collect_shards
 from clipfilter_wds.rewrite.config import ScoreConfig
 from clipfilter_wds.rewrite.outputs import Output, ShardStats
@@ -122,9 +123,9 @@ def _score_and_commit(
     tally: Tally,
     on_progress: Callable[[Tally], None],
 ) -> None:
-    dataset = ClipWebDataset(urls, scorer.preprocess, batch_size=config.batch_size, layout=config.layout)
+    dataset = BlockDataset(urls, scorer.preprocess, batch_size=config.batch_size, layout=config.layout)
     num_workers = default_num_workers(scorer.device) if config.num_workers is None else config.num_workers
-    loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda")
+    loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda", in_order=False)
 
     def on_batch(num_samples: int) -> None:
         tally.num_scored += num_samples

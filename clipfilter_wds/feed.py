@@ -1,0 +1,50 @@
+"""Batches scored ahead, in a thread of their own, so that scoring and training overlap."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class Feed(Generic[S]):
+    """Applies a function to the items of an iterable, a few items ahead of whoever takes them.
+
+    What the iterable or the function raises is raised again where the item would have been taken.
+
+    Args:
+        items: Iterated in the feed's thread; its iterator is made in this one, since that may start processes.
+        apply: Item -> what is fed.
+        depth: How many items to be ahead.
+    """
+
+    def __init__(self, items: Iterable[T], apply: Callable[[T], S], *, depth: int = 2) -> None:
+        iterator = iter(items)
+
+        def step() -> S:
+            return apply(next(iterator))
+
+        self._step = step
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-scorer")
+        self._ahead: deque[Future[S]] = deque(self._thread.submit(step) for _ in range(depth))
+
+    def __iter__(self) -> Iterator[S]:
+        """The fed items, until the iterable ends."""
+        while self._ahead:
+            future = self._ahead.popleft()
+            try:
+                item = future.result()
+            except StopIteration:
+                return
+            self._ahead.append(self._thread.submit(self._step))
+            yield item
+
+    def close(self) -> None:
+        """Stop, wait for the item that is being made, and let go of the iterable and its processes."""
+        for future in self._ahead:
+            future.cancel()
+        self._thread.shutdown(wait=True)
+        self._ahead.clear()
+        del self._step

@@ -1,0 +1,133 @@
+"""Shards -> blocks of samples ready to score, for runs whose bits must not depend on how the work was shared out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from clipfilter_wds.dataset import SampleRow, sample_rows
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.samples import SampleLayout, read_samples
+from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by_worker
+from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A run of consecutive samples of one shard.
+
+    Which samples share a batch depends on the shard and the batch size only, not on workers, other shards or where a
+    run began, so that a run that was resumed computes the very same floats.
+
+    Attributes:
+        part: The worker's share of the shard that the samples come from.
+        rows: Every sample of the run, usable or not, in order.
+        pixel_values: uint8 ``[N, 3, H, W]``, one view per row without a ``reason``, in the order of the rows.
+        input_ids: int64 ``[N, L]``, likewise.
+        end: Set on the part's last batch, which may hold no samples.
+        error: Set instead of ``end`` when the shard can't be used; the shard's earlier batches don't count then.
+    """
+
+    part: ShardPart
+    rows: list[SampleRow]
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    end: ShardEnd | None = None
+    error: str | None = None
+
+    def pin_memory(self) -> "Block":
+        """The batch with its tensors in page-locked memory (called by DataLoader)."""
+        pinned = {"pixel_values": self.pixel_values.pin_memory(), "input_ids": self.input_ids.pin_memory()}
+        return Block(part=self.part, rows=self.rows, end=self.end, error=self.error, **pinned)
+
+
+class BlockDataset(IterableDataset[Block]):
+    """Streams shards as :class:`Block` s: read, decoded, resized and tokenized, but not yet scored.
+
+    Args:
+        shards: Whatever :func:`~clipfilter_wds.shards.expand_shards` takes.
+        preprocess: The scorer's ``preprocess``.
+        batch_size: Samples per batch; a shard's last batch may hold fewer.
+        layout: Which members are image and caption.
+        allow_pipe: Read ``pipe:`` URLs, which run shell commands.
+
+    Raises:
+        ValueError: When no shard matches.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        preprocess: ClipPreprocess,
+        *,
+        batch_size: int = 64,
+        layout: SampleLayout | None = None,
+        allow_pipe: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.urls = expand_shards(shards, allow_pipe=allow_pipe)
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.layout = layout or SampleLayout()
+        self.allow_pipe = allow_pipe
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield this worker's share; the workers of one DataLoader together yield every sample exactly once."""
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        for part in split_by_worker(self.urls, worker, num_workers):
+            yield from self._read_part(part)
+
+    def _read_part(self, part: ShardPart) -> Iterator[Block]:
+        def wanted(index: int) -> bool:
+            return index // self.batch_size % part.num_parts == part.part
+
+        builder, end = _BlockBuilder(part, self.preprocess, self.layout), None
+        try:
+            with open_shard(part.url, allow_pipe=self.allow_pipe) as shard:
+                for item in read_samples(shard, self.layout, wanted=wanted, pair_only=True):
+                    if isinstance(item, ShardEnd):
+                        end = item
+                        continue
+                    builder.add(item)
+                    if len(builder) == self.batch_size:
+                        yield builder.build()
+            # Only now, since closing the shard can still tell that reading it failed.
+            yield builder.build(end=end)
+        except ShardError as error:
+            yield builder.build(error=str(error))
+
+
+class _BlockBuilder:
+    """Gathers samples until they are made a batch of."""
+
+    def __init__(self, part: ShardPart, preprocess: ClipPreprocess, layout: SampleLayout) -> None:
+        self._part, self._preprocess, self._layout = part, preprocess, layout
+        self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def add(self, sample: Sample) -> None:
+        try:
+            self._samples.append((sample, self._preprocess.open_sample(sample, self._layout)))
+        except UnusableError as unusable:
+            self._samples.append((sample, unusable.reason))
+
+    def build(self, *, end: ShardEnd | None = None, error: str | None = None) -> Block:
+        """Make a batch of what was added, and begin the next one."""
+        usable = [opened for _, opened in self._samples if isinstance(opened, OpenPair)]
+        pixel_values, tokens = self._preprocess.collate(usable)
+        rows = sample_rows(self._samples, tokens)
+        self._samples = []
+        return Block(
+            part=self._part,
+            rows=rows,
+            pixel_values=pixel_values,
+            input_ids=tokens.input_ids,
+            end=end,
+            error=error,
+        )
