@@ -168,7 +168,7 @@ class ClipFilterLoader:
         dataset: A :class:`~clipfilter_wds.dataset.ClipWebDataset`; or any iterable of dicts that hold ``pixel_values``
             and ``input_ids`` as ``scorer.preprocess`` makes them, whose other columns are passed on (such a
             loader can't be resumed).
-        scorer: The model.
+        scorer: The model; None keeps everything and adds no scores, for loaders that are sometimes filtered.
         world: This rank among all; None takes it from ``torch.distributed`` or the environment.
         options: As :class:`LoaderConfig`.
 
@@ -179,7 +179,7 @@ class ClipFilterLoader:
     def __init__(
         self,
         dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
-        scorer: ClipScorer,
+        scorer: ClipScorer | None,
         *,
         world: World | None = None,
         **options: Any,
@@ -187,6 +187,8 @@ class ClipFilterLoader:
         self.dataset = dataset
         self.scorer = scorer
         self.config = LoaderConfig(**options)
+        if scorer is None and self.config.threshold is not None:
+            raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
         self.world = world or getattr(dataset, "world", None)
         #: Batches that the ranks had ready when the last epoch ended and did not hand out (``end="sync"``).
         self.left_over = 0
@@ -205,8 +207,17 @@ class ClipFilterLoader:
         return self._run.progress.stats if self._run else self._next.progress.stats
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of this epoch."""
-        self._next = _Mark.start(self._num_positions, epoch, self.stats)
+        """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is."""
+        repeat = self.config.end == "repeat"
+        self._begin_at(
+            replace(self._next, batches=0) if repeat else _Mark.start(self._num_positions, epoch, self.stats)
+        )
+
+    def _begin_at(self, mark: "_Mark") -> None:
+        self._next = mark
+        self._run = None
+        self._remembered.clear()
+        self._remembered.append(mark)
 
     def __len__(self) -> int:
         """Batches per epoch, which is known for ``end="repeat"`` only."""
@@ -310,10 +321,7 @@ class ClipFilterLoader:
         ]
         if differences:
             raise ValueError("can't go on from this state: " + "; ".join(differences))
-        self._next = _Mark.from_json(state)
-        self._run = None
-        self._remembered.clear()
-        self._remembered.append(self._next)
+        self._begin_at(_Mark.from_json(state))
 
     def _settings(self) -> dict[str, Any]:
         """All that the order of batches depends on."""
@@ -333,7 +341,7 @@ class ClipFilterLoader:
             "batch_size": config.batch_size,
             "score_batch_size": config.score_batch_size,
             "end": config.end,
-            "weights": self.scorer.fingerprint["weights"],
+            "weights": self.scorer and self.scorer.fingerprint["weights"],
         }
 
 
@@ -343,7 +351,7 @@ class _Run:
     def __init__(
         self,
         dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
-        scorer: ClipScorer,
+        scorer: ClipScorer | None,
         config: LoaderConfig,
         world: World,
         begin: "_Mark",
@@ -353,12 +361,13 @@ class _Run:
         self.progress = begin.progress
         self.num_seen = self.num_kept = 0
         self._skip = begin.handed
+        self._has_scores = scorer is not None
         self._last_kept_epoch = begin.progress.epoch
         self._rebatcher = Rebatcher(config.batch_size)
         self._waiting: deque[_Progress] = deque()
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
         if isinstance(dataset, ClipWebDataset):
-            batches = _stream(dataset, config, world, begin, pin_memory=scorer.device.type == "cuda")
+            batches = _stream(dataset, config, world, begin, pin_memory=torch.cuda.is_available())
             self._feed = Feed(batches, lambda batch: _score_stream_batch(scorer, batch))
         else:
             self._feed = Feed(dataset, lambda batch: _score_columns(scorer, batch))
@@ -398,7 +407,8 @@ class _Run:
 
     def _push(self, scored: _Scored, keep: np.ndarray, num_rows: int, before: "_Progress") -> None:
         columns = take(scored.columns, np.flatnonzero(keep).tolist()) if num_rows < len(keep) else scored.columns
-        self._rebatcher.push({**columns, "score": torch.from_numpy(scored.scores[keep])}, num_rows)
+        scores = {"score": torch.from_numpy(scored.scores[keep])} if self._has_scores else {}
+        self._rebatcher.push({**columns, **scores}, num_rows)
         self._waiting.append(before)
         if self._skip:
             self._rebatcher.skip(self._skip)
@@ -442,7 +452,7 @@ def _stream(
     )
 
 
-def _score_stream_batch(scorer: ClipScorer, batch: StreamBatch) -> _Scored:
+def _score_stream_batch(scorer: ClipScorer | None, batch: StreamBatch) -> _Scored:
     usable = [row.reason is None for row in batch.rows]
     return _Scored(
         columns={
@@ -458,7 +468,7 @@ def _score_stream_batch(scorer: ClipScorer, batch: StreamBatch) -> _Scored:
     )
 
 
-def _score_columns(scorer: ClipScorer, batch: Mapping[str, Any]) -> _Scored:
+def _score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> _Scored:
     missing = {"pixel_values", "input_ids"} - set(batch)
     if missing:
         raise ValueError(f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}")
@@ -466,8 +476,10 @@ def _score_columns(scorer: ClipScorer, batch: Mapping[str, Any]) -> _Scored:
     return _Scored(columns=dict(batch), scores=scores, unusable={})
 
 
-def _scores(scorer: ClipScorer, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
+def _scores(scorer: ClipScorer | None, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
     """Score on a stream of this thread's own, so that waiting for the scores does not wait for the training step."""
+    if scorer is None:
+        return np.full(len(pixel_values), np.nan, dtype=np.float32)
     if scorer.device.type != "cuda":
         scores: np.ndarray = scorer(pixel_values, input_ids).numpy()
         return scores

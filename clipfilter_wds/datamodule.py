@@ -1,0 +1,276 @@
+"""Lightning wiring, and nothing else: a data module that filters while it streams, and a monitor of the filter."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+from torch import distributed
+
+from clipfilter_wds.dataset import ClipWebDataset
+from clipfilter_wds.loader import ClipFilterLoader, End
+from clipfilter_wds.samples import SampleLayout
+from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
+from clipfilter_wds.selection import DEFAULT_THRESHOLD
+from clipfilter_wds.world import World
+
+
+class ClipFilterDataModule(L.LightningDataModule):
+    """Streams image-caption shards into training and drops mispaired samples on the way.
+
+    Batches are those of :class:`~clipfilter_wds.loader.ClipFilterLoader`. Checkpoints hold the exact position on every
+    rank: ``trainer.fit(..., ckpt_path=...)`` goes on with the batch after the one that was trained last.
+
+    Args:
+        train: Shards to train on: a path, glob, brace range, ``@file.txt`` or a list of these.
+        val: Shards to validate on, if any.
+        model: The CLIP that filters: a Hugging Face hub id, a local folder, or ``demo-tiny``.
+        revision: Branch, tag or commit of a hub model.
+        precision: Arithmetic of its forward pass; ``auto`` is the fastest whose decisions equal fp32's.
+        threshold: Keep a pair when its cosine, clipped to [0, 1], is at least this. ``null`` keeps all and adds scores.
+        filter_train: Whether to filter training samples.
+        filter_val: Whether to filter validation samples.
+        image_transform: RGB image -> training view; ``null`` gives CLIP's own view, uint8 ``[3, H, W]``.
+        text_transform: Caption -> training view; ``null`` gives the caption.
+        caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``).
+        batch_size: Pairs per training batch and rank.
+        score_batch_size: Samples per forward pass of the filter.
+        num_workers: Processes that read and decode, per rank.
+        shuffle: Shuffle shards, and samples within windows of this many; 0 keeps the order. Validation is not shuffled.
+        seed: Of the order.
+        end: How a training epoch ends on several ranks: ``sync`` when the first rank has no more batches, ``repeat``
+            after ``batches_per_epoch``.
+        batches_per_epoch: For ``repeat``.
+        starvation_limit: Samples in a row without one that is kept after which to raise an error.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        *,
+        model: str = DEFAULT_MODEL,
+        revision: str | None = None,
+        precision: Precision = "auto",
+        threshold: float | None = DEFAULT_THRESHOLD,
+        filter_train: bool = True,
+        filter_val: bool = False,
+        image_transform: Callable[[Any], Any] | None = None,
+        text_transform: Callable[[str], Any] | None = None,
+        caption: str = "txt",
+        batch_size: int = 256,
+        score_batch_size: int = 64,
+        num_workers: int = 0,
+        shuffle: int = 1000,
+        seed: int = 0,
+        end: End = "sync",
+        batches_per_epoch: int | None = None,
+        starvation_limit: int = 100_000,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["image_transform", "text_transform"])
+        self._image_transform, self._text_transform = image_transform, text_transform
+        self._scorer: ClipScorer | None = None
+        self._epoch_loader: _EpochLoader | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        #: The training loader, once there is one.
+        self.train_loader: ClipFilterLoader | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the filter's model to this rank's device."""
+        if self._scorer is None:
+            options = self.hparams
+            self._scorer = ClipScorer(
+                options["model"],
+                revision=options["revision"],
+                device=self._trainer.strategy.root_device,
+                precision=options["precision"],
+            )
+
+    def train_dataloader(self) -> "_EpochLoader":
+        """Batches to train on."""
+        options = self.hparams
+        self.train_loader = self._loader(
+            options["train"],
+            filtered=options["filter_train"],
+            shuffle=options["shuffle"],
+            end=options["end"],
+            batches_per_epoch=options["batches_per_epoch"],
+        )
+        self._epoch_loader = _EpochLoader(self.train_loader, self._trainer, self._resumed)
+        self._resumed = None
+        return self._epoch_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of every rank's training stream."""
+        return {} if self._epoch_loader is None else self._epoch_loader.position()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: When the checkpoint was written by another number of ranks.
+        """
+        if not state_dict:
+            return
+        num_ranks = len(state_dict["ranks"])
+        if num_ranks != self._trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was written by {num_ranks} ranks and is read by {self._trainer.world_size}"
+            )
+        self._resumed = state_dict
+
+    def val_dataloader(self) -> Any:
+        """Batches to validate on; none without ``val``."""
+        if self.hparams["val"] is None:
+            return []
+        loader = self._loader(self.hparams["val"], filtered=self.hparams["filter_val"], shuffle=0)
+        return _SameEveryTime(loader)
+
+    def _loader(self, shards: str | list[str], *, filtered: bool, shuffle: int, **options: Any) -> ClipFilterLoader:
+        hparams, trainer = self.hparams, self._trainer
+        if self._scorer is None:
+            raise RuntimeError("the data module has no model yet; its setup() comes first")
+        dataset = ClipWebDataset(
+            shards,
+            self._scorer.preprocess,
+            image_transform=self._image_transform,
+            text_transform=self._text_transform,
+            shuffle=shuffle,
+            seed=hparams["seed"],
+            layout=SampleLayout(caption=hparams["caption"]),
+            world=World(rank=trainer.global_rank, world_size=trainer.world_size),
+        )
+        return ClipFilterLoader(
+            dataset,
+            self._scorer if filtered else None,
+            threshold=hparams["threshold"] if filtered else None,
+            batch_size=hparams["batch_size"],
+            score_batch_size=hparams["score_batch_size"],
+            num_workers=hparams["num_workers"],
+            starvation_limit=hparams["starvation_limit"],
+            **options,
+        )
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("ClipFilterDataModule works with a Trainer; without one, use ClipFilterLoader")
+        return self.trainer
+
+
+class _EpochLoader:
+    """The training loader as the fit loop iterates it.
+
+    The fit loop may make two iterators for one epoch, so an epoch begins where it began before.
+    """
+
+    def __init__(self, loader: ClipFilterLoader, trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
+        self._loader, self._trainer = loader, trainer
+        self._epoch: int | None = None
+        self._begin: Mapping[str, Any] = {}
+        if resumed is not None:
+            self._epoch, self._begin = resumed["epoch"], resumed["ranks"][trainer.global_rank]
+            loader.load_state_dict(self._begin)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Not trainer.current_epoch, which lags behind when a run goes on from the end of an epoch.
+        progress: Any = self._trainer.fit_loop.epoch_progress.current  # typed too widely
+        epoch: int = progress.processed
+        if epoch == self._epoch:
+            self._loader.load_state_dict(self._begin)
+        else:
+            self._loader.set_epoch(epoch)
+            self._epoch, self._begin = epoch, self._loader.state_dict()
+        return iter(self._loader)
+
+    def position(self) -> dict[str, Any]:
+        """Where all ranks are, after the batch that was trained last."""
+        # The fit loop fetches one batch ahead of the one that it trains on.
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current  # typed too widely
+        mine = self._loader.state_dict(after=progress.processed)
+        # Only rank zero's checkpoint is written, so it holds the states of all.
+        ranks: list[Any] = [mine]
+        if self._trainer.world_size > 1:
+            ranks = [None] * self._trainer.world_size
+            distributed.all_gather_object(ranks, mine)
+        return {"epoch": self._epoch, "ranks": ranks}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells Lightning that the loader can be resumed; the data module holds the state.
+
+        Lightning restores a loader's own state when it stopped within an epoch, but not at the end of one.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Called when Lightning goes on within an epoch."""
+        # Saved with an epoch's last batch and of unknown length, the flag would end every later epoch before it begins.
+        self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+
+
+class _SameEveryTime:
+    """A loader that begins at its first epoch whenever it is iterated, as validation should."""
+
+    def __init__(self, loader: ClipFilterLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._loader.set_epoch(0)
+        return iter(self._loader)
+
+
+class ClipFilterMonitor(L.Callback):
+    """Logs how the filter does, through the trainer's loggers, every ``log_every_n_steps`` of the trainer.
+
+    ``clipfilter/keep_rate``, ``clipfilter/score_mean`` (of the kept), ``clipfilter/dropped/<reason>`` (counts since
+    training began), ``clipfilter/samples_per_second`` (scored), ``clipfilter/wait_share`` (of the time, in which
+    training waited for data). Values are rank zero's.
+    """
+
+    def __init__(self) -> None:
+        self._batch_ended = self._window_began = time.perf_counter()
+        self._waited = 0.0
+        self._seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that there is a filter, and start the clock."""
+        self._batch_ended = self._window_began = time.perf_counter()
+        self._seen = self._loader(trainer).stats.seen
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note how long the batch was waited for."""
+        self._waited += time.perf_counter() - self._batch_ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, now and then."""
+        self._batch_ended = time.perf_counter()
+        if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by a connector
+            return
+        stats, seconds = self._loader(trainer).stats, self._batch_ended - self._window_began
+        self.log_dict(  # type: ignore[attr-defined]  # the trainer gives callbacks this method
+            {
+                "clipfilter/keep_rate": stats.keep_rate,
+                "clipfilter/samples_per_second": (stats.seen - self._seen) / max(seconds, 1e-9),
+                "clipfilter/wait_share": self._waited / max(seconds, 1e-9),
+                **({"clipfilter/score_mean": batch["score"].float().mean()} if "score" in batch else {}),
+                **{f"clipfilter/dropped/{reason}": float(count) for reason, count in stats.dropped.items()},
+            },
+            rank_zero_only=True,
+            batch_size=1,
+        )
+        self._window_began, self._waited, self._seen = self._batch_ended, 0.0, stats.seen
+
+    @staticmethod
+    def _loader(trainer: L.Trainer) -> ClipFilterLoader:
+        loader = getattr(trainer.datamodule, "train_loader", None)  # type: ignore[attr-defined]
+        if not isinstance(loader, ClipFilterLoader):
+            raise TypeError("ClipFilterMonitor needs a ClipFilterDataModule: trainer.fit(model, datamodule=...)")
+        return loader
