@@ -1,0 +1,52 @@
+"""How a loader works."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
+
+End = Literal["sync", "repeat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a :class:`ClipFilterLoader` works.
+
+    Attributes:
+        threshold: Keep a pair when ``clip(score, 0, 1)`` is at least this; None keeps all and only adds scores.
+        batch_size: Pairs per training batch.
+        score_batch_size: Samples per forward pass of the scorer.
+        num_workers: Processes that read and decode.
+        drop_last: Leave out an epoch's last batch when it is smaller than the others.
+        end: With several ranks, how an epoch ends. ``sync``: for all together, when the first has no further batch.
+            ``repeat``: after ``batches_per_epoch`` batches; the stream of shards goes on for ever.
+        batches_per_epoch: For ``repeat``.
+        starvation_limit: Samples in a row without one that is kept after which to raise an error.
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
+
+    Raises:
+        ValueError: When one of them can't be used.
+    """
+
+    threshold: float | None = DEFAULT_THRESHOLD
+    batch_size: int = 256
+    score_batch_size: int = 64
+    num_workers: int = 0
+    drop_last: bool = False
+    end: End = "sync"
+    batches_per_epoch: int | None = None
+    starvation_limit: int = 100_000
+    multiprocessing_context: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        for name, lowest in (("batch_size", 1), ("score_batch_size", 1), ("num_workers", 0), ("starvation_limit", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        if self.end not in ("sync", "repeat"):
+            raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
+        if (self.end == "repeat") != (self.batches_per_epoch is not None):
+            raise ValueError(
+                f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"
+            )

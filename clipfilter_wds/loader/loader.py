@@ -1,0 +1,211 @@
+"""The loader that training iterates: epochs, ranks and state."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from clipfilter_wds.dataset import ClipWebDataset
+from clipfilter_wds.loader.config import LoaderConfig
+from clipfilter_wds.loader.mark import Mark
+from clipfilter_wds.loader.run import Run
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.shards import public_url
+from clipfilter_wds.types import FilterStats
+from clipfilter_wds.world import Agreement, World
+
+_log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+#: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
+_NUM_REMEMBERED = 4
+_READY, _OUT_OF_BATCHES, _FAILED = 2, 1, 0
+
+
+class ClipFilterLoader:
+    """Training batches of the pairs whose caption describes the image.
+
+    A batch is a dict: ``image`` and ``text`` (what the dataset's transforms made of them, collated), ``score`` (raw
+    cosine, float32 ``[batch_size]``), ``__key__`` and ``__url__`` (lists of str); all on the CPU. Workers read and
+    decode, a thread scores a few batches ahead, and training gets what is kept.
+
+    Args:
+        dataset: A :class:`~clipfilter_wds.dataset.ClipWebDataset`; or any iterable of dicts that hold ``pixel_values``
+            and ``input_ids`` as ``scorer.preprocess`` makes them, whose other columns are passed on (such a
+            loader can't be resumed).
+        scorer: The model; None keeps everything and adds no scores, for loaders that are sometimes filtered.
+        world: This rank among all; None takes it from ``torch.distributed`` or the environment.
+        options: As :class:`LoaderConfig`.
+
+    Raises:
+        ValueError: From :class:`LoaderConfig`.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
+        scorer: ClipScorer | None,
+        *,
+        world: World | None = None,
+        **options: Any,
+    ) -> None:
+        self.dataset = dataset
+        self.scorer = scorer
+        self.config = LoaderConfig(**options)
+        if scorer is None and self.config.threshold is not None:
+            raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
+        self.world = world or getattr(dataset, "world", None)
+        #: Batches that the ranks had ready when the last epoch ended and did not hand out (``end="sync"``).
+        self.left_over = 0
+        self._agreement: Agreement | None = None
+        self._run: Run | None = None
+        self._next = Mark.start(self._num_positions, getattr(dataset, "epoch", 0), FilterStats())
+        self._remembered: deque[Mark] = deque([self._next], maxlen=_NUM_REMEMBERED)
+
+    @property
+    def _num_positions(self) -> int:
+        return max(1, self.config.num_workers)
+
+    @property
+    def stats(self) -> FilterStats:
+        """Counts of all samples that this rank has scored since training began, those before a resume included."""
+        return self._run.progress.stats if self._run else self._next.progress.stats
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is."""
+        repeat = self.config.end == "repeat"
+        self._begin_at(replace(self._next, batches=0) if repeat else Mark.start(self._num_positions, epoch, self.stats))
+
+    def _begin_at(self, mark: Mark) -> None:
+        self._next = mark
+        self._run = None
+        self._remembered.clear()
+        self._remembered.append(mark)
+
+    def __len__(self) -> int:
+        """Batches per epoch, which is known for ``end="repeat"`` only."""
+        if self.config.batches_per_epoch is None:
+            raise TypeError("how many batches pass the filter is not known beforehand")
+        return self.config.batches_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The batches of one epoch; after a ``break``, of the next one.
+
+        Raises:
+            StarvationError: When nothing is kept.
+            RuntimeError: When another rank failed.
+        """
+        world = self.world or World.current()
+        if self._agreement is None:
+            self._agreement = Agreement(world)
+        begin = self._next
+        self._remembered.clear()
+        self._remember(begin)
+        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin)
+        try:
+            yield from self._hand_out(run, self._agreement)
+        finally:
+            run.close()
+
+    def _hand_out(self, run: Run, agreement: Agreement) -> Iterator[dict[str, Any]]:
+        batches = run.begun_at.batches
+        while self.config.batches_per_epoch is None or batches < self.config.batches_per_epoch:
+            try:
+                batch = run.next_batch()
+            except Exception:
+                agreement.lowest(_FAILED)  # the other ranks must not wait for this one
+                raise
+            status = agreement.lowest(_READY if batch is not None else _OUT_OF_BATCHES)
+            if status == _FAILED:
+                raise RuntimeError("another rank's data loading failed; its own error says why")
+            if status == _OUT_OF_BATCHES:
+                self._finish_epoch(run, agreement, batches, unused=batch is not None)
+                break
+            batches += 1
+            self._remember(run.mark(batches))
+            yield batch  # type: ignore[misc]  # every rank has one
+        # Only reached when the epoch was not broken off.
+        self._remember(self._next)
+
+    def _remember(self, mark: Mark) -> None:
+        self._remembered.append(mark)
+        repeat = self.config.end == "repeat"
+        stats = mark.progress.stats
+        self._next = replace(mark, batches=0) if repeat else Mark.start(self._num_positions, mark.epoch + 1, stats)
+
+    def _finish_epoch(self, run: Run, agreement: Agreement, batches: int, *, unused: bool) -> None:
+        ready = math.ceil(run.num_ready / self.config.batch_size) + unused
+        told = agreement.gather((ready, run.num_kept, run.num_seen))
+        self.left_over = sum(ready for ready, _, _ in told)
+        if batches == 0 and not any(kept for _, kept, _ in told):
+            raise run.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
+        if self.left_over:
+            _log.warning(
+                "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
+                "and left over (by rank: %s). More shards, shuffling, or end='repeat' use them",
+                batches,
+                self.left_over,
+                [ready for ready, _, _ in told],
+            )
+
+    # --- state ---
+
+    def state_dict(self, *, after: int | None = None) -> dict[str, Any]:
+        """Where this rank is, after the batch handed out last; holds positions only, never samples. JSON-ready.
+
+        Args:
+            after: Instead, after this many batches of the epoch, for a trainer that fetches ahead of the batch that it
+                trains on. At most three batches back.
+
+        Raises:
+            ValueError: When the dataset is not a :class:`ClipWebDataset`, or ``after`` lies too far back.
+        """
+        settings = self._settings()
+        marks = [mark for mark in self._remembered if after is None or mark.batches == after]
+        if not marks:
+            raise ValueError(
+                f"the state after {after} batches is no longer known; {self._remembered[-1].batches} are out"
+            )
+        return {"version": _STATE_VERSION, "settings": settings, **marks[-1].to_json()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, with the next iteration, where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: When the state is of another version, world, dataset or setting; with both values.
+        """
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(f"the state has version {state['version']}, this version reads {_STATE_VERSION}")
+        here, there = self._settings(), state["settings"]
+        differences = [
+            f"{name} is {here[name]!r} here and {there.get(name)!r} in the state"
+            for name in here
+            if here[name] != there.get(name)
+        ]
+        if differences:
+            raise ValueError("can't go on from this state: " + "; ".join(differences))
+        self._begin_at(Mark.from_json(state))
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the order of batches depends on."""
+        if not isinstance(self.dataset, ClipWebDataset):
+            raise ValueError("only a loader of a ClipWebDataset can be resumed")
+        world, config = self.world or World.current(), self.config
+        names = "\n".join(public_url(url) for url in self.dataset.urls)
+        return {
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "num_workers": config.num_workers,
+            "dataset": f"{len(self.dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
+            "shuffle": self.dataset.shuffle,
+            "seed": self.dataset.seed,
+            "caption": self.dataset.layout.caption,
+            "threshold": config.threshold,
+            "batch_size": config.batch_size,
+            "score_batch_size": config.score_batch_size,
+            "end": config.end,
+            "weights": self.scorer and self.scorer.fingerprint["weights"],
+        }

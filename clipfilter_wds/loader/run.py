@@ -1,0 +1,131 @@
+"""One iteration of a loader: reads and scores ahead, keeps and packs."""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker, worker_loader
+from clipfilter_wds.feed import Feed
+from clipfilter_wds.loader.config import LoaderConfig
+from clipfilter_wds.loader.mark import Mark, Progress
+from clipfilter_wds.loader.scored import Scored, score_columns, score_stream_batch
+from clipfilter_wds.rebatch import Rebatcher, take
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.selection import passes
+from clipfilter_wds.shards import public_url
+from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.watch import KeepRateWatch
+from clipfilter_wds.world import World
+
+_log = logging.getLogger(__name__)
+
+
+class Run:
+    """One iteration: reads and scores ahead, keeps and packs."""
+
+    def __init__(
+        self,
+        dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
+        scorer: ClipScorer | None,
+        config: LoaderConfig,
+        world: World,
+        begin: Mark,
+    ) -> None:
+        self._config, self._world = config, world
+        self.begun_at = begin
+        self.progress = begin.progress
+        self.num_seen = self.num_kept = 0
+        self._skip = begin.handed
+        self._has_scores = scorer is not None
+        self._last_kept_epoch = begin.progress.epoch
+        self._rebatcher = Rebatcher(config.batch_size)
+        self._waiting: deque[Progress] = deque()
+        self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
+        if isinstance(dataset, ClipWebDataset):
+            batches = _stream(dataset, config, world, begin, pin_memory=torch.cuda.is_available())
+            self._feed = Feed(batches, lambda batch: score_stream_batch(scorer, batch))
+        else:
+            self._feed = Feed(dataset, lambda batch: score_columns(scorer, batch))
+        self._scored = iter(self._feed)
+
+    def next_batch(self) -> dict[str, Any] | None:
+        """The next training batch, None when the epoch has no more."""
+        while not self._rebatcher.is_ready:
+            scored = next(self._scored, None)
+            if scored is None:
+                break
+            self._take_in(scored)
+        if not self._rebatcher.num_rows or (self._config.drop_last and not self._rebatcher.is_ready):
+            return None
+        batch = self._rebatcher.pop()
+        while len(self._waiting) > self._rebatcher.num_pieces:
+            self._waiting.popleft()
+        return batch
+
+    def _take_in(self, scored: Scored) -> None:
+        threshold = self._config.threshold
+        keep = passes(scored.scores, threshold) if threshold is not None else np.ones(len(scored.scores), dtype=bool)
+        seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
+        dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
+        before = self.progress
+        self.progress = before.advance(scored, FilterStats(seen=seen, kept=kept, dropped=+dropped))
+        self.num_seen, self.num_kept = self.num_seen + seen, self.num_kept + kept
+        self.watch.add(scored.scores, seen=seen, kept=kept)
+        for url, why in scored.failures:
+            _log.warning("a shard is left out: %s: %s", public_url(url), why)
+        if kept:
+            self._last_kept_epoch = self.progress.epoch
+            self._push(scored, keep, kept, before)
+        elif self.progress.epoch - self._last_kept_epoch > self._world.world_size:
+            # Ranks take turns with the shards, so by now this one has read all of them.
+            raise self.watch.starved(f"{self._world.world_size} whole epochs left none")
+
+    def _push(self, scored: Scored, keep: np.ndarray, num_rows: int, before: Progress) -> None:
+        columns = take(scored.columns, np.flatnonzero(keep).tolist()) if num_rows < len(keep) else scored.columns
+        scores = {"score": torch.from_numpy(scored.scores[keep])} if self._has_scores else {}
+        self._rebatcher.push({**columns, **scores}, num_rows)
+        self._waiting.append(before)
+        if self._skip:
+            self._rebatcher.skip(self._skip)
+            self._skip = 0
+
+    @property
+    def num_ready(self) -> int:
+        """Kept pairs that were not handed out."""
+        return self._rebatcher.num_rows
+
+    def mark(self, batches: int) -> Mark:
+        """Where this run is, after so many batches of the epoch."""
+        waiting = self._waiting[0] if self._waiting else self.progress
+        handed = self._rebatcher.num_begun if self._waiting else 0
+        return Mark(progress=waiting, epoch=self.begun_at.epoch, handed=handed, batches=batches)
+
+    def close(self) -> None:
+        """Stop workers and thread."""
+        self._feed.close()
+
+
+def _stream(
+    dataset: ClipWebDataset, config: LoaderConfig, world: World, begin: Mark, *, pin_memory: bool
+) -> Iterable[StreamBatch]:
+    stream = StreamWorker(
+        dataset,
+        world=world,
+        num_workers=max(1, config.num_workers),
+        batch_size=config.score_batch_size,
+        epoch=begin.epoch,
+        start=begin.progress.positions,
+        first=begin.progress.next_worker,
+        endless=config.end == "repeat",
+    )
+    return worker_loader(
+        stream,
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+        in_order=True,
+        multiprocessing_context=config.multiprocessing_context,
+    )

@@ -1,0 +1,76 @@
+"""Batches of a dataset, or of anybody's loader -> scored batches."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipfilter_wds.dataset import StreamBatch
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.stream import Position
+from clipfilter_wds.types import DropReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A scoring batch with its scores: columns hold the usable samples only."""
+
+    columns: dict[str, Any]
+    scores: np.ndarray
+    unusable: Mapping[DropReason, int]
+    worker: int = 0
+    after: Position = field(default_factory=Position)
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+def score_stream_batch(scorer: ClipScorer | None, batch: StreamBatch) -> Scored:
+    """Score a dataset's batch; its columns are the training views of the usable samples, their keys and URLs."""
+    usable = [row.reason is None for row in batch.rows]
+    return Scored(
+        columns={
+            **batch.views,
+            "__key__": [row.key for row in batch.rows if row.reason is None],
+            "__url__": list(compress(batch.urls, usable)),
+        },
+        scores=_scores(scorer, batch.pixel_values, batch.input_ids),
+        unusable=Counter(row.reason for row in batch.rows if row.reason is not None),
+        worker=batch.worker,
+        after=batch.after,
+        failures=tuple(batch.failures),
+    )
+
+
+def score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> Scored:
+    """Score a batch of anybody's loader; its columns are passed on as they are.
+
+    Raises:
+        ValueError: When ``pixel_values`` or ``input_ids`` is missing.
+    """
+    missing = {"pixel_values", "input_ids"} - set(batch)
+    if missing:
+        raise ValueError(f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}")
+    scores = _scores(scorer, batch["pixel_values"], batch["input_ids"])
+    return Scored(columns=dict(batch), scores=scores, unusable={})
+
+
+def _scores(scorer: ClipScorer | None, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
+    """Score on a stream of this thread's own, so that waiting for the scores does not wait for the training step."""
+    if scorer is None:
+        return np.full(len(pixel_values), np.nan, dtype=np.float32)
+    if scorer.device.type != "cuda":
+        scores: np.ndarray = scorer(pixel_values, input_ids).numpy()
+        return scores
+    with torch.cuda.stream(_side_stream(scorer.device)):
+        on_device: np.ndarray = scorer(pixel_values, input_ids).cpu().numpy()
+        return on_device
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
