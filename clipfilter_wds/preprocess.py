@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPE
 
 #: Version of the pixel and text policy in this file; part of the fingerprint of every score.
 POLICY_VERSION = 1
+
+_TXT = SampleLayout()
 
 #: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
 _MAX_CAPTION_CHARS = 1 << 16
@@ -140,6 +142,7 @@ class CaptionTokenizer:
         self._tokenizer.enable_padding(pad_id=pad_id)
         self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         self.max_length = max_length
+        self.pad_id = pad_id
 
     def fingerprint(self) -> str:
         """SHA-256 of vocabulary, rules and limits."""
@@ -195,6 +198,26 @@ class ClipPreprocess:
             "policy": POLICY_VERSION,
         }
 
+    def __call__(self, sample: Mapping[str, Any], layout: SampleLayout = _TXT) -> dict[str, Any]:
+        """A stage for a pipeline of your own: ``webdataset.WebDataset(...).map(scorer.preprocess).batched(64)``.
+
+        Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``) and ``reason``: empty,
+        or why the sample can't be scored. Such samples go through, so that a ClipFilterLoader can count them.
+
+        Args:
+            sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
+            layout: Where the caption is.
+        """
+        reason = ""
+        try:
+            image, caption = self._decode_members(sample, layout)
+            pixels = self.view(image)
+        except UnusableError as unusable:
+            caption, pixels, reason = "", torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
+        ids = self.tokenize([caption]).input_ids[0]
+        padding = torch.full((self.tokenize.max_length - len(ids),), self.tokenize.pad_id)
+        return {**sample, "pixel_values": pixels, "input_ids": torch.cat([ids, padding]), "reason": reason}
+
     def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
         """Read caption and image of a sample, and prepare its view.
 
@@ -211,11 +234,13 @@ class ClipPreprocess:
         """
         if sample.problem is not None:
             raise UnusableError(sample.problem)
-        data = {member.extension: member.data for member in sample.members}
-        encoded = next((data[extension] for extension in IMAGE_EXTENSIONS if extension in data), None)
-        if encoded is None:
+        return self._decode_members({member.extension: member.data for member in sample.members}, layout)
+
+    def _decode_members(self, members: Mapping[str, Any], layout: SampleLayout) -> tuple[Image.Image, str]:
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is None:
             raise UnusableError(DropReason.MISSING_IMAGE)
-        return self._decode_pair(encoded, read_caption(data, layout))
+        return self._decode_pair(image, read_caption(members, layout))
 
     def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
         """Decode an image and prepare its view.
@@ -225,10 +250,10 @@ class ClipPreprocess:
         """
         return self.prepare(*self._decode_pair(encoded, caption))
 
-    def _decode_pair(self, encoded: bytes, caption: str) -> tuple[Image.Image, str]:
+    def _decode_pair(self, image: bytes | Image.Image, caption: str) -> tuple[Image.Image, str]:
         if not caption.strip():
             raise UnusableError(DropReason.BLANK_CAPTION)
-        return self.view.decode(encoded), caption
+        return _to_rgb(image) if isinstance(image, Image.Image) else self.view.decode(image), caption
 
     def prepare(self, image: Image.Image, caption: str) -> OpenPair:
         """Prepare the view of an RGB image."""
@@ -241,26 +266,28 @@ class ClipPreprocess:
         return pixel_values, self.tokenize([pair.caption for pair in pairs])
 
 
-def read_caption(data: dict[str, bytes], layout: SampleLayout) -> str:
-    """The caption among a sample's members; bytes that are not UTF-8 are replaced.
+def read_caption(data: Mapping[str, Any], layout: SampleLayout) -> str:
+    """The caption among a sample's members, encoded or decoded; bytes that are not UTF-8 are replaced.
 
     Raises:
         UnusableError: ``missing_caption``.
     """
-    member = data.get(layout.caption_extension)
-    caption = None if member is None else member.decode("utf-8-sig", errors="replace")
-    if caption is not None and layout.caption_field is not None:
+    caption = data.get(layout.caption_extension)
+    if isinstance(caption, bytes):
+        caption = caption.decode("utf-8-sig", errors="replace")
+    if layout.caption_field is not None:
         caption = _json_field(caption, layout.caption_field)
-    if caption is None:
+    if not isinstance(caption, str):
         raise UnusableError(DropReason.MISSING_CAPTION)
     return caption
 
 
-def _json_field(text: str, field: str) -> str | None:
-    try:
-        record: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+def _json_field(record: Any, field: str) -> str | None:
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError):
+            return None
     value = record.get(field) if isinstance(record, dict) else None
     # JSON can hold half a surrogate pair, which no tokenizer takes.
     return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from clipfilter_wds.dataset import StreamBatch
+from clipfilter_wds.rebatch import take
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.stream import Position
 from clipfilter_wds.types import DropReason
@@ -54,8 +55,21 @@ def score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> Scored
     missing = {"pixel_values", "input_ids"} - set(batch)
     if missing:
         raise ValueError(f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}")
-    scores = _scores(scorer, batch["pixel_values"], batch["input_ids"])
-    return Scored(columns=dict(batch), scores=scores, unusable={})
+    columns, unusable = dict(batch), Counter[DropReason]()
+    if any(reasons := columns.pop("reason", ())):
+        usable = [number for number, reason in enumerate(reasons) if not reason]
+        unusable = Counter(DropReason(reason) for reason in reasons if reason)
+        columns = take(columns, usable)
+    input_ids = columns["input_ids"]
+    if scorer is not None:
+        input_ids = _without_padding(input_ids, scorer.preprocess.tokenize.pad_id)
+    return Scored(columns=columns, scores=_scores(scorer, columns["pixel_values"], input_ids), unusable=unusable)
+
+
+def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Cut what is padding in every row but for one token, since padding may be the end of text."""
+    used = (input_ids != pad_id).any(dim=0).nonzero()
+    return input_ids[:, : int(used[-1]) + 2] if len(used) else input_ids
 
 
 def _scores(scorer: ClipScorer | None, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
