@@ -5,34 +5,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from clipfilter_wds.datamodule import ClipFilterDataModule, ClipFilterMonitor
     from clipfilter_wds.dataset import ClipWebDataset
+    from clipfilter_wds.loader import ClipFilterLoader
+    from clipfilter_wds.operator import ImageClipFilter
     from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
     from clipfilter_wds.scorer import ClipScorer
     from clipfilter_wds.scores import ShardScores
     from clipfilter_wds.types import DropReason, FilterStats
-    from clipfilter_wds.world import World
 
 _HOME = {
+    "ClipFilterDataModule": "datamodule",
+    "ClipFilterLoader": "loader",
+    "ClipFilterMonitor": "datamodule",
     "ClipScorer": "scorer",
     "ClipWebDataset": "dataset",
     "DropReason": "types",
     "FilterStats": "types",
+    "ImageClipFilter": "operator",
     "RewriteConfig": "rewrite",
     "ScoreConfig": "rewrite",
     "ShardScores": "scores",
-    "World": "world",
     "process_shards": "rewrite",
 }
 
 __all__ = [
+    "ClipFilterDataModule",
+    "ClipFilterLoader",
+    "ClipFilterMonitor",
     "ClipScorer",
     "ClipWebDataset",
     "DropReason",
     "FilterStats",
+    "ImageClipFilter",
     "RewriteConfig",
     "ScoreConfig",
     "ShardScores",
-    "World",
     "process_shards",
 ]
 

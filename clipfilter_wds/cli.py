@@ -13,6 +13,7 @@ from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
+from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.world import World
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -85,6 +86,51 @@ def score(
     return _run(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
 
 
+def table(
+    input: str,  # noqa: A002  # the command's argument is called what it is
+    *,
+    output: str,
+    image_key: str = "image",
+    caption_key: str = "caption",
+    threshold: float = DEFAULT_THRESHOLD,
+    score_key: str | None = None,
+    model: str = DEFAULT_MODEL,
+    revision: str | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    precision: Precision = "auto",
+    device: str = "auto",
+) -> int:
+    """Write the rows of a table whose caption describes the image.
+
+    Args:
+        input: A .jsonl, .csv, .parquet or .json file. Relative image paths begin in its folder.
+        output: File of the same type to write; one that is there is replaced.
+        image_key: Column of the images: paths, http(s):// or other fsspec URLs.
+        caption_key: Column of the captions.
+        threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this.
+        score_key: Name of a column to add, such as clip_score, that holds the similarity.
+        model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
+        revision: Branch, tag or commit of a hub model.
+        batch_size: Rows per forward pass.
+        num_workers: Processes that open images; by default as many as suit the device.
+        precision: Arithmetic of the forward pass; auto is the fastest whose decisions equal fp32's.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    config = TableConfig(
+        input=input,
+        output=output,
+        image_key=image_key,
+        caption_key=caption_key,
+        threshold=threshold,
+        score_key=score_key,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    process_table(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    return ALL_DONE
+
+
 def _run(config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
     world = World.from_env()
     if world.world_size > 1:
@@ -98,13 +144,15 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say in one line what is wrong, without the whole usage."""
         line = " ".join(message.split())
+        if line.startswith("unrecognized arguments: ") and not line.split()[2].startswith("-"):
+            line += "; quote a pattern such as 'data/*.tar', so that the shell does not spread it"
         self.exit(UNUSABLE, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments."""
     try:
-        code = auto_cli([demo, rewrite, score], args=args, parser_class=_Parser, prog="clipfilter-wds")
+        code = auto_cli([demo, rewrite, score, table], args=args, parser_class=_Parser, prog="clipfilter-wds")
     except ValueError as error:
         code = _complain(str(error), UNUSABLE)
     except OSError as error:

@@ -1,0 +1,67 @@
+"""JSON lines -> records; lines that are none are passed over and remembered."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+_MAX_LINE_BYTES = 1 << 28
+_MAX_REMEMBERED = 5
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class BadLines:
+    """The lines of a table that hold no row: how many, and what is wrong with the first few."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: object) -> None:
+        """Count one; ``where`` names it (``line 17``)."""
+        self.count += 1
+        if len(self.first) < _MAX_REMEMBERED:
+            self.first.append(f"{where}: {why}")
+
+    def __str__(self) -> str:
+        more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return "; ".join(self.first) + more
+
+
+def read_json_lines(file: BinaryIO, bad: BadLines) -> Iterator[tuple[bytes, Record]]:
+    """Yield each line that is a JSON object: its bytes without the line's end, and the object. Empty lines don't count.
+
+    Raises:
+        ValueError: When a line is so long that the file can't be JSON lines.
+    """
+    number = 0
+    while line := file.readline(_MAX_LINE_BYTES):
+        number += 1
+        if len(line) == _MAX_LINE_BYTES:
+            raise ValueError(
+                f"line {number} is longer than {_MAX_LINE_BYTES:,} bytes; is this a JSON array? Name it .json"
+            )
+        line = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip()
+        if not line:
+            continue
+        try:
+            yield line, _parse(line)
+        except (ValueError, RecursionError) as error:
+            bad.add(f"line {number}", error)
+
+
+def _parse(line: bytes) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds a {type(record).__name__}, not an object")
+    return record
+
+
+def dump_record(record: Record, **options: Any) -> bytes:
+    """A record as one line of JSON, without the line's end; ``options`` are those of ``json.dumps``."""
+    try:
+        return json.dumps(record, ensure_ascii=False, **options).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 can't hold but an escape can
+        return json.dumps(record, **options).encode()

@@ -1,0 +1,221 @@
+"""Image paths and captions of a table -> similarities: opened in DataLoader workers, scored in batches, in order."""
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.images import check_protocol, is_remote, read_image
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.selection import passes
+from clipfilter_wds.types import DropReason, FilterStats
+
+#: Images of one batch that are fetched at a time, in each worker.
+_NUM_FETCHERS = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a row of a table says of image and caption; None where it says nothing."""
+
+    image: str | None
+    caption: str | None
+
+    @classmethod
+    def of_cells(cls, image: object, caption: object) -> "Pair":
+        """Read two cells. Numbers are taken as they print; what is no text, number or path (NaN, None) is missing.
+
+        Raises:
+            ValueError: When the image's storage needs a package that is not installed.
+        """
+        path = _text(os.fsdecode(image) if isinstance(image, os.PathLike) else image)
+        if path is not None:
+            check_protocol(path)
+        text = _text(caption)
+        # JSON can hold half a surrogate pair, which no tokenizer takes.
+        return cls(path, None if text is None else text.encode("utf-8", errors="replace").decode())
+
+
+def _text(cell: object) -> str | None:
+    if isinstance(cell, Real) and not math.isnan(cell):
+        return str(cell)
+    return cell if isinstance(cell, str) and cell.strip() else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairScores:
+    """The scores of a run of pairs.
+
+    Attributes:
+        similarity: float32 ``[N]``: the cosine clipped to [0, 1], 0.0 where there is a reason.
+        reasons: Per pair, why it could not be scored, or None.
+        num_truncated: How many captions were longer than the text tower takes.
+    """
+
+    similarity: np.ndarray
+    reasons: Sequence[DropReason | None]
+    num_truncated: int
+
+    def keep(self, threshold: float) -> np.ndarray:
+        """Which pairs are kept, bool ``[N]``. What could not be scored is compared as 0.0, as the reference does."""
+        return passes(self.similarity, threshold)
+
+
+def score_pairs(
+    batches: Iterable[tuple[T, Sequence[Pair]]], scorer: ClipScorer, *, folder: Path, num_workers: int
+) -> Iterator[tuple[T, PairScores]]:
+    """Score batches of pairs in order. A few batches ahead of the one scored are drawn from ``batches`` and opened.
+
+    Args:
+        batches: Pairs, each batch with whatever it shall come back with.
+        scorer: The model; a batch is one forward pass.
+        folder: Where relative image paths begin.
+        num_workers: Processes that open images (0: this one).
+    """
+    waiting: deque[T] = deque()
+
+    def requests() -> Iterator[Sequence[Pair]]:
+        for companion, pairs in batches:
+            waiting.append(companion)
+            yield pairs
+
+    opener = _PairOpener(scorer.preprocess, folder)
+    pin_memory = scorer.device.type == "cuda"
+    for opened in worker_loader(opener, num_workers=num_workers, pin_memory=pin_memory, requests=requests()):
+        yield waiting.popleft(), _score(opened, scorer)
+
+
+def _score(opened: "_OpenedBatch", scorer: ClipScorer) -> PairScores:
+    similarity = np.zeros(len(opened.reasons), dtype=np.float32)
+    cosine = scorer(opened.pixel_values, opened.input_ids).cpu().numpy()
+    similarity[[reason is None for reason in opened.reasons]] = np.clip(cosine, 0.0, 1.0)
+    return PairScores(similarity=similarity, reasons=opened.reasons, num_truncated=opened.num_truncated)
+
+
+# --- in the workers ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenedBatch:
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    reasons: list[DropReason | None]
+    num_truncated: int
+
+    def pin_memory(self) -> "_OpenedBatch":
+        return _OpenedBatch(
+            pixel_values=self.pixel_values.pin_memory(),
+            input_ids=self.input_ids.pin_memory(),
+            reasons=self.reasons,
+            num_truncated=self.num_truncated,
+        )
+
+
+class _PairOpener(Dataset[_OpenedBatch]):
+    """A batch of pairs -> what the scorer takes, and the reasons of those that it can't take."""
+
+    def __init__(self, preprocess: ClipPreprocess, folder: Path) -> None:
+        self._preprocess, self._folder = preprocess, folder
+
+    def __getitem__(self, pairs: Sequence[Pair]) -> _OpenedBatch:
+        # Files are read one after another, so that one is in memory at a time; what comes over a network, side by side.
+        with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="clipfilter-fetch") as fetchers:
+            outcomes = [
+                self._open(pair, read) for pair, read in [(pair, self._reader(pair, fetchers)) for pair in pairs]
+            ]
+        opened = [outcome for outcome in outcomes if isinstance(outcome, OpenPair)]
+        pixel_values, tokens = self._preprocess.collate(opened)
+        return _OpenedBatch(
+            pixel_values=pixel_values,
+            input_ids=tokens.input_ids,
+            reasons=[None if isinstance(outcome, OpenPair) else outcome for outcome in outcomes],
+            num_truncated=sum(tokens.truncated),
+        )
+
+    def _reader(self, pair: Pair, fetchers: ThreadPoolExecutor) -> Callable[[], bytes]:
+        read = partial(read_image, pair.image or "", self._folder)
+        is_fetched = pair.caption is not None and pair.image is not None and is_remote(pair.image)
+        return fetchers.submit(read).result if is_fetched else read
+
+    def _open(self, pair: Pair, read: Callable[[], bytes]) -> OpenPair | DropReason:
+        if pair.caption is None:
+            return DropReason.BLANK_CAPTION
+        if pair.image is None:
+            return DropReason.MISSING_IMAGE
+        try:
+            return self._preprocess.open_pair(read(), pair.caption)
+        except UnusableError as unusable:
+            return unusable.reason
+
+
+# --- counting ---
+
+
+@dataclass(kw_only=True)
+class PairTally:
+    """How the pairs of a table fared.
+
+    Attributes:
+        counts: Kept and dropped, by reason.
+        unusable: Per reason, how many pairs could not be scored and have similarity 0.0, kept ones included.
+        first: Per such reason, its first pair: row number, counting from 0, and image.
+        truncated_captions: How many captions were longer than the text tower takes.
+        started: When scoring began, by ``time.perf_counter``.
+    """
+
+    counts: FilterStats = field(default_factory=FilterStats)
+    unusable: dict[DropReason, int] = field(default_factory=dict)
+    first: dict[DropReason, tuple[int, str | None]] = field(default_factory=dict)
+    truncated_captions: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Time since scoring began."""
+        return time.perf_counter() - self.started
+
+    def add(self, pairs: Sequence[Pair], scores: PairScores, keep: np.ndarray) -> None:
+        """Count a batch: the pairs, their scores and which of them are kept."""
+        dropped: dict[DropReason, int] = {}
+        for row, (pair, reason, kept) in enumerate(zip(pairs, scores.reasons, keep, strict=True), self.counts.seen):
+            if reason is not None:
+                self.unusable[reason] = self.unusable.get(reason, 0) + 1
+                self.first.setdefault(reason, (row, pair.image))
+            if not kept:
+                reason = reason or DropReason.BELOW_THRESHOLD
+                dropped[reason] = dropped.get(reason, 0) + 1
+        self.counts += FilterStats(seen=len(pairs), kept=int(keep.sum()), dropped=dropped)
+        self.truncated_captions += scores.num_truncated
+
+    def describe_unusable(self) -> Iterator[str]:
+        """One line per reason that pairs could not be scored for."""
+        for reason in sorted(self.unusable):
+            row, image = self.first[reason]
+            yield f"{reason}: {self.unusable[reason]:,}, the first in row {row:,} (image {image!r})"
+
+    def log(self, logger: logging.Logger) -> None:
+        """Say once per reason what could not be scored."""
+        for line in self.describe_unusable():
+            logger.warning("scored 0.0 of %s pairs as %s", f"{self.counts.seen:,}", line)
+
+
+def batched(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
+    """Runs of ``size`` pairs; the last one may be shorter."""
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
