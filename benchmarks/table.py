@@ -3,7 +3,7 @@
     python -m benchmarks.table                    # a CLIP of ViT-B/32's size, random weights
     python -m benchmarks.table --model demo-tiny  # the bundled model
 
-The loop is DESIGN's reference: Pillow, CLIPProcessor and CLIPModel in float32, one row after another.
+The loop is the reference: Pillow, CLIPProcessor and CLIPModel in float32, one row after another.
 """
 
 import tempfile

@@ -127,17 +127,20 @@ def table(
         batch_size=batch_size,
         num_workers=num_workers,
     )
+    _refuse_ranks()
     process_table(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
     return ALL_DONE
 
 
 def _run(config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
+    _refuse_ranks()
+    return SOME_FAILED if run_with_progress(config, load).failed else ALL_DONE
+
+
+def _refuse_ranks() -> None:
     world = World.from_env()
     if world.world_size > 1:
-        raise ValueError(
-            f"this is rank {world.rank} of {world.world_size}, but shards are processed by one process yet"
-        )
-    return SOME_FAILED if run_with_progress(config, load).failed else ALL_DONE
+        raise ValueError(f"this is rank {world.rank} of {world.world_size}; start the command once, as one process")
 
 
 class _Parser(ArgumentParser):

@@ -49,7 +49,7 @@ class Memory:
 
 
 class RowLoop:
-    """The reference of DESIGN.md, one row at a time."""
+    """The plain loop, one row at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.reference = Reference(folder)
