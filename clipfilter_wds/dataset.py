@@ -77,7 +77,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         seed: Of the order.
         layout: Which members are image and caption.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
-        world: This rank among all; None reads it where the loader is first used.
+        world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
 
     Raises:
         ValueError: When no shard matches, or ``shuffle`` is negative.
@@ -116,7 +116,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
     def __iter__(self) -> Iterator[StreamBatch]:
         """One epoch, in batches of 64 samples (for use without a loader)."""
         info = get_worker_info()
-        world, num_workers = self.world or World.current(), info.num_workers if info else 1
+        # Not looked up: this runs in workers, whose environment may name a world and no rank.
+        world, num_workers = self.world or World(), info.num_workers if info else 1
         start = [Position(epoch=self.epoch)] * num_workers
         return iter(
             StreamWorker(self, world=world, num_workers=num_workers, batch_size=64, epoch=self.epoch, start=start)

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import json
@@ -11,7 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
+from clipfilter_wds.cli import main
+from clipfilter_wds.rewrite import ScoreConfig, process_shards
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.shards import split_by_worker
 from tests.toys import Reference, encoded, pair, photo, tar_members, write_shard, write_tar
@@ -19,9 +21,19 @@ from tests.toys import Reference, encoded, pair, photo, tar_members, write_shard
 THRESHOLD = 0.12  # about the median score of the random model on these pairs
 
 
-def run(scorer, shards, output, **options):
+def run(scorer, shards, output, **options) -> dict:
+    """Run the command; its summary. Arguments that it refuses are a ValueError with its message."""
     options = {"threshold": THRESHOLD, "batch_size": 8, "num_workers": 0, **options}
-    return process_shards(RewriteConfig(shards=shards, output=output, **options), scorer)
+    named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    shards = ",".join(map(str, shards)) if isinstance(shards, list) else str(shards)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        main(["rewrite", shards, "--output", str(output), "--model", scorer.model_name, "--device", "cpu", *named])
+    if ended.value.code == 2:
+        raise ValueError(said.getvalue())
+    summary = json.loads((output / "summary.json").read_bytes())
+    assert ended.value.code == bool(summary["failed_shards"])
+    return summary
 
 
 def bits(folder: Path) -> dict[str, str]:
@@ -154,9 +166,9 @@ def test_a_shard_cut_at_every_block_keeps_only_whole_pairs_and_counts_the_cut_on
     for cut in cuts:
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{cut:06d}.tar").write_bytes(whole[:cut])
-    tally = run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", threshold=-1)
-    assert tally.failed == {}
-    assert tally.torn > 0
+    summary = run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", threshold=-1)
+    assert summary["failed_shards"] == {}
+    assert summary["torn_shards"] > 0
     check_accounting(tmp_path / "out")
     for cut in cuts:
         stats = json.loads((tmp_path / "out" / f"{cut:06d}_stats.json").read_bytes())
@@ -175,14 +187,14 @@ def test_a_bad_shard_fails_alone_and_is_named(scorer, tmp_path):
     unsorted = [("a.jpg", pair(0)["jpg"]), ("b.jpg", pair(1)["jpg"]), ("a.txt", b"a"), ("b.txt", b"b")]
     write_tar(tmp_path / "in/unsorted.tar", unsorted)
     write_tar(tmp_path / "in/empty.tar", [])
-    tally = run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", num_workers=2)
+    run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", num_workers=2)
     summary = check_accounting(tmp_path / "out")
     failed = {Path(url).name: why for url, why in summary["failed_shards"].items()}
     assert set(failed) == {"garbage.tar", "unsorted.tar"}
     assert "not a tar archive" in failed["garbage.tar"]
     assert "'a'" in failed["unsorted.tar"]
     assert "side by side" in failed["unsorted.tar"]
-    assert tally.counts.seen == 5
+    assert summary["seen"] == 5
     assert not list((tmp_path / "out").glob("unsorted*"))
 
 
@@ -213,8 +225,8 @@ class TestResume:
     def test_a_second_run_does_nothing_again(self, scorer, shards, tmp_path):
         run(scorer, f"{shards}/*.tar", tmp_path / "out")
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.tar")}
-        tally = run(scorer, f"{shards}/*.tar", tmp_path / "out")
-        assert (tally.resumed, tally.num_scored, tally.counts.seen) == (3, 0, 90)
+        summary = run(scorer, f"{shards}/*.tar", tmp_path / "out")
+        assert (summary["resumed_shards"], summary["scored"], summary["seen"]) == (3, 0, 90)
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.tar")} == before
         check_accounting(tmp_path / "out")
 
@@ -223,14 +235,14 @@ class TestResume:
         run(scorer, f"{shards}/*.tar", tmp_path / "out")
         before = bits(tmp_path / "out")
         (tmp_path / "out" / lost).unlink()
-        assert run(scorer, f"{shards}/*.tar", tmp_path / "out").resumed == 2
+        assert run(scorer, f"{shards}/*.tar", tmp_path / "out")["resumed_shards"] == 2
         assert bits(tmp_path / "out") == before
 
     def test_a_shard_that_changed_since_is_done_again(self, scorer, tmp_path):
         shard = write_shard(tmp_path / "in/0.tar", [pair(i) for i in range(4)])
         run(scorer, shard, tmp_path / "out", threshold=-1)
         write_shard(shard, [pair(i, size=(99, 99)) for i in range(40)])
-        assert run(scorer, shard, tmp_path / "out", threshold=-1).counts.kept == 40
+        assert run(scorer, shard, tmp_path / "out", threshold=-1)["kept"] == 40
 
     def test_another_threshold_is_refused_with_both_values(self, scorer, shards, tmp_path):
         run(scorer, f"{shards}/*.tar", tmp_path / "out")
@@ -280,9 +292,9 @@ def test_random_damage_never_mixes_or_loses_a_sample(scorer, tmp_path):
         for position in range(start, min(start + rng.choice([1, 4, 700]), len(whole))):
             data[position] ^= 1 << rng.randrange(8)
         (tmp_path / "in" / f"{number}.tar").write_bytes(data)
-    tally = run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", threshold=-1)
-    check_accounting(tmp_path / "out")
-    assert tally.done + len(tally.failed) == 60
+    run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "out", threshold=-1)
+    summary = check_accounting(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*_stats.json"))) + len(summary["failed_shards"]) == 60
     for path in (tmp_path / "out").glob("*.tar"):
         members = tar_members(path)
         damaged = tmp_path / "in" / path.name
