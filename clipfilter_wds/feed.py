@@ -9,7 +9,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-class Feed(Generic[S]):
+class Feed(Generic[T, S]):
     """Applies a function to the items of an iterable, a few items ahead of whoever takes them.
 
     What the iterable or the function raises is raised again where the item would have been taken.
@@ -21,14 +21,13 @@ class Feed(Generic[S]):
     """
 
     def __init__(self, items: Iterable[T], apply: Callable[[T], S], *, depth: int = 2) -> None:
-        iterator = iter(items)
-
-        def step() -> S:
-            return apply(next(iterator))
-
-        self._step = step
+        self._iterator = iter(items)
+        self._apply = apply
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-scorer")
-        self._ahead: deque[Future[S]] = deque(self._thread.submit(step) for _ in range(depth))
+        self._ahead: deque[Future[S]] = deque(self._thread.submit(self._step) for _ in range(depth))
+
+    def _step(self) -> S:
+        return self._apply(next(self._iterator))
 
     def __iter__(self) -> Iterator[S]:
         """The fed items, until the iterable ends."""
@@ -47,4 +46,7 @@ class Feed(Generic[S]):
             future.cancel()
         self._thread.shutdown(wait=True)
         self._ahead.clear()
-        del self._step
+        # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
+        iterator = self.__dict__.pop("_iterator", None)
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()

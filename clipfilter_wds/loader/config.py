@@ -46,6 +46,8 @@ class LoaderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
         if self.end not in ("sync", "repeat"):
             raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
+        if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
+            raise ValueError(f"batches_per_epoch is {self.batches_per_epoch}; it must be at least 1")
         if (self.end == "repeat") != (self.batches_per_epoch is not None):
             raise ValueError(
                 f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"

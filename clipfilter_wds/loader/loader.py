@@ -61,8 +61,10 @@ class ClipFilterLoader:
         #: Batches that the ranks had ready when the last epoch ended and did not hand out (``end="sync"``).
         self.left_over = 0
         self._agreement: Agreement | None = None
+        self._asked_epoch: int = getattr(dataset, "epoch", 0)
+        self._reported: set[str] = set()  # bad shards that were warned of
         self._run: Run | None = None
-        self._next = Mark.start(self._num_positions, getattr(dataset, "epoch", 0), FilterStats())
+        self._next = Mark.start(self._num_positions, self._asked_epoch, FilterStats())
         self._remembered: deque[Mark] = deque([self._next], maxlen=_NUM_REMEMBERED)
 
     @property
@@ -75,9 +77,14 @@ class ClipFilterLoader:
         return self._run.progress.stats if self._run else self._next.progress.stats
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is."""
-        repeat = self.config.end == "repeat"
-        self._begin_at(replace(self._next, batches=0) if repeat else Mark.start(self._num_positions, epoch, self.stats))
+        """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is.
+
+        A position within this epoch, from :meth:`load_state_dict`, is kept.
+        """
+        if self.config.end == "repeat":
+            self._begin_at(replace(self._next, batches=0))
+        elif epoch != self._next.epoch:
+            self._begin_at(Mark.start(self._num_positions, epoch, self.stats))
 
     def _begin_at(self, mark: Mark) -> None:
         self._next = mark
@@ -98,17 +105,30 @@ class ClipFilterLoader:
             StarvationError: When nothing is kept.
             RuntimeError: When another rank failed.
         """
+        asked = getattr(self.dataset, "epoch", 0)
+        if asked != self._asked_epoch:
+            self._asked_epoch = asked
+            self.set_epoch(asked)
+        return self._iterate(self._next)
+
+    def _iterate(self, begin: Mark) -> Iterator[dict[str, Any]]:
         world = self.world or World.current()
         if self._agreement is None:
             self._agreement = Agreement(world)
-        begin = self._next
-        self._remembered.clear()
-        self._remember(begin)
-        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin)
+        self._begin_at(begin)
+        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin, self._reported)
         try:
             yield from self._hand_out(run, self._agreement)
         finally:
             run.close()
+            if self._run is run:  # nobody has set another beginning meanwhile
+                self._next = self._following(run)
+
+    def _following(self, run: Run) -> Mark:
+        """Where the iteration after this one begins."""
+        if self.config.end == "repeat":
+            return replace(self._remembered[-1], batches=0)
+        return Mark.start(self._num_positions, run.begun_at.epoch + 1, run.progress.stats)
 
     def _hand_out(self, run: Run, agreement: Agreement) -> Iterator[dict[str, Any]]:
         batches = run.begun_at.batches
@@ -125,19 +145,14 @@ class ClipFilterLoader:
                 self._finish_epoch(run, agreement, batches, unused=batch is not None)
                 break
             batches += 1
-            self._remember(run.mark(batches))
+            self._remembered.append(run.mark(batches))
             yield batch  # type: ignore[misc]  # every rank has one
         # Only reached when the epoch was not broken off.
-        self._remember(self._next)
-
-    def _remember(self, mark: Mark) -> None:
-        self._remembered.append(mark)
-        repeat = self.config.end == "repeat"
-        stats = mark.progress.stats
-        self._next = replace(mark, batches=0) if repeat else Mark.start(self._num_positions, mark.epoch + 1, stats)
+        self._remembered.append(self._following(run))
 
     def _finish_epoch(self, run: Run, agreement: Agreement, batches: int, *, unused: bool) -> None:
-        ready = math.ceil(run.num_ready / self.config.batch_size) + unused
+        whole = math.floor if self.config.drop_last else math.ceil
+        ready = whole(run.num_ready / self.config.batch_size) + unused
         told = agreement.gather((ready, run.num_kept, run.num_seen))
         self.left_over = sum(ready for ready, _, _ in told)
         if batches == 0 and not any(kept for _, kept, _ in told):

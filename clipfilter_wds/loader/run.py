@@ -34,8 +34,9 @@ class Run:
         config: LoaderConfig,
         world: World,
         begin: Mark,
+        reported: set[str],
     ) -> None:
-        self._config, self._world = config, world
+        self._config, self._world, self._reported = config, world, reported
         self.begun_at = begin
         self.progress = begin.progress
         self.num_seen = self.num_kept = 0
@@ -45,6 +46,7 @@ class Run:
         self._rebatcher = Rebatcher(config.batch_size)
         self._waiting: deque[Progress] = deque()
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
+        self._feed: Feed[Any, Scored]
         if isinstance(dataset, ClipWebDataset):
             batches = _stream(dataset, config, world, begin, pin_memory=torch.cuda.is_available())
             self._feed = Feed(batches, lambda batch: score_stream_batch(scorer, batch))
@@ -76,7 +78,9 @@ class Run:
         self.num_seen, self.num_kept = self.num_seen + seen, self.num_kept + kept
         self.watch.add(scored.scores, seen=seen, kept=kept)
         for url, why in scored.failures:
-            _log.warning("a shard is left out: %s: %s", public_url(url), why)
+            if url not in self._reported:
+                self._reported.add(url)
+                _log.warning("a shard is left out: %s: %s", public_url(url), why)
         if kept:
             self._last_kept_epoch = self.progress.epoch
             self._push(scored, keep, kept, before)
