@@ -41,6 +41,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         end: How a training epoch ends on several ranks: ``sync`` when the first rank has no more batches, ``repeat``
             after ``batches_per_epoch``.
         batches_per_epoch: For ``repeat``.
+        drop_last: Leave out an epoch's last batch when it is smaller than the others; in training only.
         starvation_limit: Samples in a row without one that is kept after which to raise an error.
     """
 
@@ -65,6 +66,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         seed: int = 0,
         end: End = "sync",
         batches_per_epoch: int | None = None,
+        drop_last: bool = False,
         starvation_limit: int = 100_000,
     ) -> None:
         super().__init__()
@@ -96,6 +98,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             shuffle=options["shuffle"],
             end=options["end"],
             batches_per_epoch=options["batches_per_epoch"],
+            drop_last=options["drop_last"],
         )
         self._epoch_loader = _EpochLoader(self.train_loader, self._trainer, self._resumed)
         self._resumed = None
@@ -233,6 +236,7 @@ class ClipFilterMonitor(L.Callback):
 
     def __init__(self) -> None:
         self._batch_ended = self._window_began = time.perf_counter()
+        self._validation_began = 0.0
         self._waited = 0.0
         self._seen = 0
 
@@ -267,6 +271,16 @@ class ClipFilterMonitor(L.Callback):
             batch_size=1,
         )
         self._window_began, self._waited, self._seen = self._batch_ended, 0.0, stats.seen
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start it again: time spent validating is neither training nor waiting."""
+        paused = time.perf_counter() - self._validation_began
+        self._batch_ended += paused
+        self._window_began += paused
 
     @staticmethod
     def _loader(trainer: L.Trainer) -> ClipFilterLoader:

@@ -146,6 +146,7 @@ class ClipFilterLoader:
                 break
             batches += 1
             self._remembered.append(run.mark(batches))
+            self._next = self._following(run)  # now, since a trainer may never come back to this iterator
             yield batch  # type: ignore[misc]  # every rank has one
         # Only reached when the epoch was not broken off.
         self._remembered.append(self._following(run))

@@ -57,13 +57,15 @@ class Mark:
 
     def to_json(self) -> dict[str, Any]:
         """Positions and counts, as JSON has them."""
+        stats = self.progress.stats
         return {
             "epoch": self.epoch,
             "batches": self.batches,
             "handed": self.handed,
             "next_worker": self.progress.next_worker,
             "positions": [list(astuple(position)) for position in self.progress.positions],
-            "stats": asdict(self.progress.stats),
+            # Plain strings, so that a checkpoint loads with weights_only=True.
+            "stats": {**asdict(stats), "dropped": {reason.value: count for reason, count in stats.dropped.items()}},
         }
 
     @classmethod
