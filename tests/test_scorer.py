@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
-from clipfilter_wds.demo.scenes import draw, random_scene
+from clipfilter_wds.demo.drawing import draw
+from clipfilter_wds.demo.scenes import random_scene
 from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer, ModelError, resolve_device
 from tests.toys import Reference, encoded, make_clip, photo
 

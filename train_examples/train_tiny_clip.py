@@ -29,6 +29,7 @@ from torchmetrics.functional.classification import binary_auroc
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import clipfilter_wds.demo
+from clipfilter_wds.demo.drawing import draw, to_jpeg
 from clipfilter_wds.demo.scenes import (
     ATTRIBUTES,
     COLOURS,
@@ -39,9 +40,7 @@ from clipfilter_wds.demo.scenes import (
     change_one,
     describe,
     different_scene,
-    draw,
     random_scene,
-    to_jpeg,
 )
 
 OUTPUT = Path(clipfilter_wds.demo.__file__).parent / "tiny_clip"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipfilter_wds.demo.scenes import Scene, describe, different_scene, draw, random_scene, to_jpeg
+from clipfilter_wds.demo.drawing import draw, to_jpeg
+from clipfilter_wds.demo.scenes import Scene, describe, different_scene, random_scene
 from clipfilter_wds.types import Member
 from clipfilter_wds.writer import TarWriter, publish
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image, ImageChops
 
+from clipfilter_wds.demo.drawing import draw, place, to_jpeg
 from clipfilter_wds.demo.scenes import (
     ATTRIBUTES,
     COLOURS,
@@ -20,10 +21,7 @@ from clipfilter_wds.demo.scenes import (
     contradicts,
     describe,
     different_scene,
-    draw,
-    place,
     random_scene,
-    to_jpeg,
 )
 
 seeds = st.integers(0, 2**64)

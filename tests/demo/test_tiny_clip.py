@@ -17,7 +17,8 @@ from torchmetrics.functional.classification import binary_auroc
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 import clipfilter_wds.demo
-from clipfilter_wds.demo.scenes import change_one, describe, different_scene, draw, random_scene, to_jpeg
+from clipfilter_wds.demo.drawing import draw, to_jpeg
+from clipfilter_wds.demo.scenes import change_one, describe, different_scene, random_scene
 
 FOLDER = Path(clipfilter_wds.demo.__file__).parent / "tiny_clip"
 TRAIN = Path(__file__).parents[2] / "train_examples" / "train_tiny_clip.py"
