@@ -161,11 +161,14 @@ class StreamWorker(IterableDataset[StreamBatch]):
         self.endless = endless
 
     def __iter__(self) -> Iterator[StreamBatch]:
-        """This worker's batches. Iterated again, as persistent workers do, they are those of the next epoch."""
+        """This worker's batches. Iterated again, as persistent workers are, they are those of the next epoch."""
         info = get_worker_info()
         worker = ((info.id if info else 0) + self.first) % self.order.num_workers
         position, epoch = self.start[worker], self.epoch
         self.epoch, self.start, self.first = epoch + 1, [Position(epoch=epoch + 1)] * self.order.num_workers, 0
+        return self._batches(worker, position, epoch)
+
+    def _batches(self, worker: int, position: Position, epoch: int) -> Iterator[StreamBatch]:
         # A worker whose position is in the next epoch already has nothing more to give in this one.
         while self.endless or position.epoch == epoch:
             yield from self._epoch(worker, position)
@@ -263,6 +266,7 @@ def worker_loader(
     pin_memory: bool = False,
     requests: Iterable[Any] | None = None,
     in_order: bool = True,
+    persistent_workers: bool = False,
     multiprocessing_context: str | None = None,
 ) -> DataLoader[T]:
     """A DataLoader that hands the dataset's batches on as they are, in ``num_workers`` processes (0: in this one).
@@ -272,6 +276,7 @@ def worker_loader(
         num_workers: Processes that run the dataset.
         pin_memory: Put tensors in page-locked memory.
         requests: Drawn in this process, a few ahead of the batches.
+        persistent_workers: Keep the processes when the loader is iterated again.
         in_order: Take the workers' batches in turn, or in the order of the requests; else as they come.
         multiprocessing_context: How processes are started: ``fork``, ``spawn``, ``forkserver``, None for the default.
     """
@@ -282,7 +287,7 @@ def worker_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if num_workers else None,
-        persistent_workers=False,
+        persistent_workers=persistent_workers,
         prefetch_factor=2 if num_workers else None,
         in_order=in_order,
         multiprocessing_context=multiprocessing_context if num_workers else None,

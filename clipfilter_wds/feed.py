@@ -18,11 +18,12 @@ class Feed(Generic[T, S]):
         items: Iterated in the feed's thread; its iterator is made in this one, since that may start processes.
         apply: Item -> what is fed.
         depth: How many items to be ahead.
+        keep: Leave the iterable's processes for the next one who iterates it.
     """
 
-    def __init__(self, items: Iterable[T], apply: Callable[[T], S], *, depth: int = 2) -> None:
+    def __init__(self, items: Iterable[T], apply: Callable[[T], S], *, depth: int = 2, keep: bool = False) -> None:
         self._iterator = iter(items)
-        self._apply = apply
+        self._apply, self._keep = apply, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-scorer")
         self._ahead: deque[Future[S]] = deque(self._thread.submit(self._step) for _ in range(depth))
 
@@ -48,5 +49,5 @@ class Feed(Generic[T, S]):
         self._ahead.clear()
         # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
         iterator = self.__dict__.pop("_iterator", None)
-        if hasattr(iterator, "_shutdown_workers"):
+        if not self._keep and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -206,6 +206,20 @@ def test_after_a_break_comes_the_next_epoch(half):
     assert keys(loader) == [epochs[1]]
 
 
+@pytest.mark.parametrize("shuffle", [0, 10])
+def test_persistent_workers_stay_and_give_the_same_epochs(half, shuffle):
+    usual = half.but_dataset(shuffle=shuffle).but(num_workers=2).build()
+    staying = half.but_dataset(shuffle=shuffle).but(num_workers=2, persistent_workers=True).build()
+    workers = []
+    for taken in (None, 2, None, 0, None):  # whole epochs, and some that are broken off
+        epochs = []
+        for loader in (usual, staying):
+            epochs.append([batch["__key__"] for batch in islice(loader, taken)])
+        assert epochs[0] == epochs[1]
+        workers.append({child.pid for child in psutil.Process().children() if child.name() == "pt_data_worker"})
+    assert workers[0] == workers[-1] != set()
+
+
 def test_another_seed_is_another_order(half):
     orders = [keys(half.but_dataset(shuffle=10, seed=seed).build()) for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]

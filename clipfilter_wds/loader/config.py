@@ -22,6 +22,7 @@ class LoaderConfig:
             ``repeat``: after ``batches_per_epoch`` batches; the stream of shards goes on for ever.
         batches_per_epoch: For ``repeat``.
         starvation_limit: Samples in a row without one that is kept after which to raise an error.
+        persistent_workers: Keep the workers from one epoch to the next (``end="sync"``).
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
 
     Raises:
@@ -36,6 +37,7 @@ class LoaderConfig:
     end: End = "sync"
     batches_per_epoch: int | None = None
     starvation_limit: int = 100_000
+    persistent_workers: bool = False
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class LoaderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
         if self.end not in ("sync", "repeat"):
             raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
+        if self.persistent_workers and (self.num_workers == 0 or self.end == "repeat"):
+            raise ValueError("persistent_workers needs num_workers of at least 1, and end='sync'")
         if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
             raise ValueError(f"batches_per_epoch is {self.batches_per_epoch}; it must be at least 1")
         if (self.end == "repeat") != (self.batches_per_epoch is not None):

@@ -12,6 +12,7 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark
 from clipfilter_wds.loader.run import Run
+from clipfilter_wds.loader.workers import Workers
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.shards import public_url
 from clipfilter_wds.types import FilterStats
@@ -63,6 +64,7 @@ class ClipFilterLoader:
         self._agreement: Agreement | None = None
         self._asked_epoch: int = getattr(dataset, "epoch", 0)
         self._reported: set[str] = set()  # bad shards that were warned of
+        self._workers = Workers(self.config)
         self._run: Run | None = None
         self._next = Mark.start(self._num_positions, self._asked_epoch, FilterStats())
         self._remembered: deque[Mark] = deque([self._next], maxlen=_NUM_REMEMBERED)
@@ -116,7 +118,7 @@ class ClipFilterLoader:
         if self._agreement is None:
             self._agreement = Agreement(world)
         self._begin_at(begin)
-        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin, self._reported)
+        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin, self._workers, self._reported)
         try:
             yield from self._hand_out(run, self._agreement)
         finally:

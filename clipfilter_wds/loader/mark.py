@@ -50,10 +50,18 @@ class Mark:
     batches: int = 0
 
     @classmethod
-    def start(cls, num_positions: int, epoch: int, stats: FilterStats) -> Self:
+    def start(cls, num_positions: int, epoch: int, stats: FilterStats | None = None) -> Self:
         """The beginning of an epoch."""
-        progress = Progress(positions=(Position(epoch=epoch),) * num_positions, stats=stats)
+        progress = Progress(positions=(Position(epoch=epoch),) * num_positions, stats=stats or FilterStats())
         return cls(progress=progress, epoch=epoch)
+
+    def is_same_place(self, other: Self) -> bool:
+        """Whether the stream goes on alike from both, whatever was counted before."""
+        return (self.epoch, self.progress.positions, self.progress.next_worker) == (
+            other.epoch,
+            other.progress.positions,
+            other.progress.next_worker,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Positions and counts, as JSON has them."""

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker, worker_loader
+from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.feed import Feed
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark, Progress
 from clipfilter_wds.loader.scored import Scored, score_columns, score_stream_batch
+from clipfilter_wds.loader.workers import Workers
 from clipfilter_wds.rebatch import Rebatcher, take
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
@@ -34,6 +35,7 @@ class Run:
         config: LoaderConfig,
         world: World,
         begin: Mark,
+        workers: Workers,
         reported: set[str],
     ) -> None:
         self._config, self._world, self._reported = config, world, reported
@@ -48,8 +50,8 @@ class Run:
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
         self._feed: Feed[Any, Scored]
         if isinstance(dataset, ClipWebDataset):
-            batches = _stream(dataset, config, world, begin, pin_memory=torch.cuda.is_available())
-            self._feed = Feed(batches, lambda batch: score_stream_batch(scorer, batch))
+            batches = workers.batches(dataset, world, begin)
+            self._feed = Feed(batches, lambda batch: score_stream_batch(scorer, batch), keep=config.persistent_workers)
         else:
             self._feed = Feed(dataset, lambda batch: score_columns(scorer, batch))
         self._scored = iter(self._feed)
@@ -111,25 +113,3 @@ class Run:
     def close(self) -> None:
         """Stop workers and thread."""
         self._feed.close()
-
-
-def _stream(
-    dataset: ClipWebDataset, config: LoaderConfig, world: World, begin: Mark, *, pin_memory: bool
-) -> Iterable[StreamBatch]:
-    stream = StreamWorker(
-        dataset,
-        world=world,
-        num_workers=max(1, config.num_workers),
-        batch_size=config.score_batch_size,
-        epoch=begin.epoch,
-        start=begin.progress.positions,
-        first=begin.progress.next_worker,
-        endless=config.end == "repeat",
-    )
-    return worker_loader(
-        stream,
-        num_workers=config.num_workers,
-        pin_memory=pin_memory,
-        in_order=True,
-        multiprocessing_context=config.multiprocessing_context,
-    )

@@ -52,6 +52,7 @@ def kill(process: multiprocessing.process.BaseProcess) -> bool:
     return was_running
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("num_kills", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(clip_folder, tmp_path, num_kills):
     for shard in range(6):

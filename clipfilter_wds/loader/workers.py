@@ -1,0 +1,50 @@
+"""The processes that read and decode for a loader."""
+
+from collections.abc import Iterable
+
+import torch
+
+from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker, worker_loader
+from clipfilter_wds.loader.config import LoaderConfig
+from clipfilter_wds.loader.mark import Mark
+from clipfilter_wds.world import World
+
+
+class Workers:
+    """Gives a dataset's batches from a mark on; persistent workers go on from epoch to epoch."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
+        self._kept: Iterable[StreamBatch] | None = None
+        self._kept_for: Mark | None = None
+
+    def batches(self, dataset: ClipWebDataset, world: World, begin: Mark) -> Iterable[StreamBatch]:
+        """The batches from a mark on, from the workers of the epoch before if these can give them."""
+        if self._kept is not None and self._kept_for is not None and begin.is_same_place(self._kept_for):
+            batches = self._kept
+        else:
+            batches = self._start(dataset, world, begin)
+        if self._config.persistent_workers:
+            # Iterated again, workers give the next epoch from its beginning, and nothing else.
+            self._kept, self._kept_for = batches, Mark.start(len(begin.progress.positions), begin.epoch + 1)
+        return batches
+
+    def _start(self, dataset: ClipWebDataset, world: World, begin: Mark) -> Iterable[StreamBatch]:
+        config = self._config
+        stream = StreamWorker(
+            dataset,
+            world=world,
+            num_workers=max(1, config.num_workers),
+            batch_size=config.score_batch_size,
+            epoch=begin.epoch,
+            start=begin.progress.positions,
+            first=begin.progress.next_worker,
+            endless=config.end == "repeat",
+        )
+        return worker_loader(
+            stream,
+            num_workers=config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=config.persistent_workers,
+            multiprocessing_context=config.multiprocessing_context,
+        )
