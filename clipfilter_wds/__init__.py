@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clipfilter_wds.operator import ImageClipFilter
     from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
     from clipfilter_wds.scorer import ClipScorer
-    from clipfilter_wds.scores import ShardScores
+    from clipfilter_wds.scores import ScoreTable
     from clipfilter_wds.types import DropReason, FilterStats
 
 _HOME = {
@@ -25,7 +25,7 @@ _HOME = {
     "ImageClipFilter": "operator",
     "RewriteConfig": "rewrite",
     "ScoreConfig": "rewrite",
-    "ShardScores": "scores",
+    "ScoreTable": "scores",
     "process_shards": "rewrite",
 }
 
@@ -40,7 +40,7 @@ __all__ = [
     "ImageClipFilter",
     "RewriteConfig",
     "ScoreConfig",
-    "ShardScores",
+    "ScoreTable",
     "process_shards",
 ]
 

@@ -1,10 +1,11 @@
 """Score tables: one parquet file per shard, with the fingerprint of what made the scores."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter_wds.dataset import SampleRow
-from clipfilter_wds.types import DropReason
+from clipfilter_wds.shards import public_url, shard_num_bytes, shard_path
+from clipfilter_wds.types import DropReason, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
@@ -94,21 +96,16 @@ class ShardScores:
         Raises:
             ValueError: When the file is no score table of this version.
         """
-        try:
+        with _naming(path):
             table = pq.read_table(path)
-            metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-            version = metadata["version"]
-            if version == _FORMAT_VERSION:
-                return cls(
-                    table=table,
-                    source=metadata["shard"],
-                    num_bytes=metadata["num_bytes"],
-                    torn=metadata["torn"],
-                    fingerprint=metadata["fingerprint"],
-                )
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error
-        raise ValueError(f"{str(path)!r} has format {version}, this version reads {_FORMAT_VERSION}")
+            metadata = _check_version(table.schema.metadata)
+            return cls(
+                table=table,
+                source=metadata["shard"],
+                num_bytes=metadata["num_bytes"],
+                torn=metadata["torn"],
+                fingerprint=metadata["fingerprint"],
+            )
 
     @property
     def scores(self) -> np.ndarray:
@@ -138,6 +135,105 @@ class ShardScores:
         """Per reason, how many samples could not be scored."""
         counts = Counter(self.table["reason"].drop_null().to_pylist())
         return {reason: counts[reason] for reason in DropReason if counts[reason]}
+
+
+class ScoreTable:
+    """The score tables of a folder, one per shard, looked up by shard; each is read when it is asked for.
+
+    A shard's table is the one that was made from its URL; where the shards have moved, the one whose name in the folder
+    (``00000``, ``a/00000``) is the longest that the shard's path ends with. Either way the shard must have the size
+    that was recorded.
+
+    Args:
+        folder: What ``clipfilter-wds score`` or ``rewrite`` wrote: a folder of tables, or one that holds ``_scores``.
+
+    Raises:
+        ValueError: When the folder holds no table, a file that is none, or tables of different fingerprints.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder).expanduser()
+        #: Where the tables lie.
+        self.folder = folder / "_scores" if (folder / "_scores").is_dir() else folder
+        self._name_by_source: dict[str, str] = {}
+        self._names_by_stem: dict[str, list[str]] = defaultdict(list)
+        fingerprint: Fingerprint | None = None
+        for path in sorted(self.folder.rglob("*.parquet")):
+            with _naming(path):
+                metadata = _check_version(pq.read_metadata(path).metadata)
+                source, found = metadata["shard"], metadata["fingerprint"]
+            fingerprint = fingerprint or found
+            check_fingerprint(found, fingerprint, f"{str(path)!r} does not go with the tables before it: it")
+            self._add(path.relative_to(self.folder).with_suffix("").as_posix(), source)
+        if fingerprint is None:
+            raise ValueError(
+                f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
+            )
+        #: What all the scores depend on beside the shards.
+        self.fingerprint = fingerprint
+
+    def _add(self, name: str, source: str) -> None:
+        self._names_by_stem[PurePosixPath(name).name].append(name)
+        if not source.startswith("pipe:"):  # what is public of a command does not tell which shard it reads
+            self._name_by_source.setdefault(source, name)
+
+    def read(self, url: str) -> ShardScores:
+        """The scores of a shard.
+
+        Raises:
+            ShardError: When there are none, or the shard has another size than the one that was scored.
+            ValueError: When the table is damaged.
+        """
+        name = self._find(url)
+        if name is None:
+            raise ShardError(f"there is no score table of it in {str(self.folder)!r}; score it first")
+        scores = ShardScores.read(self.folder / f"{name}.parquet")
+        num_bytes = -1 if scores.num_bytes == -1 else shard_num_bytes(url)
+        if num_bytes not in (-1, scores.num_bytes):
+            raise ShardError(
+                f"it is not the shard that was scored: {num_bytes} bytes here, {scores.num_bytes} in "
+                f"{str(self.folder / name) + '.parquet'!r}"
+            )
+        return scores
+
+    def lacking(self, urls: Iterable[str]) -> list[str]:
+        """The shards that have no table."""
+        return [url for url in urls if self._find(url) is None]
+
+    def _find(self, url: str) -> str | None:
+        """The name of a shard's table."""
+        if (name := self._name_by_source.get(public_url(url))) is not None:
+            return name
+        path = PurePosixPath(shard_path(url)).parts
+        names = [name for name in self._names_by_stem.get(path[-1], ()) if _is_end(PurePosixPath(name).parts, path)]
+        return max(names, key=lambda name: name.count("/"), default=None)
+
+
+def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    return path[len(path) - len(end) :] == end
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file is no score table, in whatever way reading it fails."""
+    try:
+        yield
+    except _VersionError as error:
+        raise ValueError(f"{str(path)!r} {error}") from None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error
+
+
+class _VersionError(Exception):
+    """A table of another version."""
+
+
+def _check_version(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """What a table's metadata says, if this version can read it."""
+    found: dict[str, Any] = json.loads((metadata or {})[_METADATA_KEY])
+    if found["version"] != _FORMAT_VERSION:
+        raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
+    return found
 
 
 def check_fingerprint(found: Fingerprint, expected: Fingerprint, where: str) -> None:

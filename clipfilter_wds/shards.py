@@ -127,6 +127,11 @@ def shard_name(url: str) -> str:
     return name
 
 
+def shard_path(url: str) -> str:
+    """The absolute path of a shard without tar suffix: ``s3://b/x/00000.tar.gz?v=1`` is ``/b/x/00000``."""
+    return posixpath.join(_folder_of(url), shard_name(url))
+
+
 def output_names(urls: Sequence[str]) -> dict[str, str]:
     """A relative output name (no suffix) per URL, no two alike.
 
