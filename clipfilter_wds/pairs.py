@@ -103,9 +103,11 @@ def score_pairs(
 
 def _score(opened: "_OpenedBatch", scorer: ClipScorer) -> PairScores:
     similarity = np.zeros(len(opened.reasons), dtype=np.float32)
-    cosine = scorer(opened.pixel_values, opened.input_ids).cpu().numpy()
-    similarity[[reason is None for reason in opened.reasons]] = np.clip(cosine, 0.0, 1.0)
-    return PairScores(similarity=similarity, reasons=opened.reasons, num_truncated=opened.num_truncated)
+    similarity[[reason is None for reason in opened.reasons]] = scorer(opened.pixel_values, opened.input_ids).cpu()
+    finite = np.isfinite(similarity)
+    reasons = [reason if ok else DropReason.NOT_FINITE for reason, ok in zip(opened.reasons, finite, strict=True)]
+    similarity = np.where(finite, np.clip(similarity, 0.0, 1.0), np.float32(0.0))
+    return PairScores(similarity=similarity, reasons=reasons, num_truncated=opened.num_truncated)
 
 
 # --- in the workers ---

@@ -64,14 +64,20 @@ class ShardScores:
         torn: bool,
         fingerprint: Fingerprint,
     ) -> Self:
-        """Put rows, in any order, and the scores of those without a reason, in the same order, together."""
+        """Put rows, in any order, and the scores of those without a reason, in the same order, together.
+
+        A score that is NaN or infinite is none: its sample has the reason ``not_finite``.
+        """
         all_scores = np.zeros(len(rows), dtype=np.float32)
         usable = np.array([row.reason is None for row in rows], dtype=bool)
         if len(scores) != usable.sum():
             raise ValueError(f"{usable.sum()} samples could be scored, and there are {len(scores)} scores")
         all_scores[usable] = scores
+        finite = np.isfinite(all_scores)
+        reasons = [row.reason if ok else DropReason.NOT_FINITE for row, ok in zip(rows, finite, strict=True)]
+        computed = {"score": np.where(finite, all_scores, 0.0), "reason": reasons}
         table = pa.table(
-            [all_scores if name == "score" else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
+            [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
         )
         table = table.sort_by("index").combine_chunks()

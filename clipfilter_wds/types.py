@@ -16,6 +16,7 @@ class DropReason(StrEnum):
     IMAGE_TOO_LARGE = "image_too_large"
     MEMBER_TOO_LARGE = "member_too_large"
     TORN = "torn"
+    NOT_FINITE = "not_finite"
     NOT_IN_SUBSET = "not_in_subset"
 
 

@@ -25,9 +25,16 @@ def table(scores: list[float | DropReason]) -> ShardScores:
 
 def is_kept(score: float | DropReason, threshold: float) -> bool:
     """The definition, in Python's own floats."""
-    if isinstance(score, DropReason) or math.isnan(score):
+    if isinstance(score, DropReason) or not math.isfinite(score):
         return False
     return max(0.0, min(1.0, float(np.float32(score)))) >= threshold
+
+
+def reason_of(score: float | DropReason) -> DropReason | None:
+    """Why there is no score."""
+    if isinstance(score, DropReason):
+        return score
+    return None if math.isfinite(score) else DropReason.NOT_FINITE
 
 
 any_float = st.floats(width=32) | st.floats(-1.5, 1.5, width=32)
@@ -47,9 +54,7 @@ def check_selection(scores: list[float | DropReason], threshold: float) -> None:
     assert selection.keep.tolist() == kept
     assert (selection.stats.seen, selection.stats.kept) == (len(scores), sum(kept))
     reasons = [
-        score if isinstance(score, DropReason) else DropReason.BELOW_THRESHOLD
-        for score, keep in zip(scores, kept, strict=True)
-        if not keep
+        reason_of(score) or DropReason.BELOW_THRESHOLD for score, keep in zip(scores, kept, strict=True) if not keep
     ]
     assert selection.stats.dropped == {reason: reasons.count(reason) for reason in DropReason if reason in reasons}
 
@@ -75,11 +80,11 @@ def test_the_default_threshold_keeps_a_score_of_a_quarter():
     assert select(table([0.25, below]), DEFAULT_THRESHOLD).keep.tolist() == [True, False]
 
 
-def test_a_score_that_is_no_number_is_never_kept_and_counted_as_below():
-    for threshold in (-1.0, 0.0, 0.5):
-        selection = select(table([math.nan, 0.6]), threshold)
-        assert selection.keep.tolist() == [False, True]
-        assert selection.stats.dropped == {DropReason.BELOW_THRESHOLD: 1}
+@pytest.mark.parametrize("threshold", [None, -1.0, 0.0, 0.5])
+def test_a_score_that_is_no_finite_number_is_never_kept_and_counted_as_that(threshold):
+    selection = select(table([math.nan, 0.6, math.inf, -math.inf]), threshold)
+    assert selection.keep.tolist() == [False, True, False, False]
+    assert selection.stats.dropped == {DropReason.NOT_FINITE: 3}
 
 
 @pytest.mark.parametrize("threshold", [None, -1.0, 0.0, 0.25, 1.0])
@@ -95,7 +100,7 @@ def test_what_could_not_be_scored_is_dropped_for_its_reason_whatever_the_thresho
 @given(st.lists(any_float | st.sampled_from(UNSCORED), max_size=12))
 def test_without_a_threshold_all_that_could_be_scored_is_kept(scores):
     selection = select(table(scores), None)
-    assert selection.keep.tolist() == [not isinstance(score, DropReason) for score in scores]
+    assert selection.keep.tolist() == [reason_of(score) is None for score in scores]
     assert DropReason.BELOW_THRESHOLD not in selection.stats.dropped
 
 

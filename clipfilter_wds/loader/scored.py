@@ -32,14 +32,16 @@ class Scored:
 def score_stream_batch(scorer: ClipScorer | None, batch: StreamBatch) -> Scored:
     """Score a dataset's batch; its columns are the training views of the usable samples, their keys and URLs."""
     usable = [row.reason is None for row in batch.rows]
+    columns = {
+        **batch.views,
+        "__key__": [row.key for row in batch.rows if row.reason is None],
+        "__url__": list(compress(batch.urls, usable)),
+    }
+    columns, scores, not_finite = _scored_rows(scorer, columns, batch.pixel_values, batch.input_ids)
     return Scored(
-        columns={
-            **batch.views,
-            "__key__": [row.key for row in batch.rows if row.reason is None],
-            "__url__": list(compress(batch.urls, usable)),
-        },
-        scores=_scores(scorer, batch.pixel_values, batch.input_ids),
-        unusable=Counter(row.reason for row in batch.rows if row.reason is not None),
+        columns=columns,
+        scores=scores,
+        unusable=Counter(row.reason for row in batch.rows if row.reason is not None) + not_finite,
         worker=batch.worker,
         after=batch.after,
         failures=tuple(batch.failures),
@@ -63,13 +65,26 @@ def score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> Scored
     input_ids = columns["input_ids"]
     if scorer is not None:
         input_ids = _without_padding(input_ids, scorer.preprocess.tokenize.pad_id)
-    return Scored(columns=columns, scores=_scores(scorer, columns["pixel_values"], input_ids), unusable=unusable)
+    columns, scores, not_finite = _scored_rows(scorer, columns, columns["pixel_values"], input_ids)
+    return Scored(columns=columns, scores=scores, unusable=unusable + not_finite)
 
 
 def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     """Cut what is padding in every row but for one token, since padding may be the end of text."""
     used = (input_ids != pad_id).any(dim=0).nonzero()
     return input_ids[:, : int(used[-1]) + 2] if len(used) else input_ids
+
+
+def _scored_rows(
+    scorer: ClipScorer | None, columns: dict[str, Any], pixel_values: torch.Tensor, input_ids: torch.Tensor
+) -> tuple[dict[str, Any], np.ndarray, Counter[DropReason]]:
+    """The rows that have a score, the scores, and how many rows have none because the model gave no number."""
+    scores = _scores(scorer, pixel_values, input_ids)
+    finite = np.isfinite(scores)
+    if scorer is None or finite.all():
+        return columns, scores, Counter()
+    not_finite = Counter({DropReason.NOT_FINITE: int((~finite).sum())})
+    return take(columns, np.flatnonzero(finite).tolist()), scores[finite], not_finite
 
 
 def _scores(scorer: ClipScorer | None, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
