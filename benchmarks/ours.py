@@ -1,0 +1,83 @@
+"""What is measured of this package: shards rewritten, batches for training, rows of a table."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from benchmarks.material import Data
+from benchmarks.options import Options
+from benchmarks.rounds import Contender, Outcome
+from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, process_shards
+from clipfilter_wds.pairs import Pair, batched, score_pairs
+from clipfilter_wds.scores import ShardScores
+from clipfilter_wds.selection import select
+
+
+def our_contenders(options: Options, scorer: ClipScorer, threshold: float, *, suffix: str = "") -> list[Contender]:
+    """All uses of a scorer."""
+    uses = (Rewrite, InlineLoader, Table)
+    return [Contender(f"{use.name}{suffix}", use(options, scorer, threshold)) for use in uses]
+
+
+class _Use:
+    name: str
+
+    def __init__(self, options: Options, scorer: ClipScorer, threshold: float) -> None:
+        self._options, self._scorer, self._threshold = options, scorer, threshold
+
+
+class Rewrite(_Use):
+    """``clipfilter-wds rewrite``, the writing included."""
+
+    name = "rewrite"
+
+    def __call__(self, data: Data) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            config = RewriteConfig(
+                shards=[*data.shards],
+                output=folder,
+                threshold=self._threshold,
+                batch_size=self._options.batch_size,
+                num_workers=self._options.workers,
+            )
+            tally = process_shards(config, self._scorer)
+            return Outcome(tally.counts.seen, _kept_keys(Path(folder, "_scores"), self._threshold))
+
+
+def _kept_keys(folder: Path, threshold: float) -> frozenset[str]:
+    tables = [ShardScores.read(path) for path in folder.glob("*.parquet")]
+    return frozenset(
+        key for table in tables for key, keep in zip(table.keys, select(table, threshold).keep, strict=True) if keep
+    )
+
+
+class InlineLoader(_Use):
+    """``ClipFilterLoader``, whose batches nobody trains on."""
+
+    name = "inline loader"
+
+    def __call__(self, data: Data) -> Outcome:
+        loader = ClipFilterLoader(
+            ClipWebDataset([*data.shards], self._scorer.preprocess),
+            self._scorer,
+            threshold=self._threshold,
+            batch_size=self._options.batch_size,
+            score_batch_size=self._options.batch_size,
+            num_workers=self._options.workers,
+        )
+        kept = frozenset(key for batch in loader for key in batch["__key__"])
+        return Outcome(loader.stats.seen, kept)
+
+
+class Table(_Use):
+    """What ``clipfilter-wds table`` and the DataFlow operator do, without reading and writing the table."""
+
+    name = "table"
+
+    def __call__(self, data: Data) -> Outcome:
+        pairs = [Pair(os.fspath(image), caption) for image, caption in data.rows]
+        batches = ((batch, batch) for batch in batched(pairs, self._options.batch_size))
+        keep: list[bool] = []
+        for _, scores in score_pairs(batches, self._scorer, folder=Path(), num_workers=self._options.workers):
+            keep += scores.keep(self._threshold).tolist()
+        return Outcome(len(keep), frozenset(f"{number:09d}" for number, kept in enumerate(keep) if kept))

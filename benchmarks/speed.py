@@ -1,0 +1,109 @@
+"""Everyone in turns: the loops that people have, this package, and the machine's limits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from benchmarks.limits import (
+    IMAGES,
+    TEXTS,
+    attainable,
+    flops_per_sample,
+    limit_contenders,
+    machine_contenders,
+    matmul_rate,
+)
+from benchmarks.options import Options
+from benchmarks.ours import our_contenders
+from benchmarks.peers import OperatorLoop, WebDatasetLoop, usual_threshold
+from benchmarks.report import Report, bars
+from benchmarks.rounds import Contender, Outcome, Spread, in_turns, ratios
+from clipfilter_wds import ClipScorer
+
+#: The loops in float32; the best of them is what the others are compared with.
+_FP32_LOOPS = ("operator's loop, fp32", "webdataset loop, fp32")
+
+
+def speed(options: Options, report: Report) -> None:
+    """Samples per second of all contenders, as ratios to the best float32 loop and to the limit.
+
+    Raises:
+        SystemExit: When the contenders in the scorer's care don't keep the pairs that the float32 loops keep.
+    """
+    device = options.torch_device
+    processor = CLIPProcessor.from_pretrained(options.model)
+    fp32, low = (
+        CLIPModel.from_pretrained(options.model, dtype=dtype).eval().to(device)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    scorer = ClipScorer(options.model, device=device)
+    threshold = usual_threshold(WebDatasetLoop(fp32, processor, options, threshold=0.0), options)
+    contenders = [
+        Contender(_FP32_LOOPS[0], OperatorLoop(fp32, processor, threshold), share=1 / 8),
+        Contender(_FP32_LOOPS[1], WebDatasetLoop(fp32, processor, options, threshold=threshold), share=1 / 4),
+        Contender("webdataset loop, bf16", WebDatasetLoop(low, processor, options, threshold=threshold), share=1 / 2),
+        *our_contenders(options, scorer, threshold),
+        *limit_contenders(options, low, scorer),
+        *machine_contenders(scorer),
+    ]
+    wanted = [contender for contender in contenders if options.wants(contender.name)]
+    rates, outcomes = in_turns(wanted, options.data, rounds=options.rounds, tell=report.tell)
+    _check_decisions(outcomes)
+    _report(options, report, rates, scorer, low)
+
+
+def _check_decisions(outcomes: Mapping[str, Outcome]) -> None:
+    """Hold everyone to the reference, for as many samples as both have decided."""
+    reference = next((outcomes[name] for name in reversed(_FP32_LOOPS) if name in outcomes), None)
+    exact = [name for name in outcomes if "webdataset loop" not in name and outcomes[name].kept is not None]
+    for name in exact if reference else []:
+        both = min(outcomes[name].num_samples, reference.num_samples)
+        ours, theirs = ({key for key in outcome.kept if int(key) < both} for outcome in (outcomes[name], reference))
+        if ours != theirs:
+            raise SystemExit(f"{name} does not keep what the float32 loop keeps; they differ in {ours ^ theirs}")
+
+
+def _report(
+    options: Options, report: Report, rates: dict[str, list[float]], scorer: ClipScorer, low: CLIPModel
+) -> None:
+    loops = [rates[name] for name in _FP32_LOOPS if name in rates]
+    best = [max(turn) for turn in zip(*loops, strict=True)]
+    limit = attainable(rates, scorer.device, options.cores)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "rate": Spread.of(values),
+            "ratio": ratios(values, best) if best else None,
+            "share": ratios(values, limit) if limit and not name.startswith("cp") else None,
+        }
+        for name, values in [*rates.items(), *([("limit: forward and decoding", limit)] if limit else [])]
+    ]
+    report.table(
+        f"{options.size}, {options.image_size}-pixel JPEGs, {options.cores} cores, {options.workers} workers, "
+        f"batches of {options.batch_size}, {scorer.device}, scorer in {scorer.precision}",
+        {"": "name", "samples/s": "rate", "x best fp32 loop": "ratio", "share of limit": "share"},
+        rows,
+    )
+    report.plot("speed", lambda axes: bars(axes, rows))
+    report.add("speed", rows=rows, rates=rates, limit=limit, **_arithmetic(options, report, rates, scorer, low))
+
+
+def _arithmetic(
+    options: Options, report: Report, rates: dict[str, list[float]], scorer: ClipScorer, low: CLIPModel
+) -> dict[str, Any]:
+    """How much of the machine's arithmetic the forward pass gets out of it."""
+    if not {IMAGES, TEXTS} <= rates.keys():
+        return {}
+    captions = [caption for _, caption in options.data().rows][: options.batch_size]
+    ids = scorer.preprocess.tokenize(captions).input_ids.to(low.device)
+    flops = flops_per_sample(low, scorer.preprocess.view.crop, ids)
+    matmul = matmul_rate(low.device, low.dtype)
+    forward = [1 / (1 / images + 1 / texts) for images, texts in zip(rates[IMAGES], rates[TEXTS], strict=True)]
+    share = Spread.of([flops * rate / matmul for rate in forward])
+    report.tell(
+        f"{flops / 1e9:.1f} GFLOP per sample; a large bf16 matrix product runs at {matmul / 1e12:.2f} TFLOP/s, "
+        f"the towers at {share} of it"
+    )
+    return {"flops_per_sample": flops, "matmul_flops": matmul, "forward_share_of_matmul": share}
