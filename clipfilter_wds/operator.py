@@ -12,7 +12,7 @@ from rich.console import Console
 
 from clipfilter_wds.pair_progress import show_pairs
 from clipfilter_wds.pairs import Pair, PairTally, batched, score_pairs
-from clipfilter_wds.rewrite.run import default_num_workers
+from clipfilter_wds.rewrite.scoring import default_num_workers
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.types import DropReason

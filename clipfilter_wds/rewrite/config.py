@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
-from clipfilter_wds.rewrite.outputs import Output, RewriteOutput, ScoreOutput
+from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
+from clipfilter_wds.rewrite.scoring import ScoringOptions
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.shards import expand_shards, local_folder, output_names
@@ -64,9 +66,19 @@ class ScoreConfig:
         """Where image and caption are."""
         return SampleLayout(caption=self.caption)
 
-    def open_output(self) -> Output:
+    @property
+    def scoring(self) -> ScoringOptions:
+        """How shards are scored."""
+        return ScoringOptions(layout=self.layout, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the summary tells of the configuration."""
+        return {"threshold": None}
+
+    def outputs(self) -> Sequence[Output]:
         """Where the outcome of each shard goes."""
-        return ScoreOutput(folder=self.folder, names=self.names)
+        return [TableOutput(url=url, table=self.folder / f"{name}.parquet") for url, name in self.names.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +95,24 @@ class RewriteConfig(ScoreConfig):
         check_threshold(self.threshold)
         super().__post_init__()
 
-    def open_output(self) -> Output:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the summary tells of the configuration."""
+        return {"threshold": self.threshold}
+
+    def outputs(self) -> Sequence[CopyOutput]:
         """Where the outcome of each shard goes."""
-        return RewriteOutput(folder=self.folder, names=self.names, threshold=self.threshold, layout=self.layout)
+        return [
+            CopyOutput(
+                url=url,
+                folder=self.folder,
+                name=name,
+                table=self.folder / "_scores" / f"{name}.parquet",
+                threshold=self.threshold,
+                layout=self.layout,
+            )
+            for url, name in self.names.items()
+        ]
 
 
 def _check_apart(names: dict[str, str], folder: Path) -> None:

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from clipfilter_wds.pair_progress import Update, print_pair_summary, show_pairs
 from clipfilter_wds.pairs import Pair, PairTally, score_pairs
-from clipfilter_wds.rewrite.run import default_num_workers
+from clipfilter_wds.rewrite.scoring import default_num_workers
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.table.config import TableConfig
 from clipfilter_wds.table.files import open_table

@@ -1,0 +1,69 @@
+"""Shards -> their scores. Everything that it takes is passed in, so that it can be done anywhere."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.rewrite.blocks import BlockDataset
+from clipfilter_wds.rewrite.collect import FailedShard, collect_shards
+from clipfilter_wds.samples import SampleLayout
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.scores import Fingerprint, ShardScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How shards are scored. Picklable.
+
+    Attributes:
+        layout: Where image and caption are.
+        batch_size: Samples per forward pass.
+        num_workers: Processes that decode; None chooses by device and number of processors.
+    """
+
+    layout: SampleLayout
+    batch_size: int
+    num_workers: int | None
+
+    def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
+        """What the scores depend on beside the shards."""
+        return {
+            **scorer.fingerprint,
+            "caption": self.layout.caption,
+            "max_member_bytes": self.layout.max_member_bytes,
+        }
+
+
+def score_shards(
+    urls: Sequence[str],
+    scorer: ClipScorer,
+    options: ScoringOptions,
+    *,
+    on_batch: Callable[[int], None] = lambda num_samples: None,
+) -> Iterator[tuple[str, ShardScores] | FailedShard]:
+    """Score shards; each is yielded when it is complete. The scores of a shard don't depend on the others.
+
+    Args:
+        urls: One shard or many.
+        scorer: The model.
+        options: How.
+        on_batch: Called with the number of samples of each batch.
+    """
+    dataset = BlockDataset(urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout)
+    num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
+    loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda", in_order=False)
+    return collect_shards(loader, scorer, options.fingerprint(scorer), on_batch)
+
+
+def default_num_workers(device: torch.device) -> int:
+    """Decoding processes that suit a device: all processors for a GPU, half of them when they also run the model."""
+    available = num_processors()
+    return max(1, available if device.type == "cuda" else available // 2)
+
+
+def num_processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

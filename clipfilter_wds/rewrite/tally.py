@@ -1,0 +1,80 @@
+"""How a run goes: the outcome of one shard, the running total, the summary."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from clipfilter_wds import __version__
+from clipfilter_wds.shards import public_url
+from clipfilter_wds.types import FilterStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardStats:
+    """The outcome of one shard."""
+
+    counts: FilterStats
+    torn: bool
+    truncated_captions: int
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """How far a run is, and how it went.
+
+    Attributes:
+        num_shards: How many the run has.
+        phase: What is being done to them: ``scoring``, or ``copying`` when they have been scored before.
+        done: Shards whose outcome is on disk, those of earlier runs included.
+        resumed: How many of these an earlier run had committed.
+        num_scored: Samples that this run has read and scored, those of unfinished shards included.
+        counts: Of the shards that are done.
+        torn: How many of these are damaged or cut.
+        truncated_captions: How many of their captions were longer than the text tower takes.
+        failed: Per shard that could not be used, why.
+        seconds: Time since the phase began.
+    """
+
+    num_shards: int
+    phase: str = "scoring"
+    done: int = 0
+    resumed: int = 0
+    num_scored: int = 0
+    counts: FilterStats = field(default_factory=FilterStats)
+    torn: int = 0
+    truncated_captions: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the phase began."""
+        return time.perf_counter() - self.started
+
+    def add(self, stats: ShardStats) -> None:
+        """Count a shard as done."""
+        self.done += 1
+        self.counts += stats.counts
+        self.torn += stats.torn
+        self.truncated_captions += stats.truncated_captions
+
+    def fail(self, url: str, why: str) -> None:
+        """Count a shard as failed."""
+        self.failed[public_url(url)] = why
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` tells of the run's course."""
+        return {
+            "seen": self.counts.seen,
+            "kept": self.counts.kept,
+            "dropped": dict(self.counts.dropped),
+            "shards": self.num_shards,
+            "failed_shards": self.failed,
+            "torn_shards": self.torn,
+            "resumed_shards": self.resumed,
+            "truncated_captions": self.truncated_captions,
+            "scored": self.num_scored,
+            "samples_per_second": round(self.num_scored / self.seconds, 1),
+            "seconds": round(self.seconds, 3),
+            "version": __version__,
+        }
