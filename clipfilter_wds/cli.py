@@ -26,6 +26,7 @@ def rewrite(
     model: str = DEFAULT_MODEL,
     revision: str | None = None,
     threshold: float = DEFAULT_THRESHOLD,
+    scores: str | None = None,
     caption: str = "txt",
     batch_size: int = 64,
     num_workers: int | None = None,
@@ -40,6 +41,7 @@ def rewrite(
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
         revision: Branch, tag or commit of a hub model.
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this.
+        scores: Folder of score tables that were made before; no model is loaded and no image decoded then.
         caption: Member that holds the caption (txt), or a field of the json member (json:caption).
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
@@ -50,6 +52,7 @@ def rewrite(
         shards=shards,
         output=output,
         threshold=threshold,
+        scores=scores,
         caption=caption,
         batch_size=batch_size,
         num_workers=num_workers,

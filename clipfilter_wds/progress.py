@@ -20,11 +20,13 @@ _MAX_SHOWN_FAILURES = 10
 
 
 def run_with_progress(config: ScoreConfig, load_scorer: Callable[[], ClipScorer]) -> Tally:
-    """Load the model, process the shards, and show on the terminal what is going on and what came out."""
+    """Load the model, if one is needed, process the shards, and show what is going on and what came out."""
     logging.disable_progress_bar()
     console = Console(stderr=True)
-    with console.status("loading the model"):
-        scorer = load_scorer()
+    scorer = None
+    if not (isinstance(config, RewriteConfig) and config.scores):
+        with console.status("loading the model"):
+            scorer = load_scorer()
     with show_progress(console) as update:
         tally = process_shards(config, scorer, on_progress=update)
     print_summary(Console(), tally, scored_only=not isinstance(config, RewriteConfig))
@@ -53,7 +55,13 @@ def _bar(console: Console) -> Iterator[Callable[[Tally], None]]:
         task = progress.add_task("scoring", total=None, pace="")
 
         def update(tally: Tally) -> None:
-            progress.update(task, total=tally.num_shards, completed=tally.done + len(tally.failed), pace=_pace(tally))
+            progress.update(
+                task,
+                description=tally.phase,
+                total=tally.num_shards,
+                completed=tally.done + len(tally.failed),
+                pace=_pace(tally),
+            )
 
         yield update
 
@@ -73,7 +81,7 @@ def _lines(console: Console) -> Callable[[Tally], None]:
 
 
 def _pace(tally: Tally) -> str:
-    parts = [f"{tally.num_scored / max(tally.seconds, 1e-9):,.0f} samples/s"]
+    parts = [f"{tally.samples_per_second:,.0f} samples/s"]
     if tally.counts.seen:
         parts.append(f"{tally.counts.keep_rate:.1%} kept")
     done, left = tally.done - tally.resumed + len(tally.failed), tally.num_shards - tally.done - len(tally.failed)
@@ -104,9 +112,7 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
         table.add_row(
             "captions truncated", f"{tally.truncated_captions:,}", _share(tally.truncated_captions, counts.seen)
         )
-    table.add_row(
-        "time", str(timedelta(seconds=round(tally.seconds))), f"{tally.num_scored / tally.seconds:,.0f} samples/s"
-    )
+    table.add_row("time", str(timedelta(seconds=round(tally.seconds))), f"{tally.samples_per_second:,.0f} samples/s")
     console.print(table)
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
         console.print(f"[red]failed[/] {escape(url)}: {escape(why)}", highlight=False, soft_wrap=True)

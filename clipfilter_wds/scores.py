@@ -190,17 +190,15 @@ class ScoreTable:
             ShardError: When there are none, or the shard has another size than the one that was scored.
             ValueError: When the table is damaged.
         """
-        name = self._find(url)
-        if name is None:
+        path = self.path(url)
+        if path is None:
             raise ShardError(f"there is no score table of it in {str(self.folder)!r}; score it first")
-        scores = ShardScores.read(self.folder / f"{name}.parquet")
-        num_bytes = -1 if scores.num_bytes == -1 else shard_num_bytes(url)
-        if num_bytes not in (-1, scores.num_bytes):
-            raise ShardError(
-                f"it is not the shard that was scored: {num_bytes} bytes here, {scores.num_bytes} in "
-                f"{str(self.folder / name) + '.parquet'!r}"
-            )
-        return scores
+        return read_scores(path, url)
+
+    def path(self, url: str) -> Path | None:
+        """A shard's table."""
+        name = self._find(url)
+        return None if name is None else self.folder / f"{name}.parquet"
 
     def lacking(self, urls: Iterable[str]) -> list[str]:
         """The shards that have no table."""
@@ -213,6 +211,22 @@ class ScoreTable:
         path = PurePosixPath(shard_path(url)).parts
         names = [name for name in self._names_by_stem.get(path[-1], ()) if _is_end(PurePosixPath(name).parts, path)]
         return max(names, key=lambda name: name.count("/"), default=None)
+
+
+def read_scores(path: Path, url: str) -> ShardScores:
+    """The scores of a shard, from its table.
+
+    Raises:
+        ShardError: When the shard has another size than the one that was scored.
+        ValueError: When the table is damaged.
+    """
+    scores = ShardScores.read(path)
+    num_bytes = -1 if scores.num_bytes == -1 else shard_num_bytes(url)
+    if num_bytes not in (-1, scores.num_bytes):
+        raise ShardError(
+            f"it is not the shard that was scored: {num_bytes} bytes here, {scores.num_bytes} in {str(path)!r}"
+        )
+    return scores
 
 
 def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
 from clipfilter_wds.rewrite.scoring import ScoringOptions
 from clipfilter_wds.samples import SampleLayout
+from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.shards import expand_shards, local_folder, output_names
 
@@ -87,9 +88,11 @@ class RewriteConfig(ScoreConfig):
 
     Attributes:
         threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this.
+        scores: Folder of the shards' score tables, made before; no model is needed then.
     """
 
     threshold: float = DEFAULT_THRESHOLD
+    scores: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -100,19 +103,23 @@ class RewriteConfig(ScoreConfig):
         """What the summary tells of the configuration."""
         return {"threshold": self.threshold}
 
-    def outputs(self) -> Sequence[CopyOutput]:
+    def outputs(self) -> Sequence[Output]:
         """Where the outcome of each shard goes."""
-        return [
-            CopyOutput(
-                url=url,
-                folder=self.folder,
-                name=name,
-                table=self.folder / "_scores" / f"{name}.parquet",
-                threshold=self.threshold,
-                layout=self.layout,
-            )
-            for url, name in self.names.items()
-        ]
+        return [self._copy(url, self.folder / "_scores" / f"{name}.parquet") for url, name in self.names.items()]
+
+    def copies(self, table: ScoreTable) -> Sequence[CopyOutput]:
+        """The same, for shards that have been scored."""
+        return [self._copy(url, table.path(url)) for url in self.urls]
+
+    def _copy(self, url: str, table: Path | None) -> CopyOutput:
+        return CopyOutput(
+            url=url,
+            folder=self.folder,
+            name=self.names[url],
+            table=table,
+            threshold=self.threshold,
+            layout=self.layout,
+        )
 
 
 def _check_apart(names: dict[str, str], folder: Path) -> None:

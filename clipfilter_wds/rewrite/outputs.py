@@ -9,7 +9,7 @@ import numpy as np
 
 from clipfilter_wds.rewrite.tally import ShardStats
 from clipfilter_wds.samples import SampleLayout, read_samples
-from clipfilter_wds.scores import Fingerprint, ShardScores, check_fingerprint
+from clipfilter_wds.scores import Fingerprint, ShardScores, check_fingerprint, read_scores
 from clipfilter_wds.selection import select
 from clipfilter_wds.shards import open_shard, public_url, shard_num_bytes
 from clipfilter_wds.types import DropReason, FilterStats, ShardEnd, ShardError
@@ -76,7 +76,7 @@ class CopyOutput:
         url: The shard.
         folder: The output folder.
         name: The shard's name in it, without suffix.
-        table: Where the shard's score table is, or goes when it is scored in this run.
+        table: Where the shard's score table is, or goes when it is scored in this run; None when there is none.
         threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this.
         layout: Where image and caption are.
     """
@@ -84,15 +84,15 @@ class CopyOutput:
     url: str
     folder: Path
     name: str
-    table: Path
+    table: Path | None
     threshold: float
     layout: SampleLayout
 
     def __call__(self) -> ShardStats:
         """Copy what is kept of a shard that was scored before; otherwise as :meth:`commit`."""
-        scores = ShardScores.read(self.table)
-        _check_same_shard(self.table, scores, self.url)
-        return self._copy(scores)
+        if self.table is None:
+            raise ShardError("there is no score table of it; score it first")
+        return self._copy(read_scores(self.table, self.url))
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
         """See :class:`Output`."""
@@ -118,8 +118,8 @@ class CopyOutput:
 
     def commit(self, scores: ShardScores) -> ShardStats:
         """See :class:`Output`. The score table is written first."""
-        with publish(self.table) as file:
-            scores.write(file)
+        assert self.table is not None
+        TableOutput(url=self.url, table=self.table).commit(scores)
         return self._copy(scores)
 
     def _copy(self, scores: ShardScores) -> ShardStats:
@@ -183,14 +183,6 @@ def copy_kept(url: str, scores: ShardScores, keep: np.ndarray, tar: TarWriter, l
             else:
                 for member in item.members:
                     tar.add(member)
-
-
-def _check_same_shard(table: Path, scores: ShardScores, url: str) -> None:
-    num_bytes = shard_num_bytes(url)
-    if num_bytes != scores.num_bytes:
-        raise ShardError(
-            f"it has {num_bytes} bytes, and the shard that {str(table)!r} is of had {scores.num_bytes}; score it again"
-        )
 
 
 def write_sizes(folder: Path) -> None:

@@ -14,7 +14,7 @@ from clipfilter_wds.rewrite.outputs import CopyOutput, Output, write_sizes
 from clipfilter_wds.rewrite.scoring import ScoringOptions, num_processors, score_shards
 from clipfilter_wds.rewrite.tally import ShardStats, Tally
 from clipfilter_wds.scorer import ClipScorer
-from clipfilter_wds.scores import Fingerprint
+from clipfilter_wds.scores import Fingerprint, ScoreTable
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.writer import publish_json, remove_leftovers
 
@@ -25,12 +25,14 @@ OnProgress = Callable[[Tally], None]
 AnyOutput = TypeVar("AnyOutput", bound=Output)
 
 
-def process_shards(config: ScoreConfig, scorer: ClipScorer, *, on_progress: OnProgress = lambda tally: None) -> Tally:
+def process_shards(
+    config: ScoreConfig, scorer: ClipScorer | None = None, *, on_progress: OnProgress = lambda tally: None
+) -> Tally:
     """Score the shards and write their outcome, going on where an earlier run of the same settings stopped.
 
     Args:
         config: A :class:`ScoreConfig` for score tables, a ``RewriteConfig`` for shards of the kept samples as well.
-        scorer: The model.
+        scorer: The model; None when the config names ``scores``.
         on_progress: Called after every batch and shard.
 
     Returns:
@@ -38,15 +40,23 @@ def process_shards(config: ScoreConfig, scorer: ClipScorer, *, on_progress: OnPr
         complete.
 
     Raises:
-        ValueError: When the output folder was begun with other settings.
+        ValueError: When the output folder was begun with other settings, or the score tables can't be used.
         OSError: When the output can't be written.
     """
     remove_leftovers(config.folder)
-    tally = score_and_commit(config.outputs(), scorer, config.scoring, on_progress)
+    if isinstance(config, RewriteConfig) and config.scores is not None:
+        table = ScoreTable(config.scores)
+        fingerprint = table.fingerprint
+        tally = copy_and_commit(config.copies(table), fingerprint, config.num_workers, on_progress)
+    else:
+        if scorer is None:
+            raise ValueError("scorer is None; without score tables there must be a model")
+        fingerprint = config.scoring.fingerprint(scorer)
+        tally = score_and_commit(config.outputs(), scorer, config.scoring, on_progress)
     if isinstance(config, RewriteConfig):
         write_sizes(config.folder)
-    model = {"model": scorer.model_name, "precision": scorer.precision, "band": 0.0, "rechecked": 0}
-    publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **model})
+    made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"], "band": 0.0, "rechecked": 0}
+    publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **made_by})
     return tally
 
 
@@ -113,13 +123,14 @@ def _settle(url: str, commit: "Future[ShardStats]", tally: Tally) -> None:
 def copy_and_commit(
     outputs: Sequence[CopyOutput], fingerprint: Fingerprint, num_workers: int | None, on_progress: OnProgress
 ) -> Tally:
-    """Copy what is kept of the shards that are left, all of which have been scored."""
+    """Copy what is kept of the shards that are left, which have been scored; ``num_workers`` at a time."""
     tally = Tally(num_shards=len(outputs), phase="copying")
     left = not_committed(outputs, fingerprint, tally)
     on_progress(tally)
     processes = min(len(left), num_processors()) if num_workers is None else num_workers
     for url, stats in worker_loader(_Copies(left), num_workers=processes, in_order=False):
         if isinstance(stats, ShardStats):
+            tally.num_copied += stats.counts.seen
             tally.add(stats)
         else:
             tally.fail(url, stats)

@@ -28,6 +28,7 @@ class Tally:
         done: Shards whose outcome is on disk, those of earlier runs included.
         resumed: How many of these an earlier run had committed.
         num_scored: Samples that this run has read and scored, those of unfinished shards included.
+        num_copied: Samples of the shards that this run has copied from, those that were not kept included.
         counts: Of the shards that are done.
         torn: How many of these are damaged or cut.
         truncated_captions: How many of their captions were longer than the text tower takes.
@@ -40,6 +41,7 @@ class Tally:
     done: int = 0
     resumed: int = 0
     num_scored: int = 0
+    num_copied: int = 0
     counts: FilterStats = field(default_factory=FilterStats)
     torn: int = 0
     truncated_captions: int = 0
@@ -50,6 +52,11 @@ class Tally:
     def seconds(self) -> float:
         """Time since the phase began."""
         return time.perf_counter() - self.started
+
+    @property
+    def samples_per_second(self) -> float:
+        """Pace of the phase."""
+        return (self.num_scored or self.num_copied) / max(self.seconds, 1e-9)
 
     def add(self, stats: ShardStats) -> None:
         """Count a shard as done."""
@@ -74,7 +81,7 @@ class Tally:
             "resumed_shards": self.resumed,
             "truncated_captions": self.truncated_captions,
             "scored": self.num_scored,
-            "samples_per_second": round(self.num_scored / self.seconds, 1),
+            "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),
             "version": __version__,
         }
