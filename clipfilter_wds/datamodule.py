@@ -165,42 +165,72 @@ class ClipFilterDataModule(L.LightningDataModule):
 class _EpochLoader:
     """The training loader as the fit loop iterates it.
 
-    The fit loop may make two iterators for one epoch, so an epoch begins where it began before.
+    The fit loop may make two iterators for one epoch, so an epoch begins where it began before. And it counts an epoch
+    that ``max_steps`` or ``should_stop`` cut off; a run that goes on gives the rest of that epoch as its next one, so
+    the loader counts its own.
     """
 
     def __init__(self, loader: ClipFilterLoader, trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
-        self._loader, self._trainer = loader, trainer
-        self._epoch: int | None = None
+        self._loader, self._trainer, self._resumed = loader, trainer, resumed
+        self._epoch = self._counted = -1  # the loader's, and how many the fit loop had counted when it began
         self._begin: Mapping[str, Any] = {}
+        self._num_before = 0  # batches that were trained before the loader's epoch
         if resumed is not None:
-            self._epoch, self._begin = resumed["epoch"], resumed["ranks"][trainer.global_rank]
-            loader.load_state_dict(self._begin)
+            loader.load_state_dict(resumed["ranks"][trainer.global_rank])
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not trainer.current_epoch, which lags behind when a run goes on from the end of an epoch.
-        progress: Any = self._trainer.fit_loop.epoch_progress.current  # typed too widely
-        epoch: int = progress.processed
-        if epoch == self._epoch:
-            self._loader.load_state_dict(self._begin)
-        else:
-            self._loader.set_epoch(epoch)
-            self._epoch, self._begin = epoch, self._loader.state_dict()
+        counted: int = self._fit_loop.epoch_progress.current.processed
+        if counted != self._counted:
+            self._start_epoch(counted)
+        self._loader.load_state_dict(self._begin)
         return iter(self._loader)
+
+    def _start_epoch(self, counted: int) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            self._epoch = counted if self._epoch < 0 else self._epoch + counted - self._counted
+            self._loader.set_epoch(self._epoch)
+        else:
+            self._epoch = resumed["epoch"]
+            if not resumed["within_epoch"]:
+                self._loader.set_epoch(self._epoch)
+        self._counted, self._begin = counted, self._loader.state_dict()
+        self._num_before = self._num_trained - self._begin["batches"]
 
     def position(self) -> dict[str, Any]:
         """Where all ranks are, after the batch that was trained last."""
+        epoch_loop = self._fit_loop.epoch_loop
         # The fit loop fetches one batch ahead of the one that it trains on.
-        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current  # typed too widely
-        mine = self._loader.state_dict(after=progress.processed)
+        mine = self._loader.state_dict(after=self._num_trained - self._num_before)
         # Only rank zero's checkpoint is written, so it holds the states of all.
         ranks: list[Any] = [mine]
         if self._trainer.world_size > 1:
             ranks = [None] * self._trainer.world_size
             distributed.all_gather_object(ranks, mine)
-        return {"epoch": self._epoch, "ranks": ranks}
+        within_epoch = self._fit_loop.epoch_progress.current.processed == self._counted
+        is_through = (
+            epoch_loop.batch_progress.is_last_batch
+            or epoch_loop.batch_progress.current.ready == self._trainer.num_training_batches  # may be limited
+        )
+        return {
+            "epoch": self._epoch + (is_through and not within_epoch),
+            "within_epoch": within_epoch,
+            "ranks": ranks,
+        }
+
+    @property
+    def _num_trained(self) -> int:
+        """Batches since training began; those of the epoch may or may not begin anew when a run goes on."""
+        num_trained: int = self._fit_loop.epoch_loop.batch_progress.total.processed
+        return num_trained
+
+    @property
+    def _fit_loop(self) -> Any:  # whose progress Lightning types too widely
+        return self._trainer.fit_loop
 
     def state_dict(self) -> dict[str, Any]:
         """Tells Lightning that the loader can be resumed; the data module holds the state.

@@ -112,6 +112,34 @@ def test_a_run_goes_on_from_any_checkpoint_with_the_batch_after_the_one_trained_
     assert rest == [batch for batch in whole if batch[0] == 1]
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "repeat", pytest.param("validation within the epoch and accumulated gradients", marks=pytest.mark.slow)],
+)
+def test_a_run_that_max_steps_cut_off_goes_on_where_it_was(data, tmp_path, case):
+    more, trainer = CASES[case]
+    data = {**data, **more}
+    whole = [keys for _, *keys in fit(data, {**trainer, "max_epochs": 5}).trained]
+    done, checkpoint = 0, None
+    for max_steps in (2, 3):  # of the optimizer; the second stop is in the rest of the first one's epoch
+        folder = tmp_path / str(max_steps)
+        save = SaveEverywhere(folder)
+        trained = fit(data, {**trainer, "max_steps": max_steps}, callbacks=[save], checkpoint=checkpoint).trained
+        assert [keys for _, *keys in trained] == whole[done : done + len(trained)] != []
+        done += len(trained)
+        [checkpoint] = folder.glob("epoch*.ckpt")
+        for saved in (folder / f"batch{save.num_saved}.ckpt", checkpoint):
+            rest = [keys for _, *keys in fit(data, {**trainer, "max_epochs": 5}, checkpoint=saved).trained]
+            assert rest == whole[done : done + len(rest)], saved
+            assert len(rest) > 6
+
+
+def test_an_epoch_that_limit_train_batches_cut_off_is_over(data, tmp_path):
+    whole = fit(data, {"limit_train_batches": 3}, callbacks=[SaveEverywhere(tmp_path)]).trained
+    rest = fit(data, {"limit_train_batches": 3}, checkpoint=tmp_path / "epoch0.ckpt").trained
+    assert rest == whole[3:] != []
+
+
 def test_another_threshold_is_refused_with_both_values(data, tmp_path):
     save = SaveEverywhere(tmp_path)
     fit(data, {"max_epochs": 1}, callbacks=[save])

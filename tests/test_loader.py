@@ -206,6 +206,17 @@ def test_after_a_break_comes_the_next_epoch(half):
     assert keys(loader) == [epochs[1]]
 
 
+def test_set_epoch_after_a_break_is_the_beginning_that_the_state_says(half):
+    recipe = half.but_dataset(shuffle=10)
+    epochs = keys(recipe.build(), 2)
+    loader = recipe.build()
+    iterator = iter(loader)  # kept, as Lightning keeps it
+    assert len(list(islice(iterator, 2))) == 2
+    loader.set_epoch(1)
+    loader.load_state_dict(loader.state_dict())
+    assert keys(loader) == [epochs[1]]
+
+
 @pytest.mark.parametrize("shuffle", [0, 10])
 def test_persistent_workers_stay_and_give_the_same_epochs(half, shuffle):
     usual = half.but_dataset(shuffle=shuffle).but(num_workers=2).build()

@@ -85,7 +85,9 @@ class ClipFilterLoader:
         """
         if self.config.end == "repeat":
             self._begin_at(replace(self._next, batches=0))
-        elif epoch != self._next.epoch:
+        elif epoch == self._next.epoch:
+            self._begin_at(self._next)  # so that the state is this beginning, too, after an epoch that was broken off
+        else:
             self._begin_at(Mark.start(self._num_positions, epoch, self.stats))
 
     def _begin_at(self, mark: Mark) -> None:
@@ -160,7 +162,7 @@ class ClipFilterLoader:
         self.left_over = sum(ready for ready, _, _ in told)
         if batches == 0 and not any(kept for _, kept, _ in told):
             raise run.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
-        if self.left_over:
+        if self.left_over and run.world.rank == 0:  # once, as every rank knows the totals
             _log.warning(
                 "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
                 "and left over (by rank: %s). More shards, shuffling, or end='repeat' use them",

@@ -38,7 +38,8 @@ class Run:
         workers: Workers,
         reported: set[str],
     ) -> None:
-        self._config, self._world, self._reported = config, world, reported
+        self.world = world
+        self._config, self._reported = config, reported
         self.begun_at = begin
         self.progress = begin.progress
         self.num_seen = self.num_kept = 0
@@ -86,9 +87,9 @@ class Run:
         if kept:
             self._last_kept_epoch = self.progress.epoch
             self._push(scored, keep, kept, before)
-        elif self.progress.epoch - self._last_kept_epoch > self._world.world_size:
+        elif self.progress.epoch - self._last_kept_epoch > self.world.world_size:
             # Ranks take turns with the shards, so by now this one has read all of them.
-            raise self.watch.starved(f"{self._world.world_size} whole epochs left none")
+            raise self.watch.starved(f"{self.world.world_size} whole epochs left none")
 
     def _push(self, scored: Scored, keep: np.ndarray, num_rows: int, before: Progress) -> None:
         columns = take(scored.columns, np.flatnonzero(keep).tolist()) if num_rows < len(keep) else scored.columns
