@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from clipfilter_wds.demo.run import demo
 from clipfilter_wds.progress import run_with_progress
+from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
@@ -149,7 +150,7 @@ def _refuse_ranks() -> None:
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say in one line what is wrong, without the whole usage."""
-        line = " ".join(message.split())
+        line = without_secrets(" ".join(message.split()))
         if line.startswith("unrecognized arguments: ") and not line.split()[2].startswith("-"):
             line += "; quote a pattern such as 'data/*.tar', so that the shell does not spread it"
         self.exit(UNUSABLE, f"{self.prog}: {line} (see {self.prog} --help)\n")
@@ -169,5 +170,6 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 
 def _complain(message: str, code: int) -> int:
-    Console(stderr=True).print(f"clipfilter-wds: {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    line = without_secrets(" ".join(message.split()))
+    Console(stderr=True).print(f"clipfilter-wds: {escape(line)}", highlight=False, soft_wrap=True)
     return code

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter_wds.dataset import SampleRow
+from clipfilter_wds.paths import AnyPath
 from clipfilter_wds.shards import public_url, shard_num_bytes, shard_path
 from clipfilter_wds.types import DropReason, ShardError
 
@@ -96,14 +97,14 @@ class ShardScores:
         pq.write_table(self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)}), file)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: AnyPath) -> Self:
         """Read what :meth:`write` wrote.
 
         Raises:
             ValueError: When the file is no score table of this version.
         """
         with _naming(path):
-            table = pq.read_table(path)
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
             metadata = _check_version(table.schema.metadata)
             return cls(
                 table=table,
@@ -234,7 +235,7 @@ def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: AnyPath) -> Iterator[None]:
     """Say which file is no score table, in whatever way reading it fails."""
     try:
         yield

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
-import fsspec
 import zstandard
 from braceexpand import braceexpand
+from fsspec import AbstractFileSystem
 from webdataset.gopen import gopen
 
+from clipfilter_wds.paths import folder_identity
+from clipfilter_wds.remote import RemoteReader, filesystem, is_local, protocols, reason, retrying, without_secrets
 from clipfilter_wds.types import ShardError
 
 _TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
-_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _BUFFER_BYTES = 1 << 18
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # behind any byte 0x5?; pzstd begins with such a frame
@@ -51,7 +52,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path], *, allow_pipe: bool
     for pattern in map(str, patterns):
         found = _expand_one(pattern, allow_pipe)
         if not found:
-            raise ValueError(f"no shard matches {pattern!r}")
+            raise ValueError(f"no shard matches {without_secrets(pattern)!r}")
         urls.update({_identity(url): url for url in found if _identity(url) not in urls})
     return list(urls.values())
 
@@ -76,7 +77,7 @@ def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
     try:
         candidates = list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"{pattern!r} is not a brace range like {{00000..00999}}: {error}") from None
+        raise ValueError(f"{without_secrets(pattern)!r} is not a brace range like {{00000..00999}}: {error}") from None
     return [url for candidate in candidates for url in _matches(candidate)]
 
 
@@ -101,18 +102,26 @@ def _lines(path: Path) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    fs, path = _filesystem(url)
-    local = "file" in _protocols(fs)
-    if any(char in path for char in "*?["):
-        found = sorted(fs.glob(path))
+    fs, path = filesystem(url)
+    local = is_local(fs)
+    if any(char in path for char in ("*[" if "http" in protocols(fs) else "*?[")):  # the web's ? begins a query
+        found = sorted(_glob(url, fs, path))
         if not found:
-            raise ValueError(f"no shard matches {url!r}")
+            raise ValueError(f"no shard matches {without_secrets(url)!r}")
         return found if local and "://" not in url else [fs.unstrip_protocol(name) for name in found]
     if local and Path(path).is_dir():
         raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
     if local and not Path(path).exists():
         raise ValueError(f"no shard matches {url!r}: there is no such file")
     return [url]
+
+
+def _glob(url: str, fs: AbstractFileSystem, path: str) -> list[str]:
+    try:
+        found: list[str] = fs.glob(path) if is_local(fs) else retrying(lambda: fs.glob(path))
+    except Exception as error:  # each storage has errors of its own
+        raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error)}") from error
+    return found
 
 
 # --- from a URL to names ---
@@ -123,7 +132,7 @@ def shard_name(url: str) -> str:
     base = posixpath.basename(_path_of(url))
     name = _TAR_SUFFIX.sub("", base)
     if name in ("", ".", "..") or "\0" in name or "\\" in name:
-        raise ValueError(f"{url!r} has no base name that an output file could have")
+        raise ValueError(f"{without_secrets(url)!r} has no base name that an output file could have")
     return name
 
 
@@ -150,7 +159,8 @@ def output_names(urls: Sequence[str]) -> dict[str, str]:
     for url, name in names.items():
         if name in taken:
             raise ValueError(
-                f"{taken[name]!r} and {url!r} would both be written to {name + '.tar'!r}; rename one of them"
+                f"{without_secrets(taken[name])!r} and {without_secrets(url)!r} would both be written to "
+                f"{name + '.tar'!r}; rename one of them"
             )
         taken[name] = url
     return names
@@ -177,10 +187,10 @@ def _folder_of(url: str) -> str:
     return posixpath.normpath("/" + absolute.lstrip("/"))
 
 
-def local_folder(url: str) -> Path | None:
-    """The resolved folder that holds a shard on this machine, or None for one that lies elsewhere."""
-    fs, path = _filesystem(url)
-    return Path(path).resolve().parent if "file" in _protocols(fs) else None
+def shard_folder(url: str) -> str:
+    """The folder that holds a shard, as :func:`~clipfilter_wds.remote.folder_identity` tells folders apart."""
+    fs, path = filesystem(url)
+    return folder_identity(Path(path).parent) if is_local(fs) else posixpath.dirname(public_url(url))
 
 
 # --- who reads what ---
@@ -239,15 +249,20 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
             raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
         yield from _open_pipe(url)
         return
-    num_bytes = shard_num_bytes(url)
     try:
-        fs, path = _filesystem(url)
-        # Front to back in one request: not every web server can deliver ranges.
-        raw = fs.open(path, "rb", **({"block_size": 0} if "http" in _protocols(fs) else {}))
-    except Exception as error:
-        raise ShardError(f"can't open it: {_reason(error)}") from error
+        raw, num_bytes = _connect(url)
+    except Exception as error:  # each storage has errors of its own
+        raise ShardError(f"can't open it: {reason(error)}") from error
     with raw:
         yield raw, num_bytes
+
+
+def _connect(url: str) -> tuple[BinaryIO, int]:
+    fs, path = filesystem(url)
+    if is_local(fs):
+        return fs.open(path, "rb"), fs.size(path)
+    reader = RemoteReader(url)
+    return cast(BinaryIO, reader), reader.num_bytes
 
 
 def _open_pipe(url: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -271,10 +286,10 @@ def shard_num_bytes(url: str) -> int:
         ShardError: When it can't be reached.
     """
     try:
-        fs, path = _filesystem(url)
-        num_bytes = fs.size(path)
+        fs, path = filesystem(url)
+        num_bytes = fs.size(path) if is_local(fs) else retrying(lambda: fs.size(path))
     except Exception as error:  # each storage has errors of its own
-        raise ShardError(f"can't open it: {_reason(error)}") from error
+        raise ShardError(f"can't open it: {reason(error)}") from error
     return -1 if num_bytes is None else int(num_bytes)
 
 
@@ -298,7 +313,7 @@ class _WholeRaw(io.RawIOBase):
         try:
             data = self._raw.read(size)
         except Exception as error:  # each storage has errors of its own
-            raise ShardError(f"reading failed at byte {self._position}: {_reason(error)}") from error
+            raise ShardError(f"reading failed at byte {self._position}: {reason(error)}") from error
         if not data and self._position < self._num_bytes:
             raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
         self._position += len(data)
@@ -332,24 +347,3 @@ def _unpack(raw: "io.BufferedReader[_WholeRaw]") -> BinaryIO:
     else:
         return raw
     return io.BufferedReader(_UnpackedRaw(packed), buffer_size=_BUFFER_BYTES)
-
-
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        protocol = fsspec.utils.get_protocol(url)
-        extra = _EXTRA_OF_PROTOCOL.get(protocol)
-        cure = f"pip install 'clipfilter-wds[{extra}]'" if extra else str(error)
-        raise ValueError(f"reading {protocol}:// needs a package that is not installed: {cure}") from None
-    return fs, path
-
-
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

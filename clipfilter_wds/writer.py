@@ -9,9 +9,11 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
+from clipfilter_wds.paths import AnyPath, RemotePath
 from clipfilter_wds.types import Member
 
 _TEMPORARY = ".*.clipfilter-tmp"
@@ -19,8 +21,18 @@ _BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at ``path`` when the block ends, whole and on disk, or not at all."""
+def publish(path: AnyPath) -> Iterator[BinaryIO]:
+    """A file to write that appears at ``path`` when the block ends, whole and stored, or not at all.
+
+    Raises:
+        OSError: When it can't be written; it names ``path``.
+    """
+    with _publish_local(path) if isinstance(path, Path) else _publish_remote(path) as file:
+        yield file
+
+
+@contextmanager
+def _publish_local(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
     try:
@@ -30,20 +42,33 @@ def publish(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # a full disk names no file
         raise
     _sync_folder(path.parent)
 
 
-def publish_json(path: Path, content: Mapping[str, Any]) -> None:
+@contextmanager
+def _publish_remote(path: RemotePath) -> Iterator[BinaryIO]:
+    """Uploads the whole file at the end, so that nothing half-written can be seen; an object store makes it atomic."""
+    with TemporaryFile(buffering=_BUFFER_BYTES) as file:  # without a name: it is gone when the process is
+        yield cast(BinaryIO, file)
+        file.flush()
+        path.upload(file)
+
+
+def publish_json(path: AnyPath, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with publish(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files of writers that are no more, in ``folder`` and below."""
+def remove_leftovers(folder: AnyPath) -> None:
+    """Delete the unfinished files of writers that are no more, in ``folder`` and below. Remote folders have none."""
+    if not isinstance(folder, Path):
+        return
     for path in folder.rglob(_TEMPORARY):
         _remove_leftover(path)
 

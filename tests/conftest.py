@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
+from clipfilter_wds import remote
 from clipfilter_wds.scorer import ClipScorer
+from tests.servers import FailingProxy, s3_server
 from tests.toys import make_clip
 
 # The models here are tiny: a second thread costs more than it brings, above all beside DataLoader workers.
@@ -20,3 +23,24 @@ def clip_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def scorer(clip_folder) -> ClipScorer:
     return ClipScorer(clip_folder, device="cpu")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch) -> None:
+    """Storage that fails is tried again as often as ever, but soon."""
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.02,) * len(remote.RETRY_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A real S3 server with an empty ``bucket``, behind a proxy that fails when told to; ``s3://`` URLs lead there."""
+    with s3_server() as port, FailingProxy(port) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        patch.setenv("AWS_ACCESS_KEY_ID", "AKIAKEYOFTESTS")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # Both libraries below try again by themselves; once is enough to see what this package does.
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr("s3fs.S3FileSystem.retries", 1)
+        fsspec.filesystem("s3").mkdir("bucket", acl="public-read-write")
+        yield proxy

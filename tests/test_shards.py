@@ -20,10 +20,10 @@ from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import (
     DamagedStreamError,
     expand_shards,
-    local_folder,
     open_shard,
     output_names,
     public_url,
+    shard_folder,
     shard_name,
     shard_num_bytes,
     split_by_worker,
@@ -178,7 +178,7 @@ def test_file_urls_are_shards_of_this_machine(folder):
         f"{folder}/000.tar",
         f"{folder}/001.tar",
     ]
-    assert local_folder(url) == folder.resolve()
+    assert shard_folder(url) == str(folder.resolve())
     with pytest.raises(ValueError, match="is a folder"):
         expand_shards(f"file://{folder}/sub")
     with pytest.raises(ValueError, match="no such file"):
@@ -199,7 +199,7 @@ def test_shards_in_another_storage_are_expanded_and_read(memory):
     assert [urlsplit(url).path for url in expand_shards("memory://x/*.tar")] == ["/x/0.tar", "/x/1.tar"]
     urls = expand_shards("memory://x/{0..1}.tar")
     assert urls == ["memory://x/0.tar", "memory://x/1.tar"]
-    assert local_folder(urls[0]) is None
+    assert shard_folder(urls[0]).startswith("memory://")
     assert shard_num_bytes(urls[0]) == len(data)
     for url in [*urls, *expand_shards("memory://x/**/2.tar")]:
         assert read_all(url) == data
@@ -281,7 +281,7 @@ def test_output_names_are_flat_where_they_differ_and_nested_where_not(urls, name
 def test_two_shards_that_would_get_one_name_are_refused(urls):
     with pytest.raises(ValueError, match=r"would both be written to '(a/)?0\.tar'; rename one") as error:
         output_names(urls)
-    assert all(repr(url) in str(error.value) for url in urls if "0.t" in url)
+    assert all(repr(url.partition("?")[0]) in str(error.value) for url in urls if "0.t" in url)
 
 
 folders = st.lists(st.sampled_from(["a", "b", "..", ".", "", "a.tar", "%2e%2e", "~"]), max_size=4).map("/".join)
@@ -618,7 +618,7 @@ def served(folder: Path):
 
 
 @pytest.fixture
-def web(tmp_path):
+def web(tmp_path, short_pauses):
     (tmp_path / "0.tar").write_bytes(TAR)
     (tmp_path / "0.tar.zst").write_bytes(PACKED["zstd"])
     with served(tmp_path) as address:
@@ -640,7 +640,7 @@ def test_a_missing_shard_over_http_is_a_shard_error(web):
         read_all(url)
 
 
-def test_a_server_that_is_not_there_is_a_shard_error(tmp_path):
+def test_a_server_that_is_not_there_is_a_shard_error(tmp_path, short_pauses):
     with served(tmp_path) as address:
         pass
     with pytest.raises(ShardError, match="can't open it"):

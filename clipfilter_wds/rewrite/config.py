@@ -6,13 +6,16 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+from uuid import uuid4
 
+from clipfilter_wds.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
 from clipfilter_wds.rewrite.scoring import ScoringOptions
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
-from clipfilter_wds.shards import expand_shards, local_folder, output_names
+from clipfilter_wds.shards import expand_shards, output_names, shard_folder
+from clipfilter_wds.writer import publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,9 @@ class ScoreConfig:
         return output_names(self.urls)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         """The output folder."""
-        return Path(self.output).expanduser()
+        return any_path(self.output)
 
     @property
     def layout(self) -> SampleLayout:
@@ -122,21 +125,23 @@ class RewriteConfig(ScoreConfig):
         )
 
 
-def _check_apart(names: dict[str, str], folder: Path) -> None:
-    inputs = {local_folder(url) for url in names}
-    outputs = {(folder / name).resolve().parent for name in names.values()} | {folder.resolve()}
+def _check_apart(names: dict[str, str], folder: AnyPath) -> None:
+    inputs = {shard_folder(url) for url in names}
+    outputs = {folder_identity((folder / name).parent) for name in names.values()} | {folder_identity(folder)}
     if clash := inputs & outputs:
-        raise ValueError(
-            f"output {str(folder)!r} would write into {str(clash.pop())!r}, which holds input; choose another"
-        )
+        raise ValueError(f"output {str(folder)!r} would write into {clash.pop()!r}, which holds input; choose another")
 
 
-def _check_writable(folder: Path) -> None:
-    if "://" in str(folder) or ":/" in str(folder):
-        raise ValueError(f"output {str(folder)!r} is no local folder; remote outputs can't be written yet")
+def _check_writable(folder: AnyPath) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        else:
+            probe = folder / f".clipfilter-probe-{uuid4().hex}"
+            with publish(probe):
+                pass
+            probe.unlink()
     except OSError as error:
-        raise ValueError(f"can't write to output {str(folder)!r}: {error.strerror}") from error
+        raise ValueError(f"can't write to output {str(folder)!r}: {error.strerror or error}") from error

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from clipfilter_wds.paths import AnyPath, num_bytes_of
 from clipfilter_wds.rewrite.tally import ShardStats
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.scores import Fingerprint, ShardScores, check_fingerprint, read_scores
@@ -44,7 +44,7 @@ class TableOutput:
     """The score table of a shard, which is its own commit mark."""
 
     url: str
-    table: Path
+    table: AnyPath
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
         """See :class:`Output`."""
@@ -82,9 +82,9 @@ class CopyOutput:
     """
 
     url: str
-    folder: Path
+    folder: AnyPath
     name: str
-    table: Path | None
+    table: AnyPath | None
     threshold: float
     layout: SampleLayout
 
@@ -104,10 +104,9 @@ class CopyOutput:
         check_fingerprint(record["fingerprint"], fingerprint, in_the_way)
         check_fingerprint({"threshold": record["threshold"]}, {"threshold": self.threshold}, in_the_way)
         _check_source(path, record["source"], self.url)
-        tar = self._tar
-        is_whole = tar.is_file() and tar.stat().st_size == record["tar_bytes"] if record["kept"] else not tar.exists()
+        is_whole = num_bytes_of(self._tar) == (record["tar_bytes"] if record["kept"] else None)
         if not is_whole or record["num_bytes"] != shard_num_bytes(self.url):
-            path.unlink()  # the mark goes first: there is nothing whole that it could stand for
+            path.unlink(missing_ok=True)  # the mark goes first: there is nothing whole that it could stand for
             return None
         dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
         return ShardStats(
@@ -156,11 +155,11 @@ class CopyOutput:
             return tar.finish(), file.tell()
 
     @property
-    def _tar(self) -> Path:
+    def _tar(self) -> AnyPath:
         return self.folder / f"{self.name}.tar"
 
     @property
-    def _stats(self) -> Path:
+    def _stats(self) -> AnyPath:
         return self.folder / f"{self.name}_stats.json"
 
 
@@ -185,18 +184,19 @@ def copy_kept(url: str, scores: ShardScores, keep: np.ndarray, tar: TarWriter, l
                     tar.add(member)
 
 
-def write_sizes(folder: Path) -> None:
+def write_sizes(folder: AnyPath) -> None:
     """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    records = [_read_record(path) for path in sorted(folder.rglob("*_stats.json"))]
-    publish_json(folder / "sizes.json", {record["shard"]: record["kept"] for record in records if record["kept"]})
+    records = [_read_record(path) for path in folder.rglob("*_stats.json")]
+    sizes = {record["shard"]: record["kept"] for record in records if record["kept"]}
+    publish_json(folder / "sizes.json", dict(sorted(sizes.items())))
 
 
-def _check_source(path: Path, found: str, url: str) -> None:
+def _check_source(path: AnyPath, found: str, url: str) -> None:
     if found != public_url(url):
         raise ValueError(f"{str(path)!r} is in the way: it was made from {found!r}, not from {public_url(url)!r}")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: AnyPath) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_bytes())
     if "fingerprint" not in record:
         raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose an output folder of its own")
