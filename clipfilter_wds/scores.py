@@ -214,7 +214,7 @@ class ScoreTable:
         return max(names, key=lambda name: name.count("/"), default=None)
 
 
-def read_scores(path: Path, url: str) -> ShardScores:
+def read_scores(path: AnyPath, url: str) -> ShardScores:
     """The scores of a shard, from its table.
 
     Raises:

@@ -16,12 +16,20 @@ class World:
     Read once in the parent process with :meth:`from_env` and handed down: a DataLoader worker may see ``WORLD_SIZE``
     without ``RANK``, so workers never read the environment.
 
+    Attributes:
+        rank: Which process of the job this is.
+        world_size: How many there are.
+        local_rank: Which of those on this machine it is; it takes the GPU of that number.
+        local_world_size: How many share this machine's processors.
+
     Raises:
         ValueError: When ``rank`` does not lie in ``[0, world_size)``.
     """
 
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -29,9 +37,21 @@ class World:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "World":
-        """The world that ``torchrun`` or Lightning describe in the environment, else a world of one."""
+        """The world that ``torchrun``, Lightning or ``srun`` describe in the environment, else a world of one."""
         if "RANK" in environ and "WORLD_SIZE" in environ:
-            return cls(rank=int(environ["RANK"]), world_size=int(environ["WORLD_SIZE"]))
+            return cls(
+                rank=int(environ["RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                local_rank=int(environ.get("LOCAL_RANK", 0)),
+                local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+            )
+        # Only srun sets the size of a step; a batch script that calls a command without it is one process.
+        if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+            return cls(
+                rank=int(environ["SLURM_PROCID"]),
+                world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+                local_rank=int(environ.get("SLURM_LOCALID", 0)),
+            )
         return cls()
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
@@ -34,10 +34,9 @@ def publish(path: AnyPath) -> Iterator[BinaryIO]:
 @contextmanager
 def _publish_local(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
+    temporary, file = _create_temporary(path)
     try:
-        with temporary.open("xb", buffering=_BUFFER_BYTES) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held as long as the writer lives: how others tell it from a leftover
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -48,6 +47,18 @@ def _publish_local(path: Path) -> Iterator[BinaryIO]:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # a full disk names no file
         raise
     _sync_folder(path.parent)
+
+
+def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A file beside ``path``, locked as long as its writer lives: how others tell it from a leftover."""
+    while True:
+        temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
+        file = temporary.open("xb", buffering=_BUFFER_BYTES)
+        with suppress(OSError):  # some network storage has no locks; then nobody takes anything for a leftover either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        file.close()  # it was taken for one before it could be locked
 
 
 @contextmanager
@@ -85,12 +96,10 @@ def _stem(path: Path) -> str:
 
 
 def _remove_leftover(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-    except (BlockingIOError, FileNotFoundError):
-        pass  # its writer lives, or has just finished
+    # Refused while its writer lives, when it has just finished, or where there are no locks to tell.
+    with suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

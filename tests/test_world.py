@@ -26,6 +26,17 @@ def test_rank_lies_in_the_world_or_is_refused_with_both_values(rank, world_size)
     [
         ({}, World()),
         ({"RANK": "2", "WORLD_SIZE": "4"}, World(rank=2, world_size=4)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            World(rank=5, world_size=8, local_rank=1, local_world_size=4),
+        ),
+        # srun; torchrun within it says more. A batch script is one process, whatever the job's size.
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
+            World(rank=3, world_size=4, local_rank=1),
+        ),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "1"}, World()),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World()),
         # What a DataLoader worker may see: never a guess at a rank.
         ({"WORLD_SIZE": "4"}, World()),
         ({"RANK": "1"}, World()),

@@ -114,7 +114,7 @@ class RewriteConfig(ScoreConfig):
         """The same, for shards that have been scored."""
         return [self._copy(url, table.path(url)) for url in self.urls]
 
-    def _copy(self, url: str, table: Path | None) -> CopyOutput:
+    def _copy(self, url: str, table: AnyPath | None) -> CopyOutput:
         return CopyOutput(
             url=url,
             folder=self.folder,
