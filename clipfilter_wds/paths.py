@@ -101,7 +101,7 @@ class RemotePath:
         try:
             return retrying(lambda: request(fs, path))
         except Exception as error:  # each storage has errors of its own
-            raise OSError(f"can't {what} {str(self)!r}: {reason(error)}") from error
+            raise OSError(f"can't {what} {str(self)!r}: {reason(error, self.url)}") from error
 
 
 AnyPath = Path | RemotePath

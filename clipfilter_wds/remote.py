@@ -56,12 +56,22 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 # --- what goes wrong ---
 
 
-def reason(error: BaseException) -> str:
-    """Why storage failed, in words that hold no secret."""
+def reason(error: BaseException, url: str) -> str:
+    """Why storage failed at a URL, in words that hold no secret of it."""
     error = _behind(error)
     if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
         return "there is no such file"
-    return without_secrets(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    text = without_secrets(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    for secret in _secrets_of(url):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets_of(url: str) -> list[str]:
+    """User and password, password, and query of a URL, as far as it has them: libraries quote parts of URLs."""
+    user = re.search(r"://([^\s/?]*)@", url)
+    secrets = [user[1], user[1].partition(":")[2]] if user else []
+    return [secret for secret in (*secrets, url.partition("?")[2]) if "=" in secret or len(secret) > 2]
 
 
 def without_secrets(text: str) -> str:

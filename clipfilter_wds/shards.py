@@ -120,7 +120,7 @@ def _glob(url: str, fs: AbstractFileSystem, path: str) -> list[str]:
     try:
         found: list[str] = fs.glob(path) if is_local(fs) else retrying(lambda: fs.glob(path))
     except Exception as error:  # each storage has errors of its own
-        raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error)}") from error
+        raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
     return found
 
 
@@ -238,7 +238,7 @@ def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
             than it announced.
     """
     with _open_raw(url, allow_pipe) as (raw, num_bytes):
-        counted = io.BufferedReader(_WholeRaw(raw, num_bytes), buffer_size=_BUFFER_BYTES)
+        counted = io.BufferedReader(_WholeRaw(raw, num_bytes, url), buffer_size=_BUFFER_BYTES)
         yield OpenShard(url=url, stream=_unpack(counted), num_bytes=num_bytes)
 
 
@@ -252,7 +252,7 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
     try:
         raw, num_bytes = _connect(url)
     except Exception as error:  # each storage has errors of its own
-        raise ShardError(f"can't open it: {reason(error)}") from error
+        raise ShardError(f"can't open it: {reason(error, url)}") from error
     with raw:
         yield raw, num_bytes
 
@@ -289,15 +289,15 @@ def shard_num_bytes(url: str) -> int:
         fs, path = filesystem(url)
         num_bytes = fs.size(path) if is_local(fs) else retrying(lambda: fs.size(path))
     except Exception as error:  # each storage has errors of its own
-        raise ShardError(f"can't open it: {reason(error)}") from error
+        raise ShardError(f"can't open it: {reason(error, url)}") from error
     return -1 if num_bytes is None else int(num_bytes)
 
 
 class _WholeRaw(io.RawIOBase):
     """Passes bytes through and checks that the storage delivers all that it announced: a lost connection is no end."""
 
-    def __init__(self, raw: BinaryIO, num_bytes: int) -> None:
-        self._raw, self._num_bytes, self._position = raw, num_bytes, 0
+    def __init__(self, raw: BinaryIO, num_bytes: int, url: str) -> None:
+        self._raw, self._num_bytes, self._url, self._position = raw, num_bytes, url, 0
 
     def readable(self) -> bool:
         return True
@@ -313,7 +313,7 @@ class _WholeRaw(io.RawIOBase):
         try:
             data = self._raw.read(size)
         except Exception as error:  # each storage has errors of its own
-            raise ShardError(f"reading failed at byte {self._position}: {reason(error)}") from error
+            raise ShardError(f"reading failed at byte {self._position}: {reason(error, self._url)}") from error
         if not data and self._position < self._num_bytes:
             raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
         self._position += len(data)

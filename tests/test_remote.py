@@ -149,7 +149,15 @@ def test_an_output_is_local_unless_it_has_a_scheme(tmp_path):
 def test_no_secret_of_a_url_is_left_in_a_text(text):
     assert "secret" not in without_secrets(text)
     assert "0.tar" in without_secrets(text)
-    assert "secret" not in reason(OSError(text))
+    assert "secret" not in reason(OSError(text), "")
+
+
+def test_no_part_of_a_url_that_a_library_quotes_gives_a_secret_away():
+    url = "s3://key:secret@bucket/0.tar?token=hidden"
+    for text in ("no bucket key:secret@bucket", "no key 0.tar?token=hidden", "secret is no password"):
+        said = reason(OSError(text), url)
+        assert "secret" not in said
+        assert "hidden" not in said
 
 
 def test_a_glob_stays_readable():
