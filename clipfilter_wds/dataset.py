@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, Tokens, UnusableError
+from clipfilter_wds.captions import Tokens
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.stream import Position, ShardFailure, StreamOrder, read_stream

@@ -1,20 +1,19 @@
 """Bytes -> what CLIP sees: an RGB image as a uint8 view, a caption as token ids. Picklable, so it runs in workers."""
 
-import hashlib
 import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from clipfilter_wds.captions import CaptionTokenizer, Tokens
 from clipfilter_wds.samples import IMAGE_EXTENSIONS, SampleLayout
 from clipfilter_wds.types import DropReason, Sample
 
@@ -25,9 +24,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPE
 POLICY_VERSION = 1
 
 _TXT = SampleLayout()
-
-#: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
-_MAX_CAPTION_CHARS = 1 << 16
 
 #: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
 _MAX_RESIZED_PIXELS = 1 << 28
@@ -43,20 +39,22 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageView:
-    """How an image becomes the model's input: shortest edge resized, centre cropped, both in uint8.
+    """How an image becomes the model's input: resized and centre cropped, both in uint8.
 
-    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` before it rescales and normalises.
+    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or its likes) before it rescales and normalises.
 
     Attributes:
-        resize: Length of the shortest edge after resizing, in pixels.
+        resize: Length of the shortest edge after resizing, in pixels; or height and width, whatever the image's own.
         crop: Height and width of the centre crop, in pixels.
         interpolation: torchvision's name of the resampling; antialiased.
+        resampler: Whose pixels: ``torchvision``'s on tensors, as in transformers, or ``pillow``'s, as in open_clip.
         max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
     """
 
-    resize: int
+    resize: int | tuple[int, int]
     crop: tuple[int, int]
     interpolation: str = "bicubic"
+    resampler: Literal["torchvision", "pillow"] = "torchvision"
     max_pixels: int = 89_478_485  # Pillow's own limit
 
     def decode(self, data: bytes) -> Image.Image:
@@ -80,12 +78,17 @@ class ImageView:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize and crop an RGB image to uint8 ``[3, crop_height, crop_width]``."""
+        size = self._resized(*image.size)
         # Channels-last is the layout that Pillow gives and that the antialiasing kernel is fastest on.
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        size = list(self._resized(*image.size))
-        pixels = tvf.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
-        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop to even.
-        top, left = (int((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
+        if self.resampler == "pillow":
+            resized = image.resize(size[::-1], Image.Resampling[self.interpolation.upper()])
+            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        else:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            pixels = tvf.resize(pixels, list(size), InterpolationMode(self.interpolation), antialias=True)
+        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
+        whole = round if self.resampler == "pillow" else int
+        top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
         view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop).contiguous()
         return view
 
@@ -95,6 +98,9 @@ class ImageView:
             raise UnusableError(DropReason.IMAGE_TOO_LARGE)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width."""
+        if isinstance(self.resize, tuple):
+            return self.resize
         long = int(self.resize * max(width, height) / min(width, height))
         return (long, self.resize) if width <= height else (self.resize, long)
 
@@ -111,62 +117,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # such an image on white. An alpha channel, in contrast, is gone after convert.
     white = Image.new("RGBA", rgb.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
-
-
-class Tokens(NamedTuple):
-    """A batch of captions.
-
-    Attributes:
-        input_ids: int64 ``[N, L]``, padded to the longest caption of the batch.
-        num_tokens: Per caption, its length in tokens before it was truncated, start and end tokens included.
-        truncated: Per caption, whether it was longer than the text tower takes.
-    """
-
-    input_ids: torch.Tensor
-    num_tokens: list[int]
-    truncated: list[bool]
-
-
-class CaptionTokenizer:
-    """Captions -> token ids as ``CLIPTokenizer(padding=True, truncation=True)`` gives them.
-
-    Args:
-        tokenizer: The Rust tokenizer of a ``transformers`` tokenizer.
-        max_length: What the text tower takes, in tokens.
-        pad_id: The token id that fills up shorter captions.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int, pad_id: int) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.enable_truncation(max_length)
-        self._tokenizer.enable_padding(pad_id=pad_id)
-        self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
-        self.max_length = max_length
-        self.pad_id = pad_id
-
-    def fingerprint(self) -> str:
-        """SHA-256 of vocabulary, rules and limits."""
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
-
-    def __call__(self, captions: Sequence[str]) -> Tokens:
-        """Tokenize a batch of captions; ``[]`` gives ``[0, 0]`` ids."""
-        encodings = self._tokenizer.encode_batch([_bounded(caption) for caption in captions])
-        num_tokens = [
-            sum(encoding.attention_mask)
-            + sum(sum(rest.attention_mask) - self._num_special for rest in encoding.overflowing)
-            for encoding in encodings
-        ]
-        ids = [encoding.ids for encoding in encodings]
-        return Tokens(
-            input_ids=torch.tensor(ids, dtype=torch.int64) if ids else torch.empty(0, 0, dtype=torch.int64),
-            num_tokens=num_tokens,
-            truncated=[bool(encoding.overflowing) for encoding in encodings],
-        )
-
-
-def _bounded(caption: str) -> str:
-    """A caption whose tokenizing takes bounded time, cut far behind the last token that counts."""
-    return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
 
 
 class OpenPair(NamedTuple):
@@ -189,12 +139,14 @@ class ClipPreprocess:
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on in this file. JSON-ready."""
         return {
-            "resize": self.view.resize,
+            "resize": self.view.resize if isinstance(self.view.resize, int) else list(self.view.resize),
             "crop": list(self.view.crop),
             "interpolation": self.view.interpolation,
+            "resampler": self.view.resampler,
             "max_pixels": self.view.max_pixels,
             "tokenizer": self.tokenize.fingerprint(),
             "max_tokens": self.tokenize.max_length,
+            "pads_to_max": self.tokenize.pads_to_max,
             "policy": POLICY_VERSION,
         }
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
-from clipfilter_wds.preprocess import CaptionTokenizer, ClipPreprocess, ImageView
+from clipfilter_wds.captions import CaptionTokenizer, RustEncoder
+from clipfilter_wds.preprocess import ClipPreprocess, ImageView
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -200,6 +201,7 @@ def _preprocess_of(
     if not resize or max(crop.values()) > resize or not all(settings[step] for step in wanted):
         raise ModelError(f"{name!r} does not resize the shortest edge and centre crop, so its images can't be prepared")
     pad_id = tokenizer.pad_token_id
+    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     return ClipPreprocess(
         view=ImageView(
             resize=resize,
@@ -207,8 +209,8 @@ def _preprocess_of(
             interpolation=Resampling(settings["resample"]).name.lower(),
         ),
         tokenize=CaptionTokenizer(
-            tokenizer.backend_tokenizer,
-            max_length=min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings),
+            RustEncoder(tokenizer.backend_tokenizer, max_length=max_length),
+            max_length=max_length,
             pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
         ),
     )

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessor
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as tvf
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 
-from clipfilter_wds.preprocess import IMAGE_FORMATS, CaptionTokenizer, ImageView, UnusableError, read_caption
+from clipfilter_wds.preprocess import IMAGE_FORMATS, ImageView, UnusableError, read_caption
 from clipfilter_wds.samples import IMAGE_EXTENSIONS, SampleLayout
-from clipfilter_wds.scorer import BUNDLED_MODELS
 from clipfilter_wds.types import DropReason, Member, Sample
 from tests.toys import encoded, pair, photo
 
@@ -30,7 +31,14 @@ def reason_of(function, *args) -> DropReason:
 
 
 def reference_view(image: Image.Image, view: ImageView) -> torch.Tensor:
-    """What ``transformers`` makes of an image before it rescales and normalises."""
+    """What the library makes of an image before it rescales and normalises."""
+    if view.resampler == "pillow":
+        resize = transforms.Resize(view.resize, transforms.InterpolationMode(view.interpolation))
+        return tvf.pil_to_tensor(transforms.CenterCrop(view.crop)(resize(image)))
+    if isinstance(view.resize, tuple):
+        height, width = view.resize
+        squash = SiglipImageProcessor(size={"height": height, "width": width}, do_rescale=False, do_normalize=False)
+        return squash(image, return_tensors="pt").pixel_values[0]
     processor = CLIPImageProcessor(
         size={"shortest_edge": view.resize},
         crop_size={"height": view.crop[0], "width": view.crop[1]},
@@ -64,8 +72,20 @@ SIZES += [(33, 32), (35, 32), (37, 32), (39, 32), (32, 35), (32, 39)]
         ImageView(resize=24, crop=(32, 32)),
         ImageView(resize=33, crop=(32, 20)),
         ImageView(resize=32, crop=(32, 32), interpolation="bilinear"),
+        ImageView(resize=(32, 24), crop=(32, 24)),
+        ImageView(resize=32, crop=(32, 32), resampler="pillow"),
+        ImageView(resize=(32, 24), crop=(32, 24), resampler="pillow"),
     ],
-    ids=["model", "larger than the crop", "smaller than the crop", "oblong crop", "bilinear"],
+    ids=[
+        "model",
+        "larger than the crop",
+        "smaller than the crop",
+        "oblong crop",
+        "bilinear",
+        "squashed",
+        "pillow",
+        "pillow, squashed",
+    ],
 )
 def test_pixels_equal_those_of_the_image_processor(size, view):
     check_view(photo(1, size), view)
@@ -273,82 +293,6 @@ def test_a_damaged_image_is_rgb_or_has_a_reason_and_never_another_exception(numb
         assert image.width * image.height <= VIEW.max_pixels
 
 
-# --- tokens ---
-
-
-@pytest.fixture(scope="module", params=["demo-tiny", "random"])
-def tokenizers(request, clip_folder):
-    """The tokenizer of ``transformers``, and ours."""
-    reference = AutoTokenizer.from_pretrained(
-        BUNDLED_MODELS["demo-tiny"] if request.param == "demo-tiny" else clip_folder
-    )
-    length = min(77, reference.model_max_length)
-    ours = CaptionTokenizer(reference.backend_tokenizer, max_length=length, pad_id=reference.pad_token_id)
-    return reference, ours, length
-
-
-def check_tokens(tokenizers, captions: list[str]) -> None:
-    reference, ours, length = tokenizers
-    tokens = ours(captions)
-    options = {"padding": True, "truncation": True, "max_length": length}
-    expected = reference(captions, return_tensors="pt", **options).input_ids
-    assert tokens.input_ids.dtype == torch.int64
-    assert torch.equal(tokens.input_ids, expected)
-    num_tokens = [len(reference(caption).input_ids) for caption in captions]
-    assert tokens.num_tokens == num_tokens
-    assert tokens.truncated == [num > length for num in num_tokens]
-
-
-CAPTIONS = {
-    "plain": "a photo of two red circles",
-    "emoji": "📷 of a 🐈‍⬛ and 🇪🇺 👩‍👩‍👧‍👦",
-    "right to left": "صورة لقطة على الطاولة \u202eabc\u202c",
-    "nul": "a\0b",
-    "special tokens": "<|startoftext|>a<|endoftext|> b <|endoftext|>",
-    "combining": "e\u0301 ﬁ ① Å ß İ",
-    "white space": "  a \t\n\r b\u00a0c\u2003d  ",
-    "very long": "word " * 5000,
-    "one long word": "x" * 5000,
-    "one letter": "x",
-    "exotic": "\ufffd\ufeff\u200b\U0010ffff",
-}
-
-
-@pytest.mark.parametrize("caption", CAPTIONS.values(), ids=CAPTIONS)
-def test_token_ids_equal_those_of_the_tokenizer(tokenizers, caption):
-    check_tokens(tokenizers, [caption])
-    check_tokens(tokenizers, ["a", caption, "two words"])
-
-
-@settings(max_examples=150, deadline=None)
-@given(captions=st.lists(st.text(max_size=120), min_size=1, max_size=4))
-def test_token_ids_equal_those_of_the_tokenizer_for_any_text(tokenizers, captions):
-    check_tokens(tokenizers, captions)
-
-
-@pytest.mark.parametrize("off", [-1, 0, 1])
-def test_a_caption_is_truncated_only_where_it_is_longer_than_the_text_tower_takes(tokenizers, off):
-    _, ours, length = tokenizers
-    letters = 0
-    while ours(["x " * letters]).num_tokens[0] < length + off:
-        letters += 1
-    tokens = ours(["x " * letters])
-    assert tokens.num_tokens == [length + off]
-    assert tokens.truncated == [off > 0]
-    assert tokens.input_ids.shape == (1, min(length, length + off))
-
-
-def test_no_captions_are_no_tokens(tokenizers):
-    ids, num_tokens, truncated = tokenizers[1]([])
-    assert (ids.shape, ids.dtype, num_tokens, truncated) == ((0, 0), torch.int64, [], [])
-
-
-def test_padding_does_not_depend_on_batches_before(tokenizers):
-    ours = tokenizers[1]
-    ours(["long " * 100, "short"])
-    check_tokens(tokenizers, ["short", "a bit longer"])
-
-
 # --- captions ---
 
 JSON = SampleLayout(caption="json:caption")
@@ -504,7 +448,9 @@ def test_threads_give_what_one_thread_gives(scorer):
 
 
 @pytest.mark.parametrize(
-    "change", [{"resize": 33}, {"crop": (32, 31)}, {"interpolation": "bilinear"}, {"max_pixels": 10}], ids=str
+    "change",
+    [{"resize": 33}, {"crop": (32, 31)}, {"interpolation": "bilinear"}, {"max_pixels": 10}, {"resampler": "pillow"}],
+    ids=str,
 )
 def test_the_fingerprint_tells_every_setting_of_the_view(scorer, change):
     settings = {"resize": 32, "crop": (32, 32), **change}

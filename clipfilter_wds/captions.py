@@ -1,0 +1,138 @@
+"""Captions -> token ids. Picklable, so that it runs in workers."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+#: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
+_MAX_CAPTION_CHARS = 1 << 16
+
+
+class Tokens(NamedTuple):
+    """A batch of captions.
+
+    Attributes:
+        input_ids: int64 ``[N, L]``, padded to the longest caption of the batch, or to what the text tower takes.
+        num_tokens: Per caption, its length in tokens before it was truncated, start and end tokens included.
+        truncated: Per caption, whether it was longer than the text tower takes.
+    """
+
+    input_ids: torch.Tensor
+    num_tokens: list[int]
+    truncated: list[bool]
+
+
+class Encoder(Protocol):
+    """Captions -> token ids without padding, cut to what the text tower takes; and their lengths before the cut."""
+
+    def __call__(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Encode a batch."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of vocabulary, rules and limits."""
+
+
+class CaptionTokenizer:
+    """Captions -> padded batches of token ids.
+
+    Args:
+        encode: What knows the vocabulary.
+        max_length: What the text tower takes, in tokens.
+        pad_id: The token id that fills up shorter captions.
+        pads_to_max: Whether the text tower only works on ``max_length`` tokens, as it is where padding is not hidden
+            from it; else a batch is as long as its longest caption.
+    """
+
+    def __init__(self, encode: Encoder, *, max_length: int, pad_id: int, pads_to_max: bool = False) -> None:
+        self._encode = encode
+        self.max_length = max_length
+        self.pad_id = pad_id
+        self.pads_to_max = pads_to_max
+
+    def fingerprint(self) -> str:
+        """SHA-256 of vocabulary, rules and limits."""
+        return self._encode.fingerprint()
+
+    def __call__(self, captions: Sequence[str]) -> Tokens:
+        """Tokenize a batch of captions; ``[]`` gives ``[0, 0]`` ids."""
+        ids, num_tokens = self._encode([_bounded(caption) for caption in captions])
+        length = self.max_length if self.pads_to_max else max(map(len, ids), default=0)
+        padded = [row + [self.pad_id] * (length - len(row)) for row in ids]
+        return Tokens(
+            input_ids=torch.tensor(padded, dtype=torch.int64) if padded else torch.empty(0, 0, dtype=torch.int64),
+            num_tokens=num_tokens,
+            truncated=[number > len(row) for number, row in zip(num_tokens, ids, strict=True)],
+        )
+
+    def used_lengths(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Per caption, int64 ``[N]``, the columns that the text tower needs of int64 ``[N, L]``.
+
+        That is all but the padding behind, plus one that may be padding: CLIP's own end of text is what OpenAI's
+        tokenizer pads with.
+        """
+        length = input_ids.shape[1]
+        if self.pads_to_max or not input_ids.numel():
+            return torch.full((len(input_ids),), length)
+        places = torch.arange(1, length + 1, device=input_ids.device)
+        last: torch.Tensor = ((input_ids != self.pad_id) * places).amax(dim=1)
+        return (last + 1).clamp(max=length)
+
+
+def _bounded(caption: str) -> str:
+    """A caption whose tokenizing takes bounded time, cut far behind the last token that counts."""
+    return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
+
+
+class RustEncoder:
+    """The Rust tokenizer of a ``transformers`` tokenizer.
+
+    Args:
+        tokenizer: Is copied.
+        max_length: What the text tower takes, in tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self._num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of vocabulary, rules and limits."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    def __call__(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
+        """See :class:`Encoder`."""
+        encodings = self._tokenizer.encode_batch(captions)
+        num_tokens = [
+            len(encoding.ids) + sum(len(rest.ids) - self._num_special for rest in encoding.overflowing)
+            for encoding in encodings
+        ]
+        return [encoding.ids for encoding in encodings], num_tokens
+
+
+class PythonEncoder:
+    """A tokenizer in Python that ends each caption with one special token.
+
+    Args:
+        encode: Caption -> all its token ids, special ones included.
+        max_length: What the text tower takes, in tokens. A longer caption is cut, and its last token kept.
+        identity: Tells vocabulary and rules apart.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], *, max_length: int, identity: bytes) -> None:
+        self._encode, self._max_length = encode, max_length
+        self._fingerprint = hashlib.sha256(b"%d " % max_length + identity).hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of vocabulary, rules and limits."""
+        return self._fingerprint
+
+    def __call__(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
+        """See :class:`Encoder`."""
+        rows = [self._encode(caption) for caption in captions]
+        limit = self._max_length
+        return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows], [len(row) for row in rows]
