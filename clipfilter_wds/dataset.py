@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from clipfilter_wds.captions import Tokens
-from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError, read_uid
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.stream import Position, ShardFailure, StreamOrder, read_stream
@@ -35,6 +35,7 @@ class SampleRow:
     truncated: bool = False
     width: int = 0
     height: int = 0
+    uid: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +254,9 @@ def sample_rows(samples: Sequence[tuple[Sample, OpenPair | DropReason]], tokens:
     """The rows of samples, the usable ones of which have these tokens."""
     counts = zip(tokens.num_tokens, tokens.truncated, strict=True)
     return [
-        SampleRow(sample.key, sample.index, None, *next(counts), opened.width, opened.height)
+        SampleRow(sample.key, sample.index, None, *next(counts), opened.width, opened.height, read_uid(sample))
         if isinstance(opened, OpenPair)
-        else SampleRow(sample.key, sample.index, opened)
+        else SampleRow(sample.key, sample.index, opened, uid=read_uid(sample))
         for sample, opened in samples
     ]
 

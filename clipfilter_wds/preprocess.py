@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPE
 POLICY_VERSION = 1
 
 _TXT = SampleLayout()
+
+_UID = re.compile(r"[0-9a-fA-F]{32}")
 
 #: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
 _MAX_RESIZED_PIXELS = 1 << 28
@@ -232,6 +235,13 @@ def read_caption(data: Mapping[str, Any], layout: SampleLayout) -> str:
     if not isinstance(caption, str):
         raise UnusableError(DropReason.MISSING_CAPTION)
     return caption
+
+
+def read_uid(sample: Sample) -> bytes | None:
+    """The 16 bytes of a sample's ``uid``, 32 hexadecimal digits in its json member; None where there is none."""
+    data = next((member.data for member in sample.members if member.extension == "json"), None)
+    uid = None if data is None else _json_field(data.decode("utf-8-sig", errors="replace"), "uid")
+    return bytes.fromhex(uid) if uid is not None and _UID.fullmatch(uid) else None
 
 
 def _json_field(record: Any, field: str) -> str | None:

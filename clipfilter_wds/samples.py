@@ -50,8 +50,8 @@ class SampleLayout:
         return field if colon else None
 
     def is_pair_member(self, extension: str) -> bool:
-        """Whether a member with this extension is needed to score a sample."""
-        return extension == self.caption_extension or extension in IMAGE_EXTENSIONS
+        """Whether a member with this extension is needed to score a sample, or to know it by its uid."""
+        return extension in (self.caption_extension, "json") or extension in IMAGE_EXTENSIONS
 
 
 def read_samples(
@@ -71,7 +71,7 @@ def read_samples(
         shard: An open shard, read once from front to back.
         layout: Where image and caption are.
         wanted: By index, whether to read and yield a sample. The others are only counted.
-        pair_only: Read only image and caption members, not the others.
+        pair_only: Read only image, caption and json members, not the others.
 
     Raises:
         ShardError: When the file is no tar archive, reading fails, or the tar is unsorted: a key comes back and one of

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter_wds.dataset import SampleRow
@@ -29,8 +30,13 @@ _SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("uid", pa.binary(16)),
     ]
 )
+
+#: What stands for a reason in an array, and for none.
+REASON_CODES = {reason: code for code, reason in enumerate(DropReason)}
+NO_REASON = -1
 
 Fingerprint = Mapping[str, Any]
 
@@ -41,7 +47,8 @@ class ShardScores:
 
     Attributes:
         table: Columns ``key``, ``index``, ``score`` (raw cosine; 0.0 where there is a reason), ``reason`` (a
-            :class:`~clipfilter_wds.types.DropReason` or null), ``num_tokens``, ``truncated``, ``width``, ``height``.
+            :class:`~clipfilter_wds.types.DropReason` or null), ``num_tokens``, ``truncated``, ``width``, ``height``,
+            ``uid`` (16 bytes, big-endian; null where the sample's json member tells none).
         source: The shard's URL, without credentials.
         num_bytes: The shard's size as stored, -1 when unknown.
         torn: Whether the shard is damaged or cut.
@@ -131,6 +138,19 @@ class ShardScores:
         """Per sample, whether it could be scored: bool ``[num_samples]``."""
         usable: np.ndarray = self.table["reason"].is_null().to_numpy()
         return usable
+
+    @property
+    def uids(self) -> list[bytes | None]:
+        """Per sample, its uid."""
+        uids: list[bytes | None] = self.table["uid"].to_pylist()
+        return uids
+
+    @property
+    def reasons(self) -> np.ndarray:
+        """Per sample, why it could not be scored: int8 ``[num_samples]`` of :data:`REASON_CODES`, or NO_REASON."""
+        codes = pc.index_in(self.table["reason"], pa.array(list(DropReason), pa.string()))
+        reasons: np.ndarray = codes.fill_null(NO_REASON).to_numpy().astype(np.int8)
+        return reasons
 
     @property
     def num_truncated(self) -> int:

@@ -4,18 +4,42 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.fraction import Cutoff
+from clipfilter_wds.scores import NO_REASON, REASON_CODES, ShardScores
+from clipfilter_wds.subset import Subset
+from clipfilter_wds.types import DropReason, FilterStats, ShardError
 
 DEFAULT_THRESHOLD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """What is kept of a shard: bool ``[num_samples]``, and the counts."""
+    """What is kept of a shard.
 
-    keep: np.ndarray
-    stats: FilterStats
+    Attributes:
+        reasons: int8 ``[num_samples]``: :data:`~clipfilter_wds.scores.NO_REASON` for what is kept; for the others, the
+            position of the reason in :class:`~clipfilter_wds.types.DropReason`.
+    """
+
+    reasons: np.ndarray
+
+    @property
+    def keep(self) -> np.ndarray:
+        """Whether each sample is kept: bool ``[num_samples]``."""
+        keep: np.ndarray = self.reasons == NO_REASON
+        return keep
+
+    @property
+    def stats(self) -> FilterStats:
+        """The counts."""
+        return self.stats_between(0, len(self.reasons))
+
+    def stats_between(self, start: int, stop: int) -> FilterStats:
+        """The counts of the samples with ``start <= index < stop``."""
+        reasons = self.reasons[start:stop]
+        counts = np.bincount(reasons[reasons != NO_REASON], minlength=len(DropReason)).tolist()
+        dropped = {reason: count for reason, count in zip(DropReason, counts, strict=True) if count}
+        return FilterStats(seen=len(reasons), kept=int((reasons == NO_REASON).sum()), dropped=dropped)
 
 
 def check_threshold(threshold: float) -> float:
@@ -39,15 +63,41 @@ def passes(scores: np.ndarray, threshold: float) -> np.ndarray:
     return passed
 
 
-def select(scores: ShardScores, threshold: float | None) -> Selection:
-    """Keep what could be scored and has ``clip(score, 0, 1) >= threshold``; None keeps all that could be scored.
+def select(
+    scores: ShardScores, threshold: float | None, *, cutoff: Cutoff | None = None, subset: Subset | None = None
+) -> Selection:
+    """Keep what could be scored, passes and is in the subset.
 
-    A score that is not a number is never kept. Samples that could not be scored are dropped whatever the threshold.
+    A score that is not a number never passes. Samples that could not be scored are dropped whatever the threshold.
+
+    Args:
+        scores: Of one shard.
+        threshold: Keep ``clip(score, 0, 1) >= threshold``; None sets none.
+        cutoff: Keep what is among the run's highest scores; None for no such limit.
+        subset: Keep what is listed; None for no such limit.
+
+    Raises:
+        ShardError: When the subset lists uids and no sample of the shard has one.
     """
-    keep = scores.usable
-    dropped = dict(scores.dropped)
+    reasons = scores.reasons
+    if subset is not None:
+        # A sample that was not read is dropped for that: nobody knows what it is.
+        is_read = ~np.isin(reasons, [REASON_CODES[DropReason.TORN], REASON_CODES[DropReason.MEMBER_TOO_LARGE]])
+        reasons[is_read & ~_listed(scores, subset, is_read)] = REASON_CODES[DropReason.NOT_IN_SUBSET]
     if threshold is not None:
-        keep = keep & passes(scores.scores, threshold)
-        dropped[DropReason.BELOW_THRESHOLD] = int(scores.usable.sum() - keep.sum())
-    dropped = {reason: dropped[reason] for reason in DropReason if dropped.get(reason)}
-    return Selection(keep=keep, stats=FilterStats(seen=scores.table.num_rows, kept=int(keep.sum()), dropped=dropped))
+        reasons[(reasons == NO_REASON) & ~passes(scores.scores, threshold)] = REASON_CODES[DropReason.BELOW_THRESHOLD]
+    if cutoff is not None:
+        candidates = np.flatnonzero(reasons == NO_REASON)
+        low = candidates[~cutoff.keeps(scores.scores[candidates])]
+        reasons[low] = REASON_CODES[DropReason.BELOW_THRESHOLD]
+    return Selection(reasons=reasons)
+
+
+def _listed(scores: ShardScores, subset: Subset, is_read: np.ndarray) -> np.ndarray:
+    uids = scores.uids
+    if subset.by_uid and is_read.any() and not any(uids):
+        raise ShardError(
+            f"subset {str(subset.path)!r} lists uids, and none of the samples has one: 32 hexadecimal digits, "
+            "as 'uid' in its json member"
+        )
+    return subset.holds(scores.keys, uids)

@@ -32,6 +32,7 @@ COLUMNS = {
     "truncated": pa.bool_(),
     "width": pa.int32(),
     "height": pa.int32(),
+    "uid": pa.binary(16),
 }
 
 

@@ -94,7 +94,8 @@ def test_what_describes_the_output_is_what_other_tools_read(scorer, shards, tmp_
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         assert {(info.mtime, info.uid, info.gid, info.uname) for info in tar} == {(0, 0, 0, "")}
     table = ShardScores.read(tmp_path / "out" / "_scores" / "00000.parquet").table
-    assert table.column_names == ["key", "index", "score", "reason", "num_tokens", "truncated", "width", "height"]
+    columns = ["key", "index", "score", "reason", "num_tokens", "truncated", "width", "height", "uid"]
+    assert table.column_names == columns
 
 
 def test_the_same_input_gives_the_same_bits_whatever_the_workers(scorer, shards, tmp_path):

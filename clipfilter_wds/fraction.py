@@ -1,0 +1,98 @@
+"""All scores of a run -> the lowest one that a fraction of the samples reaches, exactly and in little memory."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Reads the scores of one shard after another: float32 ``[N]`` each.
+ReadScores = Callable[[], Iterable[np.ndarray]]
+
+_HALF_BITS = 16
+_SIGN = np.uint32(1 << 31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutoff:
+    """What is kept of one shard when a fraction of the whole run is.
+
+    Attributes:
+        score: Higher ones are kept. Infinite when nothing is.
+        num_ties: How many of the shard's scores that equal ``score`` are kept as well, those of the lowest index.
+    """
+
+    score: float
+    num_ties: int
+
+    def keeps(self, scores: np.ndarray) -> np.ndarray:
+        """Whether each score of the shard is kept, bool ``[N]``; never one that is not a number."""
+        ties = scores == np.float32(self.score)
+        kept: np.ndarray = (scores > np.float32(self.score)) | (ties & (np.cumsum(ties) <= self.num_ties))
+        return kept
+
+
+def check_fraction(fraction: float) -> float:
+    """The fraction, if it is one.
+
+    Raises:
+        ValueError: When it does not lie in [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        hint = f" Did you mean {fraction / 100:g}?" if 1 < fraction <= 100 else ""
+        raise ValueError(f"keep_fraction is {fraction:g}; a fraction lies in [0, 1].{hint}")
+    return fraction
+
+
+def find_cutoffs(read: ReadScores, fraction: float) -> list[Cutoff]:
+    """Per shard, what to keep so that the ``round(fraction * N)`` highest scores of all shards are kept.
+
+    N counts every score that is a number; of equal ones, those of the first shards are kept, and in a shard those of
+    the lowest index. ``round`` is Python's. Memory is that of one shard's scores and a histogram of 2^16 bins: the
+    scores are read three times, first for the upper half of their bits, then for the lower half of those that share
+    the cutoff's upper half, then for the ties.
+    """
+    counts = np.zeros(1 << _HALF_BITS, dtype=np.int64)
+    for scores in read():
+        counts += _histogram(_ranks(scores) >> _HALF_BITS)
+    num_kept = round(fraction * int(counts.sum()))
+    if num_kept == 0:
+        return [Cutoff(score=np.inf, num_ties=0) for _ in read()]
+
+    upper, num_above = _bin_of(counts, num_kept)
+    counts[:] = 0
+    for scores in read():
+        ranks = _ranks(scores)
+        counts += _histogram(ranks[ranks >> _HALF_BITS == upper] & 0xFFFF)
+    lower, num_above_in_bin = _bin_of(counts, num_kept - num_above)
+    cutoff = _score_of(upper << _HALF_BITS | lower)
+
+    num_ties_left, cutoffs = num_kept - num_above - num_above_in_bin, []
+    for scores in read():
+        num_ties = min(int(np.count_nonzero(scores == cutoff)), num_ties_left)
+        num_ties_left -= num_ties
+        cutoffs.append(Cutoff(score=float(cutoff), num_ties=num_ties))
+    return cutoffs
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """uint32 per score that is a number, in the order of the scores."""
+    bits = (scores[~np.isnan(scores)] + np.float32(0.0)).view(np.uint32)  # the sum makes -0.0 the 0.0 that it equals
+    ranks: np.ndarray = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    return ranks
+
+
+def _score_of(rank: int) -> np.float32:
+    bits = rank ^ int(_SIGN) if rank & int(_SIGN) else rank ^ 0xFFFFFFFF
+    score: np.float32 = np.uint32(bits).view(np.float32)
+    return score
+
+
+def _histogram(halves: np.ndarray) -> np.ndarray:
+    return np.bincount(halves, minlength=1 << _HALF_BITS)
+
+
+def _bin_of(counts: np.ndarray, num_kept: int) -> tuple[int, int]:
+    """The bin that the ``num_kept``-th highest is in, and how many are above that bin."""
+    at_least = counts[::-1].cumsum()[::-1]
+    found = int(np.flatnonzero(at_least >= num_kept)[-1])
+    return found, int(at_least[found] - counts[found])
