@@ -10,25 +10,27 @@ S = TypeVar("S")
 
 
 class Feed(Generic[T, S]):
-    """Applies a function to the items of an iterable, a few items ahead of whoever takes them.
+    """Runs items through a function, a few ahead of whoever takes what comes out.
 
     What the iterable or the function raises is raised again where the item would have been taken.
 
     Args:
         items: Iterated in the feed's thread; its iterator is made in this one, since that may start processes.
-        apply: Item -> what is fed.
+        apply: Items -> what is fed; a generator, mostly.
         depth: How many items to be ahead.
         keep: Leave the iterable's processes for the next one who iterates it.
     """
 
-    def __init__(self, items: Iterable[T], apply: Callable[[T], S], *, depth: int = 2, keep: bool = False) -> None:
+    def __init__(
+        self, items: Iterable[T], apply: Callable[[Iterator[T]], Iterator[S]], *, depth: int = 2, keep: bool = False
+    ) -> None:
         self._iterator = iter(items)
-        self._apply, self._keep = apply, keep
+        self._applied, self._keep = apply(self._iterator), keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-scorer")
         self._ahead: deque[Future[S]] = deque(self._thread.submit(self._step) for _ in range(depth))
 
     def _step(self) -> S:
-        return self._apply(next(self._iterator))
+        return next(self._applied)
 
     def __iter__(self) -> Iterator[S]:
         """The fed items, until the iterable ends."""
@@ -48,6 +50,7 @@ class Feed(Generic[T, S]):
         self._thread.shutdown(wait=True)
         self._ahead.clear()
         # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
+        self.__dict__.pop("_applied", None)
         iterator = self.__dict__.pop("_iterator", None)
         if not self._keep and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from clipfilter_wds.pair_progress import show_pairs
-from clipfilter_wds.pairs import Pair, PairTally, batched, score_pairs
+from clipfilter_wds.pairs import Pair, PairTally, batched, score_pair_fp32, score_pairs
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.rewrite.scoring import default_num_workers
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
@@ -100,12 +101,12 @@ class ImageClipFilter:
 
     def compute_similarity(self, image_path: str | PathLike[str], text: str) -> float:
         """The score of one pair, in [0, 1]; 0.0 when the image can't be read or the text is blank."""
-        pairs = [Pair.of_cells(image_path, text)]
-        ((_, scores),) = score_pairs([(None, pairs)], self.scorer, folder=Path(), num_workers=0)
+        pair = Pair.of_cells(image_path, text)
+        scores = score_pair_fp32(pair, self.scorer, folder=Path())
         reason = scores.reasons[0]
         if reason is not None and reason not in self._already_logged:
             self._already_logged.add(reason)
-            self.logger.warning("scored 0.0 as %s: image %r (further ones are not logged)", reason, pairs[0].image)
+            self.logger.warning("scored 0.0 as %s: image %r (further ones are not logged)", reason, pair.image)
         return float(scores.similarity[0])
 
     def is_consistent(
@@ -119,8 +120,9 @@ class ImageClipFilter:
         tally = PairTally()
         batches = ((batch, batch) for batch in batched(pairs, _BATCH_SIZE))
         num_workers = default_num_workers(self.scorer.device) if len(pairs) > _BATCH_SIZE else 0
+        recheck = Recheck(self.scorer, threshold)
         with show_pairs(Console(stderr=True)) as update:
-            for batch, scores in score_pairs(batches, self.scorer, folder=Path(), num_workers=num_workers):
+            for batch, scores in score_pairs(batches, recheck, folder=Path(), num_workers=num_workers):
                 kept = scores.keep(threshold)
                 keep[tally.counts.seen : tally.counts.seen + len(batch)] = kept
                 tally.add(batch, scores, kept)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from clipfilter_wds.dataset import worker_loader
 from clipfilter_wds.images import check_protocol, is_remote, read_image
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
 from clipfilter_wds.types import DropReason, FilterStats
@@ -78,13 +79,13 @@ class PairScores:
 
 
 def score_pairs(
-    batches: Iterable[tuple[T, Sequence[Pair]]], scorer: ClipScorer, *, folder: Path, num_workers: int
+    batches: Iterable[tuple[T, Sequence[Pair]]], recheck: Recheck, *, folder: Path, num_workers: int
 ) -> Iterator[tuple[T, PairScores]]:
     """Score batches of pairs in order. A few batches ahead of the one scored are drawn from ``batches`` and opened.
 
     Args:
         batches: Pairs, each batch with whatever it shall come back with.
-        scorer: The model; a batch is one forward pass.
+        recheck: The model; a batch is one forward pass.
         folder: Where relative image paths begin.
         num_workers: Processes that open images (0: this one).
     """
@@ -95,15 +96,22 @@ def score_pairs(
             waiting.append(companion)
             yield pairs
 
-    opener = _PairOpener(scorer.preprocess, folder)
-    pin_memory = scorer.device.type == "cuda"
-    for opened in worker_loader(opener, num_workers=num_workers, pin_memory=pin_memory, requests=requests()):
-        yield waiting.popleft(), _score(opened, scorer)
+    opener = _PairOpener(recheck.scorer.preprocess, folder)
+    pin_memory = recheck.scorer.device.type == "cuda"
+    loader = worker_loader(opener, num_workers=num_workers, pin_memory=pin_memory, requests=requests())
+    for opened, scored in recheck.map(loader, lambda opened: (opened.pixel_values, opened.input_ids)):
+        yield waiting.popleft(), _pair_scores(opened, scored.scores)
 
 
-def _score(opened: "_OpenedBatch", scorer: ClipScorer) -> PairScores:
+def score_pair_fp32(pair: Pair, scorer: ClipScorer, *, folder: Path) -> PairScores:
+    """Score one pair in float32, in this process."""
+    opened = _PairOpener(scorer.preprocess, folder)[[pair]]
+    return _pair_scores(opened, scorer.score_fp32(opened.pixel_values, opened.input_ids).cpu().numpy())
+
+
+def _pair_scores(opened: "_OpenedBatch", cosines: np.ndarray) -> PairScores:
     similarity = np.zeros(len(opened.reasons), dtype=np.float32)
-    similarity[[reason is None for reason in opened.reasons]] = scorer(opened.pixel_values, opened.input_ids).cpu()
+    similarity[[reason is None for reason in opened.reasons]] = cosines
     finite = np.isfinite(similarity)
     reasons = [reason if ok else DropReason.NOT_FINITE for reason, ok in zip(opened.reasons, finite, strict=True)]
     similarity = np.where(finite, np.clip(similarity, 0.0, 1.0), np.float32(0.0))

@@ -53,6 +53,8 @@ class ShardScores:
         num_bytes: The shard's size as stored, -1 when unknown.
         torn: Whether the shard is damaged or cut.
         fingerprint: What the scores depend on beside the shard.
+        band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
+        num_rechecked: How many of the scores are in float32 since they lay within the band of the run's threshold.
     """
 
     table: pa.Table
@@ -60,6 +62,8 @@ class ShardScores:
     num_bytes: int
     torn: bool
     fingerprint: Fingerprint
+    band: float = 0.0
+    num_rechecked: int = 0
 
     @classmethod
     def from_rows(
@@ -71,6 +75,8 @@ class ShardScores:
         num_bytes: int,
         torn: bool,
         fingerprint: Fingerprint,
+        band: float = 0.0,
+        num_rechecked: int = 0,
     ) -> Self:
         """Put rows, in any order, and the scores of those without a reason, in the same order, together.
 
@@ -89,7 +95,15 @@ class ShardScores:
             schema=_SCHEMA,
         )
         table = table.sort_by("index").combine_chunks()
-        return cls(table=table, source=source, num_bytes=num_bytes, torn=torn, fingerprint=fingerprint)
+        return cls(
+            table=table,
+            source=source,
+            num_bytes=num_bytes,
+            torn=torn,
+            fingerprint=fingerprint,
+            band=band,
+            num_rechecked=num_rechecked,
+        )
 
     def write(self, file: BinaryIO) -> None:
         """Write as parquet."""
@@ -100,6 +114,8 @@ class ShardScores:
             "num_samples": self.table.num_rows,
             "torn": self.torn,
             "fingerprint": dict(self.fingerprint),
+            "band": self.band,
+            "rechecked": self.num_rechecked,
         }
         pq.write_table(self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)}), file)
 
@@ -119,6 +135,8 @@ class ShardScores:
                 num_bytes=metadata["num_bytes"],
                 torn=metadata["torn"],
                 fingerprint=metadata["fingerprint"],
+                band=metadata["band"],
+                num_rechecked=metadata["rechecked"],
             )
 
     @property

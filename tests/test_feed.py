@@ -1,4 +1,5 @@
 import threading
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,11 @@ def feed_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("clipfilter-")]
 
 
+def each(function):
+    """Make of a function of one item what a feed applies to all."""
+    return partial(map, function)
+
+
 def failing_after(num_items):
     yield from range(num_items)
     raise OSError("the disk is gone")
@@ -17,14 +23,14 @@ def failing_after(num_items):
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("num_items", [0, 1, 7])
 def test_every_item_comes_once_in_order(num_items, depth):
-    feed = Feed(range(num_items), lambda item: item * item, depth=depth)
+    feed = Feed(range(num_items), each(lambda item: item * item), depth=depth)
     assert list(feed) == [item * item for item in range(num_items)]
     feed.close()
     assert feed_threads() == []
 
 
 def test_items_are_made_in_another_thread_whose_name_tells_whose_it_is():
-    feed = Feed(range(3), lambda item: threading.current_thread().name)
+    feed = Feed(range(3), each(lambda item: threading.current_thread().name))
     assert all(name.startswith("clipfilter-") for name in feed)
     feed.close()
 
@@ -38,7 +44,7 @@ def test_works_ahead_by_its_depth_and_no_further():
             reached.set()
         return item
 
-    feed = Feed(range(100), apply, depth=3)
+    feed = Feed(range(100), each(apply), depth=3)
     items = iter(feed)
     assert next(items) == 0
     assert reached.wait(10)  # three ahead of the one taken
@@ -47,7 +53,7 @@ def test_works_ahead_by_its_depth_and_no_further():
 
 
 def test_what_the_items_raise_comes_where_the_item_would_have_come():
-    feed = Feed(failing_after(3), str)
+    feed = Feed(failing_after(3), each(str))
     items = iter(feed)
     assert [next(items) for _ in range(3)] == ["0", "1", "2"]
     with pytest.raises(OSError, match="the disk is gone"):
@@ -57,7 +63,7 @@ def test_what_the_items_raise_comes_where_the_item_would_have_come():
 
 
 def test_what_the_function_raises_comes_where_the_item_would_have_come():
-    feed = Feed([1, 0], lambda item: 1 / item)
+    feed = Feed([1, 0], each(lambda item: 1 / item))
     items = iter(feed)
     assert next(items) == 1.0
     with pytest.raises(ZeroDivisionError):
@@ -75,7 +81,7 @@ def test_closing_lets_go_of_the_items():
         finally:
             closed.set()
 
-    feed = Feed(items(), str)
+    feed = Feed(items(), each(str))
     taken = iter(feed)
     next(taken)
     feed.close()
@@ -84,6 +90,6 @@ def test_closing_lets_go_of_the_items():
 
 
 def test_closing_before_anything_was_taken_is_no_error():
-    feed = Feed(range(5), str)
+    feed = Feed(range(5), each(str))
     feed.close()
     assert feed_threads() == []

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 
 from clipfilter_wds.dataset import SampleRow
 from clipfilter_wds.pairs import Pair, PairScores, PairTally, batched, score_pairs
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import select
 from clipfilter_wds.types import DropReason
@@ -45,13 +46,13 @@ def test_batches_come_back_in_order_with_what_went_along(scorer, tmp_path, num_w
     pairs = [Pair(f"{seed}.jpg", f"photo number {seed}") for seed in range(30)]
     alone = [score_of(pair, scorer, tmp_path) for pair in pairs]
     batches = enumerate(batched(pairs, 4))
-    found = list(score_pairs(batches, scorer, folder=tmp_path, num_workers=num_workers))
+    found = list(score_pairs(batches, Recheck(scorer, 0.25), folder=tmp_path, num_workers=num_workers))
     assert [companion for companion, _ in found] == list(range(8))
     assert np.abs(np.concatenate([scores.similarity for _, scores in found]) - alone).max() < 1e-5
 
 
 def score_of(pair: Pair, scorer, folder: Path) -> float:
-    ((_, scores),) = score_pairs([(None, [pair])], scorer, folder=folder, num_workers=0)
+    ((_, scores),) = score_pairs([(None, [pair])], Recheck(scorer, 0.25), folder=folder, num_workers=0)
     return scores.similarity[0]
 
 
@@ -63,7 +64,7 @@ def test_batches_are_drawn_only_a_few_ahead(scorer, tmp_path):
             drawn.append(number)
             yield number, [Pair(None, None)] * 3
 
-    scored = score_pairs(batches(), scorer, folder=tmp_path, num_workers=2)
+    scored = score_pairs(batches(), Recheck(scorer, 0.25), folder=tmp_path, num_workers=2)
     for _ in range(5):
         next(scored)
     assert len(drawn) < 20

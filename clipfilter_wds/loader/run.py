@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.feed import Feed
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark, Progress
-from clipfilter_wds.loader.scored import Scored, score_columns, score_stream_batch
+from clipfilter_wds.loader.scored import Scored, score_columns, score_stream
 from clipfilter_wds.loader.workers import Workers
 from clipfilter_wds.rebatch import Rebatcher, take
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
 from clipfilter_wds.shards import public_url
@@ -49,12 +51,13 @@ class Run:
         self._rebatcher = Rebatcher(config.batch_size)
         self._waiting: deque[Progress] = deque()
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
+        recheck = None if scorer is None else Recheck(scorer, config.threshold)
         self._feed: Feed[Any, Scored]
         if isinstance(dataset, ClipWebDataset):
             batches = workers.batches(dataset, world, begin)
-            self._feed = Feed(batches, lambda batch: score_stream_batch(scorer, batch), keep=config.persistent_workers)
+            self._feed = Feed(batches, partial(score_stream, recheck), keep=config.persistent_workers)
         else:
-            self._feed = Feed(dataset, lambda batch: score_columns(scorer, batch))
+            self._feed = Feed(dataset, partial(score_columns, recheck))
         self._scored = iter(self._feed)
 
     def next_batch(self) -> dict[str, Any] | None:

@@ -1,20 +1,23 @@
 """Batches of a dataset, or of anybody's loader -> scored batches."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from clipfilter_wds.dataset import StreamBatch
 from clipfilter_wds.rebatch import take
-from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.stream import Position
 from clipfilter_wds.types import DropReason
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,31 +32,42 @@ class Scored:
     failures: tuple[tuple[str, str], ...] = ()
 
 
-def score_stream_batch(scorer: ClipScorer | None, batch: StreamBatch) -> Scored:
-    """Score a dataset's batch; its columns are the training views of the usable samples, their keys and URLs."""
-    usable = [row.reason is None for row in batch.rows]
-    columns = {
-        **batch.views,
-        "__key__": [row.key for row in batch.rows if row.reason is None],
-        "__url__": list(compress(batch.urls, usable)),
-    }
-    columns, scores, not_finite = _scored_rows(scorer, columns, batch.pixel_values, batch.input_ids)
-    return Scored(
-        columns=columns,
-        scores=scores,
-        unusable=Counter(row.reason for row in batch.rows if row.reason is not None) + not_finite,
-        worker=batch.worker,
-        after=batch.after,
-        failures=tuple(batch.failures),
-    )
+def score_stream(recheck: Recheck | None, batches: Iterable[StreamBatch]) -> Iterator[Scored]:
+    """Score a dataset's batches; their columns are the training views of the usable samples, their keys and URLs."""
+    for batch, scores in _score(recheck, batches, lambda batch: (batch.pixel_values, batch.input_ids)):
+        usable = [row.reason is None for row in batch.rows]
+        columns = {
+            **batch.views,
+            "__key__": [row.key for row in batch.rows if row.reason is None],
+            "__url__": list(compress(batch.urls, usable)),
+        }
+        unusable = Counter(row.reason for row in batch.rows if row.reason is not None)
+        place = {"worker": batch.worker, "after": batch.after, "failures": tuple(batch.failures)}
+        yield _scored(recheck, columns, scores, unusable, **place)
 
 
-def score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> Scored:
-    """Score a batch of anybody's loader; its columns are passed on as they are.
+def score_columns(recheck: Recheck | None, batches: Iterable[Mapping[str, Any]]) -> Iterator[Scored]:
+    """Score batches of anybody's loader; their columns are passed on as they are.
 
     Raises:
         ValueError: When ``pixel_values`` or ``input_ids`` is missing.
     """
+
+    def inputs(batch: _UsableColumns) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids = batch.columns["input_ids"]
+        pad_id = recheck.scorer.preprocess.tokenize.pad_id if recheck else 0
+        return batch.columns["pixel_values"], _without_padding(input_ids, pad_id)
+
+    for batch, scores in _score(recheck, map(_usable_columns, batches), inputs):
+        yield _scored(recheck, batch.columns, scores, batch.unusable)
+
+
+class _UsableColumns(NamedTuple):
+    columns: dict[str, Any]
+    unusable: Counter[DropReason]
+
+
+def _usable_columns(batch: Mapping[str, Any]) -> _UsableColumns:
     missing = {"pixel_values", "input_ids"} - set(batch)
     if missing:
         raise ValueError(f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}")
@@ -62,11 +76,7 @@ def score_columns(scorer: ClipScorer | None, batch: Mapping[str, Any]) -> Scored
         usable = [number for number, reason in enumerate(reasons) if not reason]
         unusable = Counter(DropReason(reason) for reason in reasons if reason)
         columns = take(columns, usable)
-    input_ids = columns["input_ids"]
-    if scorer is not None:
-        input_ids = _without_padding(input_ids, scorer.preprocess.tokenize.pad_id)
-    columns, scores, not_finite = _scored_rows(scorer, columns, columns["pixel_values"], input_ids)
-    return Scored(columns=columns, scores=scores, unusable=unusable + not_finite)
+    return _UsableColumns(columns, unusable)
 
 
 def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
@@ -75,28 +85,34 @@ def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     return input_ids[:, : int(used[-1]) + 2] if len(used) else input_ids
 
 
-def _scored_rows(
-    scorer: ClipScorer | None, columns: dict[str, Any], pixel_values: torch.Tensor, input_ids: torch.Tensor
-) -> tuple[dict[str, Any], np.ndarray, Counter[DropReason]]:
-    """The rows that have a score, the scores, and how many rows have none because the model gave no number."""
-    scores = _scores(scorer, pixel_values, input_ids)
+def _scored(
+    recheck: Recheck | None, columns: dict[str, Any], scores: np.ndarray, unusable: Counter[DropReason], **place: Any
+) -> Scored:
+    """Leave out the rows for which the model gave no number."""
     finite = np.isfinite(scores)
-    if scorer is None or finite.all():
-        return columns, scores, Counter()
-    not_finite = Counter({DropReason.NOT_FINITE: int((~finite).sum())})
-    return take(columns, np.flatnonzero(finite).tolist()), scores[finite], not_finite
+    if recheck is not None and not finite.all():
+        columns = take(columns, np.flatnonzero(finite).tolist())
+        unusable = unusable + Counter({DropReason.NOT_FINITE: int((~finite).sum())})
+        scores = scores[finite]
+    return Scored(columns=columns, scores=scores, unusable=unusable, **place)
 
 
-def _scores(scorer: ClipScorer | None, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> np.ndarray:
-    """Score on a stream of this thread's own, so that waiting for the scores does not wait for the training step."""
-    if scorer is None:
-        return np.full(len(pixel_values), np.nan, dtype=np.float32)
-    if scorer.device.type != "cuda":
-        scores: np.ndarray = scorer(pixel_values, input_ids).numpy()
-        return scores
-    with torch.cuda.stream(_side_stream(scorer.device)):
-        on_device: np.ndarray = scorer(pixel_values, input_ids).cpu().numpy()
-        return on_device
+def _score(
+    recheck: Recheck | None, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[T, np.ndarray]]:
+    if recheck is None:
+        for batch in batches:
+            yield batch, np.full(len(inputs(batch)[0]), np.nan, dtype=np.float32)
+        return
+    # On a stream of its own, so that waiting for the scores does not wait for the training step.
+    device = recheck.scorer.device
+    scored = recheck.map(batches, inputs)
+    while True:
+        with torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext():
+            batch_and_scores = next(scored, None)
+        if batch_and_scores is None:
+            return
+        yield batch_and_scores[0], batch_and_scores[1].scores
 
 
 @cache

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from clipfilter_wds.dataset import SampleRow
+from clipfilter_wds.recheck import BatchScores, Recheck
 from clipfilter_wds.rewrite.blocks import Block
-from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ShardScores
 from clipfilter_wds.shards import ShardPart, public_url
 from clipfilter_wds.types import ShardEnd
@@ -23,7 +23,7 @@ class FailedShard:
 
 def collect_shards(
     batches: Iterable[Block],
-    scorer: ClipScorer,
+    recheck: Recheck,
     fingerprint: Fingerprint,
     on_batch: Callable[[int], None],
 ) -> Iterator[tuple[str, ShardScores] | FailedShard]:
@@ -33,31 +33,31 @@ def collect_shards(
 
     Args:
         batches: From :class:`~clipfilter_wds.rewrite.blocks.BlockDataset`, of any number of workers.
-        scorer: Scores them.
+        recheck: Scores them.
         fingerprint: Goes into each table.
         on_batch: Called with the number of samples of each batch.
     """
     pending: dict[str, _PendingShard] = {}
-    for batch in batches:
+    for batch, scored in recheck.map(batches, lambda batch: (batch.pixel_values, batch.input_ids)):
         shard = pending.setdefault(batch.part.url, _PendingShard(batch.part))
-        shard.add(batch, scorer(batch.pixel_values, batch.input_ids))
+        shard.add(batch, scored)
         on_batch(len(batch.rows))
         if shard.is_complete:
             del pending[batch.part.url]
-            yield shard.finish(fingerprint)
+            yield shard.finish(fingerprint, recheck.band)
 
 
 @dataclass
 class _PendingShard:
     part: ShardPart
     rows: list[SampleRow] = field(default_factory=list)
-    scores: list[torch.Tensor] = field(default_factory=list)
+    scores: list[BatchScores] = field(default_factory=list)
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, batch: Block, scores: torch.Tensor) -> None:
+    def add(self, batch: Block, scores: BatchScores) -> None:
         self.rows += batch.rows
-        self.scores.append(scores)  # stays on the device: one copy per shard instead of one wait per batch
+        self.scores.append(scores)
         if batch.end is not None:
             self.ends.append(batch.end)
         if batch.error is not None:
@@ -67,7 +67,7 @@ class _PendingShard:
     def is_complete(self) -> bool:
         return len(self.ends) + len(self.errors) == self.part.num_parts
 
-    def finish(self, fingerprint: Fingerprint) -> tuple[str, ShardScores] | FailedShard:
+    def finish(self, fingerprint: Fingerprint, band: float) -> tuple[str, ShardScores] | FailedShard:
         url = self.part.url
         if self.errors:
             return FailedShard(url=url, why=self.errors[0])
@@ -78,9 +78,11 @@ class _PendingShard:
             raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(self.rows)} arrived")
         return url, ShardScores.from_rows(
             self.rows,
-            torch.cat(self.scores).cpu().numpy(),
+            np.concatenate([batch.scores for batch in self.scores]),
             source=public_url(url),
             num_bytes=end.num_bytes,
             torn=end.torn,
             fingerprint=fingerprint,
+            band=band,
+            num_rechecked=sum(batch.num_rechecked for batch in self.scores),
         )

@@ -1,7 +1,7 @@
 """What a run reads, keeps and writes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -100,6 +100,11 @@ class RewriteConfig(ScoreConfig):
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         super().__post_init__()
+
+    @property
+    def scoring(self) -> ScoringOptions:
+        """How shards are scored."""
+        return replace(super().scoring, threshold=self.threshold)
 
     @property
     def settings(self) -> dict[str, Any]:

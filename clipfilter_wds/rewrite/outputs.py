@@ -63,8 +63,16 @@ class TableOutput:
 
 
 def _score_stats(scores: ShardScores) -> ShardStats:
+    return _shard_stats(select(scores, threshold=None).stats, scores)
+
+
+def _shard_stats(counts: FilterStats, scores: ShardScores) -> ShardStats:
     return ShardStats(
-        counts=select(scores, threshold=None).stats, torn=scores.torn, truncated_captions=scores.num_truncated
+        counts=counts,
+        torn=scores.torn,
+        truncated_captions=scores.num_truncated,
+        band=scores.band,
+        rechecked=scores.num_rechecked,
     )
 
 
@@ -113,6 +121,8 @@ class CopyOutput:
             counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
             torn=record["torn"],
             truncated_captions=record["truncated_captions"],
+            band=record["band"],
+            rechecked=record["rechecked"],
         )
 
     def commit(self, scores: ShardScores) -> ShardStats:
@@ -124,7 +134,7 @@ class CopyOutput:
     def _copy(self, scores: ShardScores) -> ShardStats:
         selection = select(scores, self.threshold)
         digest, tar_bytes = self._write_kept(scores, selection.keep)
-        stats = ShardStats(counts=selection.stats, torn=scores.torn, truncated_captions=scores.num_truncated)
+        stats = _shard_stats(selection.stats, scores)
         publish_json(
             self._stats,
             {
@@ -134,6 +144,8 @@ class CopyOutput:
                 "dropped": dict(stats.counts.dropped),
                 "torn": stats.torn,
                 "truncated_captions": stats.truncated_captions,
+                "band": stats.band,
+                "rechecked": stats.rechecked,
                 "source": public_url(self.url),
                 "num_bytes": scores.num_bytes,
                 "threshold": self.threshold,

@@ -8,10 +8,11 @@ from typing import TypeVar
 from torch.utils.data import Dataset
 
 from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.rewrite.collect import FailedShard
 from clipfilter_wds.rewrite.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, write_sizes
-from clipfilter_wds.rewrite.scoring import ScoringOptions, num_processors, score_shards
+from clipfilter_wds.rewrite.scoring import ScoringOptions, measured_recheck, num_processors, score_shards
 from clipfilter_wds.rewrite.tally import ShardStats, Tally
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ScoreTable
@@ -55,7 +56,7 @@ def process_shards(
         tally = score_and_commit(config.outputs(), scorer, config.scoring, on_progress)
     if isinstance(config, RewriteConfig):
         write_sizes(config.folder)
-    made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"], "band": 0.0, "rechecked": 0}
+    made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"]}
     publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **made_by})
     return tally
 
@@ -68,7 +69,9 @@ def score_and_commit(
     left = {output.url: output for output in not_committed(outputs, options.fingerprint(scorer), tally)}
     on_progress(tally)
     if left:
-        _score_left(left, scorer, options, tally, on_progress)
+        # On the run's first samples, whatever is left to do: a run that goes on then goes on alike.
+        recheck = measured_recheck([output.url for output in outputs], scorer, options)
+        _score_left(left, recheck, options, tally, on_progress)
     return tally
 
 
@@ -90,7 +93,7 @@ def not_committed(outputs: Sequence[AnyOutput], fingerprint: Fingerprint, tally:
 
 
 def _score_left(
-    left: Mapping[str, Output], scorer: ClipScorer, options: ScoringOptions, tally: Tally, on_progress: OnProgress
+    left: Mapping[str, Output], recheck: Recheck, options: ScoringOptions, tally: Tally, on_progress: OnProgress
 ) -> None:
     def on_batch(num_samples: int) -> None:
         tally.num_scored += num_samples
@@ -99,7 +102,7 @@ def _score_left(
     # One thread writes while this one scores, so that neither waits for the other.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-writer") as writer:
         waiting: deque[tuple[str, Future[ShardStats]]] = deque()
-        for shard in score_shards(list(left), scorer, options, on_batch=on_batch):
+        for shard in score_shards(list(left), recheck, options, on_batch=on_batch):
             if isinstance(shard, FailedShard):
                 tally.fail(shard.url, shard.why)
             else:

@@ -3,15 +3,20 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.rewrite.blocks import BlockDataset
 from clipfilter_wds.rewrite.collect import FailedShard, collect_shards
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ShardScores
+
+#: Blocks that are looked through for usable samples to measure the error of the scores on.
+_MAX_MEASURED_BLOCKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +27,13 @@ class ScoringOptions:
         layout: Where image and caption are.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; None chooses by device and number of processors.
+        threshold: Scores near it are computed in float32.
     """
 
     layout: SampleLayout
     batch_size: int
     num_workers: int | None
+    threshold: float | None = None
 
     def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
         """What the scores depend on beside the shards."""
@@ -37,9 +44,23 @@ class ScoringOptions:
         }
 
 
+def measured_recheck(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions) -> Recheck:
+    """What scores shards, its error measured on the first samples of these.
+
+    Scores can be compared bit for bit between processes, and between runs, that give the same shards here.
+    """
+    recheck = Recheck(scorer, options.threshold)
+    dataset = BlockDataset(urls, scorer.preprocess, batch_size=NUM_MEASURED, layout=options.layout)
+    for block in islice(dataset, 0 if recheck.is_measured else _MAX_MEASURED_BLOCKS):
+        recheck.measure(block.pixel_values, block.input_ids)
+        if recheck.is_measured:
+            break
+    return recheck
+
+
 def score_shards(
     urls: Sequence[str],
-    scorer: ClipScorer,
+    recheck: Recheck,
     options: ScoringOptions,
     *,
     on_batch: Callable[[int], None] = lambda num_samples: None,
@@ -48,14 +69,15 @@ def score_shards(
 
     Args:
         urls: One shard or many.
-        scorer: The model.
+        recheck: The model.
         options: How.
         on_batch: Called with the number of samples of each batch.
     """
+    scorer = recheck.scorer
     dataset = BlockDataset(urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout)
     num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
     loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda", in_order=False)
-    return collect_shards(loader, scorer, options.fingerprint(scorer), on_batch)
+    return collect_shards(loader, recheck, options.fingerprint(scorer), on_batch)
 
 
 def default_num_workers(device: torch.device) -> int:

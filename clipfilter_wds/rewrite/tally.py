@@ -16,6 +16,8 @@ class ShardStats:
     counts: FilterStats
     torn: bool
     truncated_captions: int
+    band: float
+    rechecked: int
 
 
 @dataclass(kw_only=True)
@@ -32,6 +34,8 @@ class Tally:
         counts: Of the shards that are done.
         torn: How many of these are damaged or cut.
         truncated_captions: How many of their captions were longer than the text tower takes.
+        band: The widest error band of any shard's scores, 0.0 in float32.
+        rechecked: Samples that lay within the band of the threshold and were scored again in float32.
         failed: Per shard that could not be used, why.
         seconds: Time since the phase began.
     """
@@ -45,6 +49,8 @@ class Tally:
     counts: FilterStats = field(default_factory=FilterStats)
     torn: int = 0
     truncated_captions: int = 0
+    band: float = 0.0
+    rechecked: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -64,6 +70,8 @@ class Tally:
         self.counts += stats.counts
         self.torn += stats.torn
         self.truncated_captions += stats.truncated_captions
+        self.band = max(self.band, stats.band)
+        self.rechecked += stats.rechecked
 
     def fail(self, url: str, why: str) -> None:
         """Count a shard as failed."""
@@ -80,6 +88,8 @@ class Tally:
             "torn_shards": self.torn,
             "resumed_shards": self.resumed,
             "truncated_captions": self.truncated_captions,
+            "band": self.band,
+            "rechecked": self.rechecked,
             "scored": self.num_scored,
             "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),

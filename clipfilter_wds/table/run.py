@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from clipfilter_wds.pair_progress import Update, print_pair_summary, show_pairs
 from clipfilter_wds.pairs import Pair, PairTally, score_pairs
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.rewrite.scoring import default_num_workers
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.table.config import TableConfig
@@ -52,7 +53,8 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
 def _filter_rows(reader: TableReader, config: TableConfig, scorer: ClipScorer, update: Update) -> PairTally:
     tally = PairTally()
     num_workers = default_num_workers(scorer.device) if config.num_workers is None else config.num_workers
-    scored = score_pairs(_with_pairs(reader), scorer, folder=config.source.parent, num_workers=num_workers)
+    recheck = Recheck(scorer, config.threshold)
+    scored = score_pairs(_with_pairs(reader), recheck, folder=config.source.parent, num_workers=num_workers)
     remove_leftovers_of(config.target)
     with publish(config.target) as file:
         writer = reader.writer(file)

@@ -1,0 +1,148 @@
+"""Scores of a fast, inexact model -> the decisions that float32 makes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from clipfilter_wds.scorer import ClipScorer
+
+T = TypeVar("T")
+
+#: Samples that the error is first measured on. All pairings of their images and captions count, so a few are enough.
+NUM_MEASURED = 32
+
+#: How much wider the band is than the largest error seen, and the share of it that an error must reach to widen it.
+_MARGIN, _WIDENS = 2.0, 0.75
+
+#: The band before the error is known: cosines can't lie further apart, so everything is rechecked.
+_WHOLE = 2.0
+
+#: Share of the samples outside the band that are scored in float32 as well, to see whether the band still holds.
+_AUDITED = 1 / 1024
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScores:
+    """The scores of a batch: raw cosines, float32 ``[N]``; and how many of them were computed again in float32."""
+
+    scores: np.ndarray
+    num_rechecked: int = 0
+
+
+class Recheck:
+    """Scores batches so that comparing with the threshold decides what float32 would decide.
+
+    A score is computed in the scorer's precision, and again in float32 where it lies within the *band* around the
+    threshold or is not finite. The band is twice the largest error seen: first among all pairings of the first 32
+    images and captions, then among everything that is rechecked, and among a share of 1/1024 of all other samples. (For
+    the usual bf16 and fp16 models the errors are nearly normal, and the band is six to seven of their standard
+    deviations.) With a scorer in float32 there is no band and nothing is rechecked.
+
+    Args:
+        scorer: The model.
+        threshold: None rechecks only what is not finite.
+        seed: Of the choice of the audited samples, which no score depends on.
+    """
+
+    def __init__(self, scorer: ClipScorer, threshold: float | None, *, seed: int = 0) -> None:
+        self.scorer = scorer
+        # All pass at a threshold of 0 or less, whatever their scores.
+        self._threshold = threshold if threshold is not None and threshold > 0 else None
+        self._random = np.random.default_rng(seed)
+        self._num_measured = 0
+        self._half_width = 0.0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether enough samples were seen to know the error."""
+        return self.scorer.is_exact or self._num_measured >= NUM_MEASURED
+
+    @property
+    def band(self) -> float:
+        """Scores this close to the threshold, or closer, are computed again."""
+        return self._half_width if self.is_measured else _WHOLE
+
+    def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
+        """Score N images, uint8 ``[N, 3, H, W]``, with N captions, int64 ``[N, L]``."""
+        return self._start(pixel_values, input_ids)()
+
+    def map(
+        self, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[T, BatchScores]]:
+        """Score batches one after another; a GPU is given the next batch before the scores of the last are awaited.
+
+        Args:
+            batches: Anything that holds what is scored.
+            inputs: Batch -> ``pixel_values`` and ``input_ids``.
+        """
+        num_ahead = 1 if self.scorer.device.type == "cuda" else 0
+        started: deque[tuple[T, Callable[[], BatchScores]]] = deque()
+        for batch in batches:
+            started.append((batch, self._start(*inputs(batch))))
+            if len(started) > num_ahead:
+                first, finish = started.popleft()
+                yield first, finish()
+        for batch, finish in started:
+            yield batch, finish()
+
+    def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
+        """Learn the error from the first of these samples, N images and N captions, unless it is known already."""
+        if self.is_measured or not len(pixel_values):
+            return
+        pixel_values, input_ids, scorer = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED], self.scorer
+        with torch.inference_mode():
+            fast = scorer.encode_image(pixel_values) @ scorer.encode_text(input_ids).T
+            exact = scorer.encode_image_fp32(pixel_values) @ scorer.encode_text_fp32(input_ids).T
+        self._num_measured += len(pixel_values)
+        self._learn((fast - exact).abs().cpu().numpy())
+
+    def _start(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], BatchScores]:
+        self.measure(pixel_values, input_ids)
+        fetch = _fetch(self.scorer(pixel_values, input_ids))
+        return lambda: self._finish(fetch(), pixel_values, input_ids)
+
+    def _finish(self, scores: np.ndarray, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
+        if self.scorer.is_exact or not len(scores):
+            return BatchScores(scores)
+        fast, exact = scores, np.full_like(scores, np.nan)
+        known = np.zeros(len(scores), dtype=bool)
+        audited = self._random.random(len(scores)) < _AUDITED
+        # Once more when what is found widens the band.
+        while (todo := (self._is_near(fast) | audited) & ~known).any():
+            rows = torch.from_numpy(np.flatnonzero(todo))
+            again = self.scorer.score_fp32(pixel_values[rows], input_ids[rows])
+            exact[todo], known = again.cpu().numpy(), known | todo
+            self._learn(np.abs(fast[known] - exact[known]))
+        near = self._is_near(fast)
+        return BatchScores(np.where(near, exact, fast), int(near.sum()))
+
+    def _is_near(self, scores: np.ndarray) -> np.ndarray:
+        near: np.ndarray = ~np.isfinite(scores)
+        if self._threshold is not None:
+            near |= np.abs(scores.astype(np.float64) - self._threshold) <= self.band
+        return near
+
+    def _learn(self, errors: np.ndarray) -> None:
+        largest = float(errors[np.isfinite(errors)].max(initial=0.0))
+        if largest > _WIDENS * self._half_width:
+            self._half_width = _MARGIN * largest
+
+
+def _fetch(scores: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy scores to the host; the function that comes back waits for them."""
+    if scores.device.type != "cuda":
+        return scores.cpu().numpy
+    host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+    host.copy_(scores, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(scores.device))
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
