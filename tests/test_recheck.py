@@ -58,16 +58,17 @@ def test_low_precision_scores_are_near_and_not_equal(fast, exact, inputs):
     assert torch.equal(fast.score_fp32(*inputs), exact(*inputs))
 
 
-def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(fast, exact, inputs):
+def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(bf16, exact, inputs):
     reference = exact(*inputs).numpy()
-    thresholds = [float(value) for value in reference if value > 0][:24]
+    thresholds = [float(value) for value in reference if value > 0][:12]
+    fast_scores = bf16(*inputs).numpy()
     num_different = num_rechecked = 0
-    for threshold in [*thresholds, *np.nextafter(np.float32(thresholds[:4]), np.float32(2)).tolist()]:
-        recheck = Recheck(fast, threshold)
+    for threshold in [*thresholds, *np.nextafter(np.float32(thresholds[:2]), np.float32(2)).tolist()]:
+        recheck = Recheck(bf16, threshold)
         batches = [recheck(*batch) for batch in batches_of(inputs, 32)]
         scores = np.concatenate([batch.scores for batch in batches])
         np.testing.assert_array_equal(passes(scores, threshold), passes(reference, threshold))
-        num_different += (passes(fast(*inputs).numpy(), threshold) != passes(reference, threshold)).sum()
+        num_different += (passes(fast_scores, threshold) != passes(reference, threshold)).sum()
         num_rechecked += sum(batch.num_rechecked for batch in batches)
     assert num_different  # the fast scores alone would have decided otherwise
     assert num_rechecked < len(thresholds) * len(reference) / 2
@@ -187,9 +188,9 @@ class TestRuns:
         assert threshold > 0
         return threshold
 
-    def test_a_run_in_low_precision_writes_what_one_in_float32_writes(self, fast, exact, shards, threshold, tmp_path):
+    def test_a_run_in_low_precision_writes_what_one_in_float32_writes(self, bf16, exact, shards, threshold, tmp_path):
         expected = run(exact, shards, tmp_path / "exact", threshold=threshold)
-        summary = run(fast, shards, tmp_path / "fast", threshold=threshold)
+        summary = run(bf16, shards, tmp_path / "fast", threshold=threshold)
         assert tars(tmp_path / "fast") == tars(tmp_path / "exact")
         assert (expected["band"], expected["rechecked"]) == (0.0, 0)
         assert 0 < summary["band"] < 0.05
