@@ -26,7 +26,9 @@ def rewrite(
     output: str,
     model: str = DEFAULT_MODEL,
     revision: str | None = None,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | None = None,
+    keep_fraction: float | None = None,
+    subset: str | None = None,
     scores: str | None = None,
     caption: str = "txt",
     batch_size: int = 64,
@@ -41,7 +43,10 @@ def rewrite(
         output: Folder to write to. A run that was stopped goes on where it was when started again.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
         revision: Branch, tag or commit of a hub model.
-        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 when neither
+            keep_fraction nor subset is given.
+        keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
+        subset: Keep only what this file lists: a .npy of uids as DataComp's, or a text file of keys, one per line.
         scores: Folder of score tables that were made before; no model is loaded and no image decoded then.
         caption: Member that holds the caption (txt), or a field of the json member (json:caption).
         batch_size: Samples per forward pass.
@@ -53,6 +58,8 @@ def rewrite(
         shards=shards,
         output=output,
         threshold=threshold,
+        keep_fraction=keep_fraction,
+        subset=subset,
         scores=scores,
         caption=caption,
         batch_size=batch_size,

@@ -260,12 +260,27 @@ def read_scores(path: AnyPath, url: str) -> ShardScores:
         ValueError: When the table is damaged.
     """
     scores = ShardScores.read(path)
-    num_bytes = -1 if scores.num_bytes == -1 else shard_num_bytes(url)
-    if num_bytes not in (-1, scores.num_bytes):
-        raise ShardError(
-            f"it is not the shard that was scored: {num_bytes} bytes here, {scores.num_bytes} in {str(path)!r}"
-        )
+    _check_num_bytes(scores.num_bytes, path, url)
     return scores
+
+
+def check_table(path: AnyPath, url: str) -> None:
+    """See that a shard has the size of the one whose scores a table holds, without reading the scores.
+
+    Raises:
+        ShardError: When it has not.
+        ValueError: When the file is no table.
+    """
+    with _naming(path):
+        source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
+        metadata = _check_version(pq.read_metadata(source).metadata)
+    _check_num_bytes(metadata["num_bytes"], path, url)
+
+
+def _check_num_bytes(scored: int, path: AnyPath, url: str) -> None:
+    found = -1 if scored == -1 else shard_num_bytes(url)
+    if found not in (-1, scored):
+        raise ShardError(f"it is not the shard that was scored: {found} bytes here, {scored} in {str(path)!r}")
 
 
 def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:

@@ -1,10 +1,11 @@
 """Scores -> keep or drop, with a reason."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from clipfilter_wds.fraction import Cutoff
+from clipfilter_wds.fraction import Cutoff, check_fraction
 from clipfilter_wds.scores import NO_REASON, REASON_CODES, ShardScores
 from clipfilter_wds.subset import Subset
 from clipfilter_wds.types import DropReason, FilterStats, ShardError
@@ -61,6 +62,61 @@ def passes(scores: np.ndarray, threshold: float) -> np.ndarray:
     # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
     passed: np.ndarray = np.clip(scores.astype(np.float64), 0.0, 1.0) >= threshold
     return passed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a run keeps of the pairs that could be scored. Picklable.
+
+    Attributes:
+        threshold: Keep when ``clip(cosine, 0, 1)`` is at least this; None sets none.
+        keep_fraction: Keep this share of all, those with the highest scores; None for no such limit.
+        subset: Keep what is listed only.
+
+    Raises:
+        ValueError: When one of them can't be used, or they contradict each other.
+    """
+
+    threshold: float | None = None
+    keep_fraction: float | None = None
+    subset: Subset | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.keep_fraction is not None:
+            raise ValueError(
+                f"threshold {self.threshold:g} and keep_fraction {self.keep_fraction:g} both say which scores to keep; "
+                "give one"
+            )
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        if self.keep_fraction is not None:
+            check_fraction(self.keep_fraction)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it is, ready for JSON."""
+        subset = None if self.subset is None else self.subset.digest
+        return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset}
+
+    def candidates(self, scores: ShardScores) -> np.ndarray:
+        """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
+        candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset).keep]
+        return candidates
+
+    def num_in_band(self, scores: ShardScores, cutoff: Cutoff | None) -> int:
+        """How many candidates of a shard score so near the threshold or cutoff that float32 might decide otherwise.
+
+        An upper bound: scores that were computed again in float32 are counted as well.
+        """
+        limit = self.threshold if cutoff is None else cutoff.score
+        if scores.band == 0.0 or limit is None:
+            return 0
+        return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= scores.band).sum())
+
+    def select(self, scores: ShardScores, cutoff: Cutoff | None) -> Selection:
+        """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""
+        assert (cutoff is None) == (self.keep_fraction is None)
+        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset)
 
 
 def select(

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.dataset import SampleRow, sample_rows
-from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError, read_uid
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by_worker
+from clipfilter_wds.subset import Subset
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
 
 
@@ -51,6 +52,7 @@ class BlockDataset(IterableDataset[Block]):
         preprocess: The scorer's ``preprocess``.
         batch_size: Samples per batch; a shard's last batch may hold fewer.
         layout: Which members are image and caption.
+        subset: Samples that it does not list are not decoded; they have the reason ``not_in_subset``.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
 
     Raises:
@@ -64,6 +66,7 @@ class BlockDataset(IterableDataset[Block]):
         *,
         batch_size: int = 64,
         layout: SampleLayout | None = None,
+        subset: Subset | None = None,
         allow_pipe: bool = False,
     ) -> None:
         if batch_size < 1:
@@ -72,6 +75,7 @@ class BlockDataset(IterableDataset[Block]):
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.layout = layout or SampleLayout()
+        self.subset = subset
         self.allow_pipe = allow_pipe
 
     def __iter__(self) -> Iterator[Block]:
@@ -85,7 +89,7 @@ class BlockDataset(IterableDataset[Block]):
         def wanted(index: int) -> bool:
             return index // self.batch_size % part.num_parts == part.part
 
-        builder, end = _BlockBuilder(part, self.preprocess, self.layout), None
+        builder, end = _BlockBuilder(part, self), None
         try:
             with open_shard(part.url, allow_pipe=self.allow_pipe) as shard:
                 for item in read_samples(shard, self.layout, wanted=wanted, pair_only=True):
@@ -104,8 +108,9 @@ class BlockDataset(IterableDataset[Block]):
 class _BlockBuilder:
     """Gathers samples until they are made a batch of."""
 
-    def __init__(self, part: ShardPart, preprocess: ClipPreprocess, layout: SampleLayout) -> None:
-        self._part, self._preprocess, self._layout = part, preprocess, layout
+    def __init__(self, part: ShardPart, dataset: BlockDataset) -> None:
+        self._part, self._preprocess, self._layout = part, dataset.preprocess, dataset.layout
+        self._subset = dataset.subset
         self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
 
     def __len__(self) -> int:
@@ -113,9 +118,16 @@ class _BlockBuilder:
 
     def add(self, sample: Sample) -> None:
         try:
+            self._check_listed(sample)
             self._samples.append((sample, self._preprocess.open_sample(sample, self._layout)))
         except UnusableError as unusable:
             self._samples.append((sample, unusable.reason))
+
+    def _check_listed(self, sample: Sample) -> None:
+        if self._subset is None or sample.problem is not None:
+            return
+        if not self._subset.holds([sample.key], [read_uid(sample)])[0]:
+            raise UnusableError(DropReason.NOT_IN_SUBSET)
 
     def build(self, *, end: ShardEnd | None = None, error: str | None = None) -> Block:
         """Make a batch of what was added, and begin the next one."""

@@ -8,13 +8,15 @@ from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
+from clipfilter_wds.fraction import Cutoff
 from clipfilter_wds.paths import AnyPath, any_path, folder_identity
+from clipfilter_wds.rewrite.files import OutputFiles
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
 from clipfilter_wds.rewrite.scoring import ScoringOptions
 from clipfilter_wds.samples import SampleLayout
-from clipfilter_wds.scores import ScoreTable
-from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.shards import expand_shards, output_names, shard_folder
+from clipfilter_wds.subset import Subset
 from clipfilter_wds.writer import publish
 
 
@@ -87,47 +89,60 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig(ScoreConfig):
-    """A run that also writes the kept samples of each shard to a shard of the same name.
+    """A run that also writes the kept samples to shards.
 
     Attributes:
-        threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this.
+        threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this; None is 0.25 where nothing else chooses.
+        keep_fraction: Keep this share of the run's pairs that could be scored, those with the highest scores.
+        subset: Keep only what this file lists; see :class:`~clipfilter_wds.subset.Subset`.
         scores: Folder of the shards' score tables, made before; no model is needed then.
     """
 
-    threshold: float = DEFAULT_THRESHOLD
+    threshold: float | None = None
+    keep_fraction: float | None = None
+    subset: str | Path | None = None
     scores: str | Path | None = None
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        _ = self.choice  # checks itself
         super().__post_init__()
+
+    @cached_property
+    def choice(self) -> Choice:
+        """What is kept."""
+        subset = None if self.subset is None else Subset(Path(self.subset))
+        is_default = self.threshold is None and self.keep_fraction is None and subset is None
+        threshold = DEFAULT_THRESHOLD if is_default else self.threshold
+        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset)
+
+    @property
+    def needs_all_scores(self) -> bool:
+        """Whether nothing can be written before everything is scored."""
+        return self.keep_fraction is not None
 
     @property
     def scoring(self) -> ScoringOptions:
         """How shards are scored."""
-        return replace(super().scoring, threshold=self.threshold)
+        return replace(super().scoring, threshold=self.choice.threshold, subset=self.choice.subset)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the summary tells of the configuration."""
-        return {"threshold": self.threshold}
+        return self.choice.settings
+
+    def tables(self) -> Sequence[TableOutput]:
+        """Where the scores of each shard go."""
+        folder = self.folder / "_scores"
+        return [TableOutput(url=url, table=folder / f"{name}.parquet") for url, name in self.names.items()]
 
     def outputs(self) -> Sequence[Output]:
         """Where the outcome of each shard goes."""
-        return [self._copy(url, self.folder / "_scores" / f"{name}.parquet") for url, name in self.names.items()]
+        return [self.copy(output.url, output.table) for output in self.tables()]
 
-    def copies(self, table: ScoreTable) -> Sequence[CopyOutput]:
-        """The same, for shards that have been scored."""
-        return [self._copy(url, table.path(url)) for url in self.urls]
-
-    def _copy(self, url: str, table: AnyPath | None) -> CopyOutput:
-        return CopyOutput(
-            url=url,
-            folder=self.folder,
-            name=self.names[url],
-            table=table,
-            threshold=self.threshold,
-            layout=self.layout,
-        )
+    def copy(self, url: str, table: AnyPath | None, cutoff: Cutoff | None = None) -> CopyOutput:
+        """Where the outcome of a shard goes that has this table."""
+        files = OutputFiles(folder=self.folder, name=self.names[url])
+        return CopyOutput(url=url, files=files, table=table, choice=self.choice, cutoff=cutoff, layout=self.layout)
 
 
 def _check_apart(names: dict[str, str], folder: AnyPath) -> None:

@@ -1,19 +1,21 @@
 """What becomes of a shard: a score table, or the kept samples and a commit mark. Picklable, one per shard."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from clipfilter_wds.paths import AnyPath, num_bytes_of
+from clipfilter_wds.fraction import Cutoff
+from clipfilter_wds.paths import AnyPath
+from clipfilter_wds.rewrite.files import OutputFiles, stats_of
 from clipfilter_wds.rewrite.tally import ShardStats
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.scores import Fingerprint, ShardScores, check_fingerprint, read_scores
-from clipfilter_wds.selection import select
+from clipfilter_wds.selection import Choice, select
 from clipfilter_wds.shards import open_shard, public_url, shard_num_bytes
-from clipfilter_wds.types import DropReason, FilterStats, ShardEnd, ShardError
-from clipfilter_wds.writer import TarWriter, publish, publish_json
+from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError
+from clipfilter_wds.writer import publish
 
 
 class Output(Protocol):
@@ -66,64 +68,54 @@ def _score_stats(scores: ShardScores) -> ShardStats:
     return _shard_stats(select(scores, threshold=None).stats, scores)
 
 
-def _shard_stats(counts: FilterStats, scores: ShardScores) -> ShardStats:
+def _shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> ShardStats:
     return ShardStats(
         counts=counts,
         torn=scores.torn,
         truncated_captions=scores.num_truncated,
         band=scores.band,
         rechecked=scores.num_rechecked,
+        in_band=in_band,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOutput:
-    """``NAME.tar`` with the kept samples of a shard, and ``NAME_stats.json``, the commit mark.
+    """A tar with the kept samples of a shard, as they were.
 
     Attributes:
         url: The shard.
-        folder: The output folder.
-        name: The shard's name in it, without suffix.
+        files: Where they go.
         table: Where the shard's score table is, or goes when it is scored in this run; None when there is none.
-        threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this.
+        choice: What is kept.
+        cutoff: What that means for this shard, when the choice needed all scores.
         layout: Where image and caption are.
     """
 
     url: str
-    folder: AnyPath
-    name: str
+    files: OutputFiles
     table: AnyPath | None
-    threshold: float
+    choice: Choice
+    cutoff: Cutoff | None
     layout: SampleLayout
 
     def __call__(self) -> ShardStats:
         """Copy what is kept of a shard that was scored before; otherwise as :meth:`commit`."""
         if self.table is None:
             raise ShardError("there is no score table of it; score it first")
-        return self._copy(read_scores(self.table, self.url))
+        scores = read_scores(self.table, self.url)
+        return self._copy(scores, self.choice.num_in_band(scores, self.cutoff))
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
         """See :class:`Output`."""
-        path = self._stats
-        if not path.is_file():
+        record = self.files.read_mark(self._settings, fingerprint)
+        if record is None:
             return None
-        record = _read_record(path)
-        in_the_way = f"{str(path)!r} is in the way: it"
-        check_fingerprint(record["fingerprint"], fingerprint, in_the_way)
-        check_fingerprint({"threshold": record["threshold"]}, {"threshold": self.threshold}, in_the_way)
-        _check_source(path, record["source"], self.url)
-        is_whole = num_bytes_of(self._tar) == (record["tar_bytes"] if record["kept"] else None)
-        if not is_whole or record["num_bytes"] != shard_num_bytes(self.url):
-            path.unlink(missing_ok=True)  # the mark goes first: there is nothing whole that it could stand for
+        _check_source(self.files.mark, record["source"], self.url)
+        if record["num_bytes"] != shard_num_bytes(self.url) or record["cutoff"] != _cutoff_record(self.cutoff):
+            self.files.forget()
             return None
-        dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
-        return ShardStats(
-            counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
-            torn=record["torn"],
-            truncated_captions=record["truncated_captions"],
-            band=record["band"],
-            rechecked=record["rechecked"],
-        )
+        return stats_of(record)
 
     def commit(self, scores: ShardScores) -> ShardStats:
         """See :class:`Output`. The score table is written first."""
@@ -131,52 +123,33 @@ class CopyOutput:
         TableOutput(url=self.url, table=self.table).commit(scores)
         return self._copy(scores)
 
-    def _copy(self, scores: ShardScores) -> ShardStats:
-        selection = select(scores, self.threshold)
-        digest, tar_bytes = self._write_kept(scores, selection.keep)
-        stats = _shard_stats(selection.stats, scores)
-        publish_json(
-            self._stats,
-            {
-                "shard": f"{self.name}.tar",
-                "seen": stats.counts.seen,
-                "kept": stats.counts.kept,
-                "dropped": dict(stats.counts.dropped),
-                "torn": stats.torn,
-                "truncated_captions": stats.truncated_captions,
-                "band": stats.band,
-                "rechecked": stats.rechecked,
-                "source": public_url(self.url),
-                "num_bytes": scores.num_bytes,
-                "threshold": self.threshold,
-                "fingerprint": dict(scores.fingerprint),
-                "sha256": digest,
-                "tar_bytes": tar_bytes,
-            },
-        )
+    def _copy(self, scores: ShardScores, in_band: int = 0) -> ShardStats:
+        selection = self.choice.select(scores, self.cutoff)
+        stats = _shard_stats(selection.stats, scores, in_band)
+        samples = read_kept(self.url, scores, selection.keep, self.layout)
+        record = {
+            "source": public_url(self.url),
+            "num_bytes": scores.num_bytes,
+            **self._settings,
+            "cutoff": _cutoff_record(self.cutoff),
+            "fingerprint": dict(scores.fingerprint),
+        }
+        self.files.commit((member for sample in samples for member in sample.members), stats, record)
         return stats
 
-    def _write_kept(self, scores: ShardScores, keep: np.ndarray) -> tuple[str | None, int]:
-        path = self._tar
-        if not keep.any():
-            path.unlink(missing_ok=True)
-            return None, 0
-        with publish(path) as file:
-            tar = TarWriter(file)
-            copy_kept(self.url, scores, keep, tar, self.layout)
-            return tar.finish(), file.tell()
-
     @property
-    def _tar(self) -> AnyPath:
-        return self.folder / f"{self.name}.tar"
-
-    @property
-    def _stats(self) -> AnyPath:
-        return self.folder / f"{self.name}_stats.json"
+    def _settings(self) -> dict[str, Any]:
+        return {**self.choice.settings, "samples_per_shard": None}
 
 
-def copy_kept(url: str, scores: ShardScores, keep: np.ndarray, tar: TarWriter, layout: SampleLayout) -> None:
-    """Copy the members of the kept samples of a shard, as they are.
+def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:
+    if cutoff is None:
+        return None
+    return [cutoff.score if np.isfinite(cutoff.score) else None, cutoff.num_ties]  # JSON has no infinity
+
+
+def read_kept(url: str, scores: ShardScores, keep: np.ndarray, layout: SampleLayout) -> Iterator[Sample]:
+    """The kept samples of a shard, with all their members.
 
     Raises:
         ShardError: When the shard can't be read, or is not the one that was scored.
@@ -192,24 +165,9 @@ def copy_kept(url: str, scores: ShardScores, keep: np.ndarray, tar: TarWriter, l
             elif item.problem is not None or item.key != keys[item.index]:
                 raise ShardError(f"its sample {item.index} is {item.key!r}, and {keys[item.index]!r} was scored")
             else:
-                for member in item.members:
-                    tar.add(member)
-
-
-def write_sizes(folder: AnyPath) -> None:
-    """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    records = [_read_record(path) for path in folder.rglob("*_stats.json")]
-    sizes = {record["shard"]: record["kept"] for record in records if record["kept"]}
-    publish_json(folder / "sizes.json", dict(sorted(sizes.items())))
+                yield item
 
 
 def _check_source(path: AnyPath, found: str, url: str) -> None:
     if found != public_url(url):
         raise ValueError(f"{str(path)!r} is in the way: it was made from {found!r}, not from {public_url(url)!r}")
-
-
-def _read_record(path: AnyPath) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_bytes())
-    if "fingerprint" not in record:
-        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose an output folder of its own")
-    return record

@@ -1,5 +1,6 @@
 """The run: which shards are left to do, do them, sum up."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,14 +9,18 @@ from typing import TypeVar
 from torch.utils.data import Dataset
 
 from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.paths import AnyPath
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.rewrite.collect import FailedShard
 from clipfilter_wds.rewrite.config import RewriteConfig, ScoreConfig
-from clipfilter_wds.rewrite.outputs import CopyOutput, Output, write_sizes
+from clipfilter_wds.rewrite.files import write_sizes
+from clipfilter_wds.rewrite.outputs import CopyOutput, Output
+from clipfilter_wds.rewrite.plan import check_tables, plan_copies
 from clipfilter_wds.rewrite.scoring import ScoringOptions, measured_recheck, num_processors, score_shards
 from clipfilter_wds.rewrite.tally import ShardStats, Tally
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ScoreTable
+from clipfilter_wds.shards import public_url
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.writer import publish_json, remove_leftovers
 
@@ -45,20 +50,50 @@ def process_shards(
         OSError: When the output can't be written.
     """
     remove_leftovers(config.folder)
-    if isinstance(config, RewriteConfig) and config.scores is not None:
-        table = ScoreTable(config.scores)
-        fingerprint = table.fingerprint
-        tally = copy_and_commit(config.copies(table), fingerprint, config.num_workers, on_progress)
-    else:
-        if scorer is None:
-            raise ValueError("scorer is None; without score tables there must be a model")
-        fingerprint = config.scoring.fingerprint(scorer)
-        tally = score_and_commit(config.outputs(), scorer, config.scoring, on_progress)
     if isinstance(config, RewriteConfig):
+        table = None if config.scores is None else ScoreTable(config.scores)
+        fingerprint = config.scoring.fingerprint(_needed(scorer)) if table is None else table.fingerprint
+        if table is None and not config.needs_all_scores:
+            tally = score_and_commit(config.outputs(), _needed(scorer), config.scoring, on_progress)
+        else:
+            tally = _score_then_copy(config, scorer, table, fingerprint, on_progress)
         write_sizes(config.folder)
+    else:
+        fingerprint = config.scoring.fingerprint(_needed(scorer))
+        tally = score_and_commit(config.outputs(), _needed(scorer), config.scoring, on_progress)
     made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"]}
     publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **made_by})
     return tally
+
+
+def _needed(scorer: ClipScorer | None) -> ClipScorer:
+    if scorer is None:
+        raise ValueError("scorer is None; without score tables there must be a model")
+    return scorer
+
+
+def _score_then_copy(
+    config: RewriteConfig,
+    scorer: ClipScorer | None,
+    table: ScoreTable | None,
+    fingerprint: Fingerprint,
+    on_progress: OnProgress,
+) -> Tally:
+    """Copy when there are all scores: from ``table``, or made in a first pass."""
+    tables: dict[str, AnyPath | None]
+    if table is None:
+        scored = score_and_commit(config.tables(), _needed(scorer), config.scoring, on_progress)
+        tables = {output.url: output.table for output in config.tables() if public_url(output.url) not in scored.failed}
+    else:
+        scored = Tally(num_shards=0)
+        tables = {url: table.path(url) for url in config.urls}
+    if not config.needs_all_scores:
+        outputs = [config.copy(url, path) for url, path in tables.items()]
+    else:
+        whole, failed = check_tables(config.choice, tables)
+        scored.failed |= {public_url(url): why for url, why in failed.items()}
+        outputs = plan_copies(config, whole)
+    return copy_and_commit(outputs, fingerprint, config.num_workers, on_progress, after=scored)
 
 
 def score_and_commit(
@@ -124,10 +159,24 @@ def _settle(url: str, commit: "Future[ShardStats]", tally: Tally) -> None:
 
 
 def copy_and_commit(
-    outputs: Sequence[CopyOutput], fingerprint: Fingerprint, num_workers: int | None, on_progress: OnProgress
+    outputs: Sequence[CopyOutput],
+    fingerprint: Fingerprint,
+    num_workers: int | None,
+    on_progress: OnProgress,
+    *,
+    after: Tally,
 ) -> Tally:
-    """Copy what is kept of the shards that are left, which have been scored; ``num_workers`` at a time."""
-    tally = Tally(num_shards=len(outputs), phase="copying")
+    """Copy what is kept of the shards that are left, which have been scored; ``num_workers`` at a time.
+
+    What counts of the scoring before it is in ``after``.
+    """
+    tally = Tally(
+        num_shards=len(outputs) + len(after.failed),
+        phase="copying",
+        num_scored=after.num_scored,
+        failed=dict(after.failed),
+        started=time.perf_counter() - after.seconds,
+    )
     left = not_committed(outputs, fingerprint, tally)
     on_progress(tally)
     processes = min(len(left), num_processors()) if num_workers is None else num_workers

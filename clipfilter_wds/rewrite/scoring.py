@@ -14,6 +14,7 @@ from clipfilter_wds.rewrite.collect import FailedShard, collect_shards
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import Fingerprint, ShardScores
+from clipfilter_wds.subset import Subset
 
 #: Blocks that are looked through for usable samples to measure the error of the scores on.
 _MAX_MEASURED_BLOCKS = 4
@@ -28,12 +29,14 @@ class ScoringOptions:
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; None chooses by device and number of processors.
         threshold: Scores near it are computed in float32.
+        subset: Decode and score only the samples that are listed.
     """
 
     layout: SampleLayout
     batch_size: int
     num_workers: int | None
     threshold: float | None = None
+    subset: Subset | None = None
 
     def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
         """What the scores depend on beside the shards."""
@@ -41,6 +44,7 @@ class ScoringOptions:
             **scorer.fingerprint,
             "caption": self.layout.caption,
             "max_member_bytes": self.layout.max_member_bytes,
+            **({} if self.subset is None else {"subset": self.subset.digest}),
         }
 
 
@@ -50,7 +54,9 @@ def measured_recheck(urls: Sequence[str], scorer: ClipScorer, options: ScoringOp
     Scores can be compared bit for bit between processes, and between runs, that give the same shards here.
     """
     recheck = Recheck(scorer, options.threshold)
-    dataset = BlockDataset(urls, scorer.preprocess, batch_size=NUM_MEASURED, layout=options.layout)
+    dataset = BlockDataset(
+        urls, scorer.preprocess, batch_size=NUM_MEASURED, layout=options.layout, subset=options.subset
+    )
     for block in islice(dataset, 0 if recheck.is_measured else _MAX_MEASURED_BLOCKS):
         recheck.measure(block.pixel_values, block.input_ids)
         if recheck.is_measured:
@@ -74,7 +80,9 @@ def score_shards(
         on_batch: Called with the number of samples of each batch.
     """
     scorer = recheck.scorer
-    dataset = BlockDataset(urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout)
+    dataset = BlockDataset(
+        urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout, subset=options.subset
+    )
     num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
     loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda", in_order=False)
     return collect_shards(loader, recheck, options.fingerprint(scorer), on_batch)

@@ -18,6 +18,7 @@ class ShardStats:
     truncated_captions: int
     band: float
     rechecked: int
+    in_band: int = 0
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,8 @@ class Tally:
         truncated_captions: How many of their captions were longer than the text tower takes.
         band: The widest error band of any shard's scores, 0.0 in float32.
         rechecked: Samples that lay within the band of the threshold and were scored again in float32.
+        in_band: Samples that were decided by scores made before, which lie within their band of the threshold: scored
+            in float32, some might be decided otherwise.
         failed: Per shard that could not be used, why.
         seconds: Time since the phase began.
     """
@@ -51,6 +54,7 @@ class Tally:
     truncated_captions: int = 0
     band: float = 0.0
     rechecked: int = 0
+    in_band: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -72,6 +76,7 @@ class Tally:
         self.truncated_captions += stats.truncated_captions
         self.band = max(self.band, stats.band)
         self.rechecked += stats.rechecked
+        self.in_band += stats.in_band
 
     def fail(self, url: str, why: str) -> None:
         """Count a shard as failed."""
@@ -90,6 +95,7 @@ class Tally:
             "truncated_captions": self.truncated_captions,
             "band": self.band,
             "rechecked": self.rechecked,
+            "in_band": self.in_band,
             "scored": self.num_scored,
             "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),

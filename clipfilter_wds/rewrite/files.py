@@ -1,0 +1,112 @@
+"""An output shard's files: the tar, and beside it the commit mark that says what it holds."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clipfilter_wds.paths import AnyPath, num_bytes_of
+from clipfilter_wds.rewrite.tally import ShardStats
+from clipfilter_wds.scores import Fingerprint, check_fingerprint
+from clipfilter_wds.types import DropReason, FilterStats, Member
+from clipfilter_wds.writer import TarWriter, publish, publish_json
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFiles:
+    """``NAME.tar``, absent where nothing is kept, and ``NAME_stats.json``."""
+
+    folder: AnyPath
+    name: str
+
+    @property
+    def tar(self) -> AnyPath:
+        """The kept samples."""
+        return self.folder / f"{self.name}.tar"
+
+    @property
+    def mark(self) -> AnyPath:
+        """Written last: what it says is done."""
+        return self.folder / f"{self.name}_stats.json"
+
+    def read_mark(self, settings: Mapping[str, Any], fingerprint: Fingerprint) -> Record | None:
+        """What an earlier run of the same settings has committed, None if that is nothing whole.
+
+        Raises:
+            ValueError: When it had other settings.
+        """
+        if not self.mark.is_file():
+            return None
+        record = read_record(self.mark)
+        in_the_way = f"{str(self.mark)!r} is in the way: it"
+        check_fingerprint(record["fingerprint"], fingerprint, in_the_way)
+        check_fingerprint({name: record.get(name) for name in settings}, settings, in_the_way)
+        if num_bytes_of(self.tar) != (record["tar_bytes"] if record["kept"] else None):
+            self.forget()
+            return None
+        return record
+
+    def forget(self) -> None:
+        """Make nothing of what was committed; the files are done anew."""
+        self.mark.unlink(missing_ok=True)  # the mark goes first: there is nothing whole that it could stand for
+
+    def commit(self, members: Iterable[Member], stats: ShardStats, record: Record) -> None:
+        """Write the tar and the mark; when this returns, they are on disk and whole."""
+        digest, tar_bytes = self._write_tar(members) if stats.counts.kept else self._remove_tar()
+        counted = {
+            "shard": f"{self.name}.tar",
+            "seen": stats.counts.seen,
+            "kept": stats.counts.kept,
+            "dropped": dict(stats.counts.dropped),
+            "torn": stats.torn,
+            "truncated_captions": stats.truncated_captions,
+            "band": stats.band,
+            "rechecked": stats.rechecked,
+            "in_band": stats.in_band,
+        }
+        publish_json(self.mark, {**counted, **record, "sha256": digest, "tar_bytes": tar_bytes})
+
+    def _write_tar(self, members: Iterable[Member]) -> tuple[str, int]:
+        with publish(self.tar) as file:
+            tar = TarWriter(file)
+            for member in members:
+                tar.add(member)
+            return tar.finish(), file.tell()
+
+    def _remove_tar(self) -> tuple[None, int]:
+        self.tar.unlink(missing_ok=True)
+        return None, 0
+
+
+def stats_of(record: Record) -> ShardStats:
+    """What a mark counts."""
+    dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
+    return ShardStats(
+        counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
+        torn=record["torn"],
+        truncated_captions=record["truncated_captions"],
+        band=record["band"],
+        rechecked=record["rechecked"],
+        in_band=record["in_band"],
+    )
+
+
+def read_record(path: AnyPath) -> Record:
+    """A commit mark.
+
+    Raises:
+        ValueError: When the file is none.
+    """
+    record: Record = json.loads(path.read_bytes())
+    if "fingerprint" not in record:
+        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose an output folder of its own")
+    return record
+
+
+def write_sizes(folder: AnyPath) -> None:
+    """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
+    records = [read_record(path) for path in folder.rglob("*_stats.json")]
+    sizes = {record["shard"]: record["kept"] for record in records if record["kept"]}
+    publish_json(folder / "sizes.json", dict(sorted(sizes.items())))
