@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -11,6 +12,7 @@ from rich.markup import escape
 from clipfilter_wds.demo.run import demo
 from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
+from clipfilter_wds.report import ReportConfig, check_page, write_report
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
@@ -31,6 +33,7 @@ def rewrite(
     subset: str | None = None,
     scores: str | None = None,
     caption: str = "txt",
+    report: str | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
     precision: Precision = "auto",
@@ -49,6 +52,7 @@ def rewrite(
         subset: Keep only what this file lists: a .npy of uids as DataComp's, or a text file of keys, one per line.
         scores: Folder of score tables that were made before; no model is loaded and no image decoded then.
         caption: Member that holds the caption (txt), or a field of the json member (json:caption).
+        report: HTML file to write that shows what was kept and dropped.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
         precision: Arithmetic of the forward pass; auto is the fastest whose decisions equal fp32's.
@@ -65,7 +69,12 @@ def rewrite(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    return _run(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    if report is not None:
+        check_page(report, of=scores or output)
+    code = _run(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    if report is not None and (scores or Path(output, "_scores").expanduser().is_dir()):
+        write_report(ReportConfig(scores=scores or output, shards=shards, output=report, threshold=threshold))
+    return code
 
 
 def score(
@@ -143,6 +152,28 @@ def table(
     return ALL_DONE
 
 
+def report(
+    scores: str,
+    *,
+    output: str,
+    shards: str | list[str] | None = None,
+    threshold: float | None = None,
+    thumbnails: int = 120,
+) -> int:
+    """Write an HTML page that shows what a threshold keeps: scores, reasons, samples, captions, shards.
+
+    Args:
+        scores: The output folder of score or rewrite.
+        output: HTML file to write. It holds all that it shows and asks no other host for anything.
+        shards: The shards that were scored, for captions and pictures; wherever they are now.
+        threshold: Where the slider begins; by default the threshold of the run.
+        thumbnails: How many samples to show, at most 200.
+    """
+    _refuse_ranks()
+    write_report(ReportConfig(scores=scores, shards=shards, output=output, threshold=threshold, thumbnails=thumbnails))
+    return ALL_DONE
+
+
 def _run(config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
     _refuse_ranks()
     return SOME_FAILED if run_with_progress(config, load).failed else ALL_DONE
@@ -166,7 +197,7 @@ class _Parser(ArgumentParser):
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments."""
     try:
-        code = auto_cli([demo, rewrite, score, table], args=args, parser_class=_Parser, prog="clipfilter-wds")
+        code = auto_cli([demo, rewrite, score, report, table], args=args, parser_class=_Parser, prog="clipfilter-wds")
     except ValueError as error:
         code = _complain(str(error), UNUSABLE)
     except OSError as error:

@@ -192,10 +192,7 @@ class ClipPreprocess:
         return self._decode_members({member.extension: member.data for member in sample.members}, layout)
 
     def _decode_members(self, members: Mapping[str, Any], layout: SampleLayout) -> tuple[Image.Image, str]:
-        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        if image is None:
-            raise UnusableError(DropReason.MISSING_IMAGE)
-        return self._decode_pair(image, read_caption(members, layout))
+        return self._decode_pair(first_image(members), read_caption(members, layout))
 
     def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
         """Decode an image and prepare its view.
@@ -219,6 +216,18 @@ class ClipPreprocess:
         views = [pair.pixels for pair in pairs]
         pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
         return pixel_values, self.tokenize([pair.caption for pair in pairs])
+
+
+def first_image(data: Mapping[str, Any]) -> Any:
+    """The image among a sample's members, encoded or decoded.
+
+    Raises:
+        UnusableError: ``missing_image``.
+    """
+    image = next((data[extension] for extension in IMAGE_EXTENSIONS if extension in data), None)
+    if image is None:
+        raise UnusableError(DropReason.MISSING_IMAGE)
+    return image
 
 
 def read_caption(data: Mapping[str, Any], layout: SampleLayout) -> str:

@@ -203,7 +203,9 @@ class ScoreTable:
         self._name_by_source: dict[str, str] = {}
         self._names_by_stem: dict[str, list[str]] = defaultdict(list)
         fingerprint: Fingerprint | None = None
-        for path in sorted(self.folder.rglob("*.parquet")):
+        #: The tables, sorted.
+        self.paths = sorted(self.folder.rglob("*.parquet"))
+        for path in self.paths:
             with _naming(path):
                 metadata = _check_version(pq.read_metadata(path).metadata)
                 source, found = metadata["shard"], metadata["fingerprint"]

@@ -11,6 +11,7 @@ from clipfilter_wds.demo.overview import Picture, write_overview
 from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, write_demo_shards
 from clipfilter_wds.preprocess import read_caption
 from clipfilter_wds.progress import run_with_progress
+from clipfilter_wds.report import ReportConfig, write_report
 from clipfilter_wds.rewrite import RewriteConfig
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer
@@ -43,10 +44,12 @@ def demo(*, output: str = "clipfilter_demo") -> int:
     decided = [pair for shard in shards for pair in _decided(shard, folder / "filtered", threshold)]
     truth = Truth.of(decided)
     write_overview(folder / "overview.png", decided, threshold)
+    write_report(ReportConfig(scores=config.output, shards=shards, output=folder / "report.html"))
     console.print(
         f"\nAgainst the truth: precision {truth.precision:.3f}, recall {truth.recall:.3f} "
         f"({truth.kept_matched} true pairs kept of {truth.matched}, {truth.kept - truth.kept_matched} false ones).\n"
-        f"Some of what was kept and dropped, as a picture: {folder / 'overview.png'}\n\n"
+        f"What was kept and dropped, and what other thresholds would keep: {folder / 'report.html'}\n"
+        f"Some of it as a picture: {folder / 'overview.png'}\n\n"
         "The same by hand:\n"
         f"  clipfilter-wds rewrite '{folder}/shards/*.tar' --output {folder}/filtered --model {MODEL} "
         f"--threshold {threshold}\n"

@@ -1,0 +1,123 @@
+"""One pass over the score tables -> all that the report tells of them, but for pictures and captions."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipfilter_wds.report.histogram import ScoreCounts
+from clipfilter_wds.report.picks import Pick, Picker
+from clipfilter_wds.report.shard_rates import ShardRate
+from clipfilter_wds.scores import Fingerprint, ScoreTable, ShardScores
+from clipfilter_wds.selection import passes
+from clipfilter_wds.types import DropReason
+
+#: Captions longer than this many times the text tower's limit are counted together.
+_TOKEN_LIMITS = 2
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """Score tables, and what the run that wrote them said of itself: ``summary.json``, empty where there is none."""
+
+    table: ScoreTable
+    summary: dict[str, Any]
+
+    @classmethod
+    def open(cls, scores: str | Path) -> "ScoredRun":
+        """The tables of a ``score`` or ``rewrite`` run's output folder.
+
+        Raises:
+            ValueError: When there are none, they don't go together, or the summary is damaged.
+        """
+        table = ScoreTable(scores)
+        folder = table.folder.parent if table.folder.name == "_scores" else table.folder
+        return cls(table, _read_summary(folder / "summary.json"))
+
+    def name(self, path: Path) -> str:
+        """A table's name: that of its shard in the run's output, without suffix."""
+        return path.relative_to(self.table.folder).with_suffix("").as_posix()
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{str(path)!r} is not a run's summary: it holds no object")
+    return summary
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What the tables say.
+
+    Attributes:
+        fingerprint: What made the scores; the same for all tables.
+        seen: Samples.
+        kept: Of these, how many the threshold keeps.
+        unusable: Per reason, how many could not be scored.
+        scores: Of those that could.
+        num_tokens: int64; per length in tokens, how many captions have it, the last entry for all that are longer.
+        truncated: Captions that were longer than the text tower takes.
+        band: The largest difference from float32 scores that was allowed for in any of the tables.
+        rechecked: How many scores were computed again in float32, since they lay within the band of the threshold.
+        shards: A line per table.
+        picks: Samples to show.
+    """
+
+    fingerprint: Fingerprint
+    seen: int = 0
+    kept: int = 0
+    unusable: Counter[DropReason] = field(default_factory=Counter)
+    scores: ScoreCounts = field(default_factory=ScoreCounts)
+    num_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    truncated: int = 0
+    band: float = 0.0
+    rechecked: int = 0
+    shards: list[ShardRate] = field(default_factory=list)
+    picks: list[Pick] = field(default_factory=list)
+
+    @property
+    def max_tokens(self) -> int:
+        """What the text tower takes, in tokens."""
+        return int(self.fingerprint["max_tokens"])
+
+
+def gather(run: ScoredRun, threshold: float, num_picks: int) -> Findings:
+    """Read the tables, one at a time. Memory grows with their number (a line for each), not with the samples.
+
+    Raises:
+        ValueError: When a table is damaged.
+    """
+    findings = Findings(fingerprint=run.table.fingerprint)
+    findings.num_tokens = np.zeros(_TOKEN_LIMITS * findings.max_tokens + 2, dtype=np.int64)
+    picker = Picker(threshold, num_picks)
+    for number, path in enumerate(run.table.paths):
+        scores = ShardScores.read(path)
+        _count(findings, scores, run.name(path), threshold)
+        picker.add(number, scores.scores, scores.usable)
+    findings.picks = picker.finish()
+    return findings
+
+
+def _count(findings: Findings, table: ShardScores, name: str, threshold: float) -> None:
+    scores, usable = table.scores, table.usable
+    kept = int((usable & passes(scores, threshold)).sum())
+    longest = len(findings.num_tokens) - 1
+    tokens = np.minimum(table.table["num_tokens"].to_numpy()[usable], longest)
+    findings.seen += len(scores)
+    findings.kept += kept
+    findings.unusable.update(table.dropped)
+    findings.scores.add(scores[usable])
+    findings.num_tokens += np.bincount(tokens, minlength=longest + 1)
+    findings.truncated += table.num_truncated
+    findings.band = max(findings.band, table.band)
+    findings.rechecked += table.num_rechecked
+    findings.shards.append(ShardRate(name=name, seen=len(scores), kept=kept, torn=table.torn))

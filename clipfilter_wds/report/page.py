@@ -1,0 +1,140 @@
+"""What was found -> one HTML file that needs nothing else and asks nobody for anything."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from clipfilter_wds import __version__
+from clipfilter_wds.report.findings import Findings
+from clipfilter_wds.report.histogram import STEPS
+from clipfilter_wds.report.pictures import Card
+from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
+from clipfilter_wds.types import DropReason
+
+#: Shards in the chart and lines in its table; of the rest, some of those that are no outliers are left out.
+_MAX_SHARD_POINTS, _MAX_OUTLIERS, _MAX_OUTLIER_LINES = 2000, 500, 50
+_MAX_FAILED_LINES = 20
+
+
+def render(
+    findings: Findings, cards: Sequence[Card], summary: Mapping[str, Any], threshold: float, *, has_shards: bool
+) -> str:
+    """The page's HTML.
+
+    Texts from samples reach it as JSON in a block that no browser runs, from where they are only ever set as text; a
+    Content-Security-Policy names the page's own scripts by their hash, forbids all others and every request.
+
+    Args:
+        findings: From the tables.
+        cards: The gallery, lowest score first.
+        summary: The run's ``summary.json``, or empty.
+        threshold: Where the slider begins.
+        has_shards: Whether there were shards to take pictures from.
+    """
+    from plotly.offline import get_plotlyjs  # 0.3 s that no other command needs
+
+    folder = files(__package__)
+    scripts = [get_plotlyjs(), (folder / "page.js").read_text(encoding="utf-8")]
+    flags = outliers(findings.shards)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    return template.render(
+        policy=_policy(scripts),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # noqa: S704  # the package's own file
+        scripts=[Markup(script) for script in scripts],  # noqa: S704  # likewise, and plotly's
+        data={
+            **_scores(findings, threshold),
+            "band": findings.band,
+            "seen": findings.seen,
+            "unusable": {reason: findings.unusable[reason] for reason in DropReason if findings.unusable[reason]},
+            "tokens": _tokens(findings),
+            "shards": _shard_points(findings.shards, flags),
+            "cards": [asdict(card) for card in cards],
+        },
+        findings=findings,
+        facts=_facts(findings, summary),
+        outliers=_outlier_lines(findings.shards, flags),
+        num_outliers=sum(flags),
+        outlier_deviations=OUTLIER_DEVIATIONS,
+        failed=list(summary.get("failed_shards", {}).items())[:_MAX_FAILED_LINES],
+        num_failed=len(summary.get("failed_shards", {})),
+        not_in_subset=summary.get("dropped", {}).get("not_in_subset", 0),
+        has_shards=has_shards,
+        version=__version__,
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _scores(findings: Findings, threshold: float) -> dict[str, Any]:
+    """Counts of scores from a step below the lowest to one above the highest, zero always among them."""
+    counts = findings.scores
+    lowest, highest = (counts.lowest, counts.highest) if counts.total else (0.0, 0.0)
+    first = max(-STEPS, min(0, math.floor(lowest * STEPS) - 1))
+    last = min(STEPS, max(math.ceil(max(highest, threshold) * STEPS) + 1, 0))
+    return {
+        "steps": STEPS,
+        "first_step": first,
+        "at_least": counts.at_least(first, last),
+        "lowest": lowest,
+        "highest": highest,
+        "threshold": threshold,
+        "kept": findings.kept,
+    }
+
+
+def _tokens(findings: Findings) -> dict[str, Any]:
+    return {
+        "counts": findings.num_tokens.tolist(),
+        "max_tokens": findings.max_tokens,
+        "truncated": findings.truncated,
+    }
+
+
+def _shard_points(shards: Sequence[ShardRate], flags: Sequence[bool]) -> dict[str, Any]:
+    """The chart's points, in the order of the shards: the outliers, and as many others as a browser draws at ease."""
+    far = [number for number, flag in enumerate(flags) if flag][:_MAX_OUTLIERS]
+    others = [number for number, flag in enumerate(flags) if not flag]
+    every = math.ceil(len(others) / (_MAX_SHARD_POINTS - len(far)))
+    shown = sorted(far + others[:: every or 1])
+    return {
+        "total": len(shards),
+        "points": [
+            {"number": number, "name": shards[number].name, "seen": shards[number].seen, "kept": shards[number].kept}
+            | {"outlier": flags[number]}
+            for number in shown
+        ],
+    }
+
+
+def _outlier_lines(shards: Sequence[ShardRate], flags: Sequence[bool]) -> list[ShardRate]:
+    far = [shard for shard, flag in zip(shards, flags, strict=True) if flag]
+    rates = sorted(shard.rate for shard in shards if shard.seen)
+    return sorted(far, key=lambda shard: -abs(shard.rate - rates[len(rates) // 2]))[:_MAX_OUTLIER_LINES]
+
+
+def _facts(findings: Findings, summary: Mapping[str, Any]) -> dict[str, str]:
+    """What made the scores: precision and fingerprint, from the tables, and what else their run said."""
+    fingerprint = dict(findings.fingerprint)
+    leading = {name: fingerprint.pop(name, None) for name in ("model", "precision")}
+    run = {name: summary.get(name) for name in ("samples_per_second", "version")}
+    facts = {**leading, "band": findings.band, "rechecked": findings.rechecked, **fingerprint, **run}
+    return {name.replace("_", " "): _value(value) for name, value in facts.items() if value is not None}
+
+
+def _value(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

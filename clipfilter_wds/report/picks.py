@@ -1,0 +1,82 @@
+"""Which samples to show: those around the threshold, those at both ends, and some of every score between."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipfilter_wds.selection import passes
+
+_SPREAD_WIDTH = 0.001
+
+
+@dataclass(frozen=True, order=True)
+class Pick:
+    """A sample to show: its score, the number of its table, and its index in the shard."""
+
+    score: float
+    table: int
+    index: int
+
+
+class Picker:
+    """Chooses samples from tables that come by one at a time, in memory that depends on ``num_picks`` only.
+
+    Of the samples chosen, a fifth each have the lowest scores, the highest, those nearest below the threshold and those
+    nearest above it; the rest are spread evenly over the scores, or are next to the threshold where all are alike.
+    Ties go to the sample that comes first.
+
+    Args:
+        threshold: What a score must reach to be kept.
+        num_picks: How many samples to choose, if there are so many.
+    """
+
+    def __init__(self, threshold: float, num_picks: int) -> None:
+        self._threshold, self._num_picks = threshold, num_picks
+        self._lowest, self._highest, self._below, self._above = (_Least(num_picks) for _ in range(4))
+        self._spread: dict[int, Pick] = {}
+
+    def add(self, table: int, scores: np.ndarray, usable: np.ndarray) -> None:
+        """Look through a table: raw cosines, float32 ``[N]``, and which of them count, bool ``[N]``."""
+        indices = np.nonzero(usable & np.isfinite(scores))[0]
+        found = scores[indices].astype(np.float64)
+        above = passes(found, self._threshold)
+        self._lowest.add(table, indices, found, costs=found)
+        self._highest.add(table, indices, found, costs=-found)
+        self._above.add(table, indices[above], found[above], costs=found[above])
+        self._below.add(table, indices[~above], found[~above], costs=-found[~above])
+        bins, first = np.unique(np.floor(found / _SPREAD_WIDTH).astype(int), return_index=True)
+        for number, row in zip(bins.tolist(), first.tolist(), strict=True):
+            self._spread.setdefault(number, Pick(float(found[row]), table, int(indices[row])))
+
+    def finish(self) -> list[Pick]:
+        """The chosen samples, lowest score first."""
+        fifth = self._num_picks // 5
+        parts = (self._lowest, self._highest, self._below, self._above)
+        chosen = {pick for part in parts for pick in part.picks[:fifth]}
+        others = sorted(set(self._spread.values()) - chosen)
+        num_others = min(len(others), self._num_picks - len(chosen))
+        chosen |= {others[int(row)] for row in np.linspace(0, len(others) - 1, num_others).round()}
+        near = sorted(self._below.picks + self._above.picks, key=lambda pick: abs(pick.score - self._threshold))
+        near = [pick for pick in near if pick not in chosen]
+        return sorted(chosen | set(near[: self._num_picks - len(chosen)]))
+
+
+class _Least:
+    """The ``size`` rows of least cost so far."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._costs = np.empty(0)
+        self.picks: list[Pick] = []
+
+    def add(self, table: int, indices: np.ndarray, scores: np.ndarray, *, costs: np.ndarray) -> None:
+        if self._size == 0 or not len(costs):
+            return
+        # Sorting is stable and only among those that can be chosen, so a tie goes to the earlier row.
+        limit = np.partition(costs, self._size - 1)[self._size - 1] if len(costs) > self._size else np.inf
+        rows = np.nonzero(costs <= limit)[0]
+        rows = rows[np.argsort(costs[rows], kind="stable")][: self._size]
+        new = [Pick(float(scores[row]), table, int(indices[row])) for row in rows]
+        order = np.argsort(np.concatenate([self._costs, costs[rows]]), kind="stable")[: self._size]
+        self._costs = np.concatenate([self._costs, costs[rows]])[order]
+        self.picks = [(self.picks + new)[number] for number in order]

@@ -1,0 +1,155 @@
+"""Picked samples -> what is shown of them, with caption and thumbnail where the shards are at hand."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from PIL import Image
+
+from clipfilter_wds.preprocess import ImageView, UnusableError, first_image, read_caption
+from clipfilter_wds.report.findings import ScoredRun
+from clipfilter_wds.report.picks import Pick
+from clipfilter_wds.samples import SampleLayout, read_samples
+from clipfilter_wds.scores import Fingerprint, ShardScores
+from clipfilter_wds.shards import open_shard
+from clipfilter_wds.types import Sample, ShardError
+
+_SIDE = 240
+_QUALITIES = (78, 60, 40, 20)
+_MAX_CAPTION_CHARS = 600
+
+#: No thumbnail has more bytes, so that 200 of them fit into a page of 12 MB beside plotly.js.
+MAX_THUMBNAIL_BYTES = 18_000
+
+# Control characters are shown as pictures of themselves.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the gallery shows of a sample.
+
+    Attributes:
+        key: The sample's key.
+        shard: Its shard's name.
+        score: Raw cosine.
+        num_tokens: Of the caption.
+        truncated: Whether the text tower takes fewer.
+        width: Of the image as stored, in pixels.
+        height: Likewise.
+        caption: Its beginning, None when no shard was there to read it from.
+        image: Thumbnail as a ``data:`` URL, or None.
+        problem: Why there is no image or caption.
+    """
+
+    key: str
+    shard: str
+    score: float
+    num_tokens: int
+    truncated: bool
+    width: int
+    height: int
+    caption: str | None = None
+    image: str | None = None
+    problem: str | None = None
+
+
+def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> list[Card]:
+    """Read the picked samples, shard by shard, each shard only as far as needed; lowest score first.
+
+    Args:
+        picks: The samples.
+        run: Where they were picked from.
+        urls: Shards for captions and pictures, not always of all tables; there may be none at all.
+    """
+    shards = {run.table.path(url): url for url in urls}
+    cards: list[Card] = []
+    for table, group in groupby(sorted(picks, key=lambda pick: (pick.table, pick.index)), key=lambda pick: pick.table):
+        path = run.table.paths[table]
+        scores, name = ShardScores.read(path), run.name(path)
+        bare = {pick.index: _bare_card(pick, name, scores) for pick in group}
+        if (url := shards.get(path)) is not None:
+            bare = _illustrate(bare, url, scores.fingerprint)
+        elif urls:
+            bare = _with_problem(bare, "its shard is not among those given")
+        cards += bare.values()
+    return sorted(cards, key=lambda card: card.score)
+
+
+def _bare_card(pick: Pick, name: str, scores: ShardScores) -> Card:
+    row = scores.table.slice(pick.index, 1).to_pylist()[0]
+    return Card(
+        key=_printable(row["key"]),
+        shard=name,
+        score=pick.score,
+        num_tokens=row["num_tokens"],
+        truncated=row["truncated"],
+        width=row["width"],
+        height=row["height"],
+    )
+
+
+def _illustrate(cards: Mapping[int, Card], url: str, fingerprint: Fingerprint) -> dict[int, Card]:
+    """The cards, by index in the shard, with captions and thumbnails."""
+    done = _with_problem(cards, "its shard has no such sample any more")
+    try:
+        for sample in _read(url, cards, _layout(fingerprint)):
+            card = cards[sample.index]
+            if _printable(sample.key) == card.key:
+                done[sample.index] = _illustrated(card, sample, fingerprint)
+    except ShardError as error:
+        unread = {index: card for index, card in done.items() if card.caption is None}
+        done |= _with_problem(unread, f"its shard can't be read: {error}")
+    return done
+
+
+def _read(url: str, wanted: Mapping[int, Card], layout: SampleLayout) -> Iterator[Sample]:
+    last = max(wanted)
+    with open_shard(url) as shard:
+        for sample in read_samples(shard, layout, wanted=lambda index: index in wanted, pair_only=True):
+            if isinstance(sample, Sample):
+                yield sample
+                if sample.index == last:
+                    return
+
+
+def _illustrated(card: Card, sample: Sample, fingerprint: Fingerprint) -> Card:
+    members = {member.extension: member.data for member in sample.members}
+    caption = image = problem = None
+    try:
+        caption = _printable(read_caption(members, _layout(fingerprint)))
+        image = thumbnail(first_image(members), max_pixels=fingerprint["max_pixels"])
+    except UnusableError as unusable:
+        problem = f"it can't be shown: {unusable.reason}"
+    return replace(card, caption=caption, image=image, problem=problem)
+
+
+def thumbnail(encoded: bytes, *, max_pixels: int) -> str:
+    """A small JPEG of an image, as a ``data:`` URL; its long side has at most 240 pixels.
+
+    Raises:
+        UnusableError: ``unreadable_image`` or ``image_too_large``.
+    """
+    image = ImageView(resize=_SIDE, crop=(_SIDE, _SIDE), max_pixels=max_pixels).decode(encoded)
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    for quality in _QUALITIES:
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=quality, optimize=True)
+        if file.tell() <= MAX_THUMBNAIL_BYTES:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _layout(fingerprint: Fingerprint) -> SampleLayout:
+    return SampleLayout(caption=fingerprint["caption"], max_member_bytes=fingerprint["max_member_bytes"])
+
+
+def _with_problem(cards: Mapping[int, Card], problem: str) -> dict[int, Card]:
+    return {index: replace(card, problem=problem) for index, card in cards.items()}
+
+
+def _printable(text: str) -> str:
+    shown = text if len(text) <= _MAX_CAPTION_CHARS else text[:_MAX_CAPTION_CHARS] + " …"
+    return shown.translate(_CONTROLS)

@@ -1,0 +1,91 @@
+"""The report: read tables and shards, write the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipfilter_wds.paths import AnyPath, RemotePath, any_path
+from clipfilter_wds.remote import without_secrets
+from clipfilter_wds.report.findings import Findings, ScoredRun, gather
+from clipfilter_wds.report.page import render
+from clipfilter_wds.report.pictures import make_cards
+from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.shards import expand_shards
+from clipfilter_wds.writer import publish
+
+#: More of them would make a page that is slow to open on a phone.
+_MAX_THUMBNAILS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What a report is made of.
+
+    Attributes:
+        scores: The output folder of a ``score`` or ``rewrite`` run.
+        output: The HTML file to write; one that is there is replaced.
+        shards: Where captions and pictures come from: whatever :func:`~clipfilter_wds.shards.expand_shards` takes, or
+            None for a report without them.
+        threshold: Where the slider begins; None is the run's own, or the default of ``rewrite`` where it had none.
+        thumbnails: How many samples the gallery has, at most 200.
+
+    Raises:
+        ValueError: When one of them can't be used.
+    """
+
+    scores: str | Path
+    output: str | Path
+    shards: str | Path | Sequence[str | Path] | None = None
+    threshold: float | None = None
+    thumbnails: int = 120
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        if not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
+            raise ValueError(f"thumbnails is {self.thumbnails}; it must lie in 0..{_MAX_THUMBNAILS}")
+        check_page(self.output, of=self.scores)
+
+
+def check_page(output: str | Path, *, of: str | Path) -> AnyPath:
+    """The path of a page, if one can be written there, of the score tables in a folder that may not be there yet.
+
+    Raises:
+        ValueError: When it is a folder, or its folder can't be made; or the tables are on another machine.
+    """
+    if isinstance(any_path(of), RemotePath):
+        raise ValueError(
+            f"a report is made from score tables of this machine; {without_secrets(str(of))!r} is not here"
+        )
+    path = any_path(output)
+    try:
+        if isinstance(path, Path) and not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif isinstance(path, Path):
+            raise ValueError(f"output {str(path)!r} is a folder; name a file, such as {str(path / 'report.html')!r}")
+    except OSError as error:
+        raise ValueError(f"can't write to output {str(path)!r}: {error.strerror}") from error
+    return path
+
+
+def write_report(config: ReportConfig) -> Findings:
+    """Write the page, and return what it was made of.
+
+    Raises:
+        ValueError: When there are no score tables, they don't fit together, or no shard matches.
+        OSError: When the page can't be written.
+    """
+    run = ScoredRun.open(config.scores)
+    urls = [] if config.shards is None else expand_shards(config.shards)
+    threshold = _threshold(config, run)
+    findings = gather(run, threshold, config.thumbnails)
+    cards = make_cards(findings.picks, run, urls)
+    page = render(findings, cards, run.summary, threshold, has_shards=bool(urls))
+    with publish(any_path(config.output)) as file:
+        file.write(page.encode())
+    return findings
+
+
+def _threshold(config: ReportConfig, run: ScoredRun) -> float:
+    found = config.threshold if config.threshold is not None else run.summary.get("threshold")
+    return DEFAULT_THRESHOLD if found is None else float(found)

@@ -1,0 +1,63 @@
+"""One filtered run, and the report of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipfilter_wds.report import ReportConfig, write_report
+from clipfilter_wds.rewrite import RewriteConfig, process_shards
+from clipfilter_wds.scores import ShardScores
+from clipfilter_wds.selection import select
+from tests.toys import pair, write_shard
+
+THRESHOLD = 0.1237  # on a step of the slider's counts, and not of the slider
+HOSTILE = "<script>alert(1)</script> </script><b>bold</b> \x1b[31mred\x1b[0m \u2028 &lt;tag&gt;"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run's output, its input, and the report's path."""
+
+    output: Path
+    shards: Path
+    report: Path
+
+    @property
+    def tables(self) -> list[ShardScores]:
+        return [ShardScores.read(path) for path in sorted((self.output / "_scores").glob("*.parquet"))]
+
+    def kept(self, threshold: float) -> int:
+        """How many samples the product's own decision keeps."""
+        return sum(select(table, threshold).stats.kept for table in self.tables)
+
+    def all_scores(self) -> np.ndarray:
+        """Of the samples that could be scored, lowest first."""
+        return np.sort(np.concatenate([table.scores[table.usable] for table in self.tables]))
+
+
+@pytest.fixture(scope="package")
+def run(scorer, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("report")
+    for shard in range(8):
+        write_shard(folder / "shards" / f"{shard:05d}.tar", [_sample(shard, index) for index in range(40)])
+    config = RewriteConfig(
+        shards=f"{folder}/shards/*.tar", output=folder / "out", threshold=THRESHOLD, num_workers=0, batch_size=40
+    )
+    process_shards(config, scorer)
+    run = Run(output=folder / "out", shards=folder / "shards", report=folder / "report.html")
+    write_report(ReportConfig(scores=run.output, shards=f"{run.shards}/*.tar", output=run.report, thumbnails=200))
+    return run
+
+
+def _sample(shard: int, index: int) -> dict[str, bytes]:
+    """A pair; every fourth has a hostile caption, some are too long, and most of shard 5 can't be scored."""
+    sample = pair(100 * shard + index, size=(60 + index, 50))
+    if index % 4 == 0:
+        sample["txt"] = f"{index} {HOSTILE}".encode()
+    if index % 10 == 1:
+        sample["txt"] = b"a caption that goes on and on " * 10
+    if shard == 5 and index < 30:
+        sample["txt" if index % 2 else "jpg"] = b" "
+    return sample

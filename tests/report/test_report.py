@@ -1,0 +1,160 @@
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipfilter_wds.cli import main
+from clipfilter_wds.preprocess import UnusableError
+from clipfilter_wds.report import ReportConfig, write_report
+from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
+from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
+from clipfilter_wds.types import DropReason
+from tests.report.conftest import THRESHOLD, Run
+from tests.toys import encoded, pair, photo, write_shard
+
+
+def page_data(path) -> dict:
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
+
+
+def report(run: Run, tmp_path, **options) -> dict:
+    write_report(ReportConfig(scores=run.output, output=tmp_path / "r.html", **options))
+    return page_data(tmp_path / "r.html")
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_the_page_closes_the_accounting(run):
+    data, summary = page_data(run.report), json.loads((run.output / "summary.json").read_bytes())
+    assert data["seen"] == summary["seen"]
+    assert data["kept"] == summary["kept"]
+    unusable = {reason: count for reason, count in summary["dropped"].items() if reason != "below_threshold"}
+    assert data["unusable"] == unusable
+    assert max(data["at_least"]) == summary["seen"] - sum(unusable.values())
+    assert sum(data["tokens"]["counts"]) == max(data["at_least"])
+    assert data["tokens"]["truncated"] == summary["truncated_captions"] > 0
+    assert sum(point["kept"] for point in data["shards"]["points"]) == summary["kept"]
+
+
+def test_the_page_names_model_fingerprint_and_precision(run):
+    page, table = run.report.read_text(), run.tables[0]
+    for name in ("model", "weights", "tokenizer", "precision"):
+        assert str(table.fingerprint[name]) in page
+    assert re.search(r'<th scope="row">band</th><td>[\d.]+</td>', page)
+
+
+def test_commands_write_the_same_report(run, clip_folder, tmp_path, capsys):
+    options = ("--model", clip_folder, "--threshold", THRESHOLD, "--batch_size", 40, "--num_workers", 0)
+    shards = f"{run.shards}/*.tar"
+    assert call("rewrite", shards, "--output", tmp_path / "out", *options, "--report", tmp_path / "a.html") == 0
+    assert call("report", tmp_path / "out", "--shards", shards, "--output", tmp_path / "b.html") == 0
+    assert page_data(tmp_path / "a.html") == page_data(tmp_path / "b.html")
+    assert page_data(tmp_path / "a.html")["kept"] == run.kept(THRESHOLD)
+
+
+def test_a_run_that_only_scored_is_shown_at_the_default_threshold(run, scorer, tmp_path):
+    process_shards(ScoreConfig(shards=f"{run.shards}/*.tar", output=tmp_path / "scores", num_workers=0), scorer)
+    write_report(ReportConfig(scores=tmp_path / "scores", output=tmp_path / "r.html"))
+    assert page_data(tmp_path / "r.html")["threshold"] == 0.25
+    assert page_data(tmp_path / "r.html")["kept"] == run.kept(0.25)
+
+
+def test_without_shards_the_gallery_has_scores_only(run, tmp_path):
+    cards = report(run, tmp_path)["cards"]
+    assert len(cards) == 120
+    assert all(card["image"] is None and card["caption"] is None for card in cards)
+
+
+def test_shards_are_found_where_they_are_now(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run.shards, moved)
+    (moved / "00000.tar").unlink()
+    write_shard(moved / "00001.tar", [pair(index) for index in range(40)], start=1000)
+    (moved / "00002.tar").write_bytes(b"this is no tar at all, but it is long enough to be looked at" * 20)
+    cards = report(run, tmp_path, shards=f"{moved}/*.tar", thumbnails=200)["cards"]
+    problems = {card["shard"]: card["problem"] for card in cards}
+    assert "not among those given" in problems["00000"]
+    assert "no such sample" in problems["00001"]
+    assert "can't be read" in problems["00002"]
+    assert all((card["image"] is None) == (card["shard"] in ("00000", "00001", "00002")) for card in cards)
+
+
+def test_pictures_and_captions_are_those_of_the_samples(run):
+    cards = [card for card in page_data(run.report)["cards"] if card["image"]]
+    assert len(cards) == 200
+    for card in cards:
+        index = int(card["key"])
+        assert (
+            f"photo number {100 * int(card['shard']) + index}" in card["caption"] or index % 4 == 0 or index % 10 == 1
+        )
+        assert (card["width"], card["height"]) == (60 + index, 50)
+        encoded_image = base64.b64decode(card["image"].removeprefix("data:image/jpeg;base64,"))
+        expected = photo(100 * int(card["shard"]) + index, (60 + index, 50))
+        difference = np.asarray(Image.open(io.BytesIO(encoded_image)), float) - np.asarray(expected, float)
+        assert np.abs(difference).mean() < 6
+
+
+def test_two_hundred_pictures_of_the_worst_kind_make_a_page_of_less_than_12_mb(scorer, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (240, 240, 3), dtype=np.uint8)
+    jpeg = encoded(Image.fromarray(noise), quality=95)
+    captions = ("\x1b\u2028<🤷" * 2000).encode()
+    write_shard(tmp_path / "in/0.tar", [{"jpg": jpeg, "txt": str(index).encode() + captions} for index in range(200)])
+    process_shards(RewriteConfig(shards=tmp_path / "in/0.tar", output=tmp_path / "out", num_workers=0), scorer)
+    config = ReportConfig(
+        scores=tmp_path / "out", shards=tmp_path / "in/0.tar", output=tmp_path / "r.html", thumbnails=200, threshold=0
+    )
+    write_report(config)
+    assert sum(card["image"] is not None for card in page_data(tmp_path / "r.html")["cards"]) == 200
+    assert (tmp_path / "r.html").stat().st_size < 12e6
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
+def test_thumbnails_are_small_rgb_jpegs(mode):
+    data = encoded(photo(1, (2000, 900)).convert(mode), "TIFF")
+    small = base64.b64decode(thumbnail(data, max_pixels=10**7).removeprefix("data:image/jpeg;base64,"))
+    image = Image.open(io.BytesIO(small))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (240, 108))
+    assert len(small) <= MAX_THUMBNAIL_BYTES
+
+
+def test_what_is_no_picture_has_no_thumbnail():
+    with pytest.raises(UnusableError) as unusable:
+        thumbnail(b"%!PS-Adobe-3.0 EPSF-3.0", max_pixels=10**7)
+    assert unusable.value.reason is DropReason.UNREADABLE_IMAGE
+    with pytest.raises(UnusableError) as unusable:
+        thumbnail(encoded(photo(0)), max_pixels=100)
+    assert unusable.value.reason is DropReason.IMAGE_TOO_LARGE
+
+
+def test_unusable_arguments_are_refused(run, tmp_path, capsys):
+    for arguments, complaint in [
+        ((run.shards, "--output", tmp_path / "r.html"), "there is no score table"),
+        (("memory://scores", "--output", tmp_path / "r.html"), "tables of this machine"),
+        ((run.output, "--output", tmp_path), "is a folder; name a file"),
+        ((run.output, "--output", tmp_path / "r.html", "--threshold", "25"), "Did you mean 0.25?"),
+        ((run.output, "--output", tmp_path / "r.html", "--thumbnails", "900"), "0..200"),
+        ((run.output, "--output", tmp_path / "r.html", "--shards", tmp_path / "no.tar"), "no shard matches"),
+    ]:
+        assert call("report", *arguments) == 2
+        assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_different_settings_are_refused(run, scorer, tmp_path):
+    write_shard(tmp_path / "in/a.tar", [{"jpg": pair(0)["jpg"], "json": b'{"caption": "a photo"}'}])
+    process_shards(
+        ScoreConfig(shards=tmp_path / "in/a.tar", output=tmp_path / "s", caption="json:caption", num_workers=0), scorer
+    )
+    shutil.copy(run.output / "_scores" / "00000.parquet", tmp_path / "s")
+    with pytest.raises(ValueError, match="caption json:caption there, txt here"):
+        write_report(ReportConfig(scores=tmp_path / "s", output=tmp_path / "r.html"))
