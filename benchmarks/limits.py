@@ -67,7 +67,12 @@ class _Forward:
         """Captions sorted by length, so that hardly any padding is left."""
         captions = sorted((caption for _, caption in data.rows), key=len)
         batches = [captions[start : start + self._batch_size] for start in range(0, len(captions), self._batch_size)]
-        ids = iter([self._scorer.preprocess.tokenize(batch).input_ids.to(self._model.device) for batch in batches])
+        ids = iter(
+            [
+                self._scorer.preprocess.tokenize([[caption] for caption in batch]).input_ids.to(self._model.device)
+                for batch in batches
+            ]
+        )
         with torch.inference_mode():
             for batch in ids:
                 self._model.get_text_features(batch)
@@ -77,7 +82,7 @@ class _Forward:
     def scorer(self, data: Data) -> Outcome:
         """The whole of :class:`ClipScorer`, as batches come."""
         captions = [caption for _, caption in data.rows][: self._batch_size]
-        ids = self._scorer.preprocess.tokenize(captions).input_ids.to(self._model.device)
+        ids = self._scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids.to(self._model.device)
         size = self._scorer.preprocess.view.crop
         pixels = torch.randint(0, 256, (len(captions), 3, *size), dtype=torch.uint8).to(self._model.device)
         batches = max(1, round(len(data.rows) / len(captions)))

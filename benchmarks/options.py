@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.material import Data, Size, make_data, make_model
-from clipfilter_wds.rewrite.run import default_num_workers
+from clipfilter_wds.rewrite.scoring import default_num_workers
 from clipfilter_wds.scorer import resolve_device
 
 

@@ -9,6 +9,7 @@ from benchmarks.options import Options
 from benchmarks.rounds import Contender, Outcome
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, process_shards
 from clipfilter_wds.pairs import Pair, batched, score_pairs
+from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import select
 
@@ -78,6 +79,8 @@ class Table(_Use):
         pairs = [Pair(os.fspath(image), caption) for image, caption in data.rows]
         batches = ((batch, batch) for batch in batched(pairs, self._options.batch_size))
         keep: list[bool] = []
-        for _, scores in score_pairs(batches, self._scorer, folder=Path(), num_workers=self._options.workers):
+        for _, scores in score_pairs(
+            batches, Recheck(self._scorer, self._threshold), folder=Path(), num_workers=self._options.workers
+        ):
             keep += scores.keep(self._threshold).tolist()
         return Outcome(len(keep), frozenset(f"{number:09d}" for number, kept in enumerate(keep) if kept))

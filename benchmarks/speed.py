@@ -97,7 +97,7 @@ def _arithmetic(
     if not {IMAGES, TEXTS} <= rates.keys():
         return {}
     captions = [caption for _, caption in options.data().rows][: options.batch_size]
-    ids = scorer.preprocess.tokenize(captions).input_ids.to(low.device)
+    ids = scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids.to(low.device)
     flops = flops_per_sample(low, scorer.preprocess.view.crop, ids)
     matmul = matmul_rate(low.device, low.dtype)
     forward = [1 / (1 / images + 1 / texts) for images, texts in zip(rates[IMAGES], rates[TEXTS], strict=True)]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,13 +12,18 @@ from tokenizers import Tokenizer
 _MAX_CAPTION_CHARS = 1 << 16
 
 
+#: In place of token ids where an image has fewer captions than another of its batch.
+NO_CAPTION = -1
+
+
 class Tokens(NamedTuple):
     """A batch of captions.
 
     Attributes:
-        input_ids: int64 ``[N, L]``, padded to the longest caption of the batch, or to what the text tower takes.
-        num_tokens: Per caption, its length in tokens before it was truncated, start and end tokens included.
-        truncated: Per caption, whether it was longer than the text tower takes.
+        input_ids: int64 ``[N, L]``, padded to the longest caption of the batch, or to what the text tower takes. Where
+            an image has more than one caption, ``[N, K, L]``, filled up with rows of :data:`NO_CAPTION`.
+        num_tokens: Per image, the length of its longest caption before it was truncated, start and end tokens included.
+        truncated: Per image, whether a caption was longer than the text tower takes.
     """
 
     input_ids: torch.Tensor
@@ -56,16 +62,23 @@ class CaptionTokenizer:
         """SHA-256 of vocabulary, rules and limits."""
         return self._encode.fingerprint()
 
-    def __call__(self, captions: Sequence[str]) -> Tokens:
-        """Tokenize a batch of captions; ``[]`` gives ``[0, 0]`` ids."""
-        ids, num_tokens = self._encode([_bounded(caption) for caption in captions])
+    def __call__(self, captions: Sequence[Sequence[str]]) -> Tokens:
+        """Tokenize the captions of a batch of images, one or more of each; ``[]`` gives ``[0, 0]`` ids."""
+        flat = [_bounded(caption) for of_image in captions for caption in of_image]
+        ids, num_tokens = self._encode(flat)
         length = self.max_length if self.pads_to_max else max(map(len, ids), default=0)
         padded = [row + [self.pad_id] * (length - len(row)) for row in ids]
-        return Tokens(
-            input_ids=torch.tensor(padded, dtype=torch.int64) if padded else torch.empty(0, 0, dtype=torch.int64),
-            num_tokens=num_tokens,
-            truncated=[number > len(row) for number, row in zip(num_tokens, ids, strict=True)],
-        )
+        truncated = [number > len(row) for number, row in zip(num_tokens, ids, strict=True)]
+        if len(flat) > len(captions):
+            ends = list(accumulate(map(len, captions)))
+            runs = [slice(end - len(of_image), end) for end, of_image in zip(ends, captions, strict=True)]
+            most = max(map(len, captions))
+            table = torch.full((len(captions), most, length), NO_CAPTION)
+            for row, run in zip(table, runs, strict=True):
+                row[: run.stop - run.start] = torch.tensor(padded[run])
+            return Tokens(table, [max(num_tokens[run]) for run in runs], [any(truncated[run]) for run in runs])
+        input_ids = torch.tensor(padded, dtype=torch.int64) if padded else torch.empty(0, 0, dtype=torch.int64)
+        return Tokens(input_ids, num_tokens, truncated)
 
     def used_lengths(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Per caption, int64 ``[N]``, the columns that the text tower needs of int64 ``[N, L]``.

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
@@ -14,7 +14,7 @@ from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report import ReportConfig, check_page, write_report
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
-from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
+from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.world import World
@@ -27,7 +27,6 @@ def rewrite(
     *,
     output: str,
     model: str = DEFAULT_MODEL,
-    revision: str | None = None,
     threshold: float | None = None,
     keep_fraction: float | None = None,
     subset: str | None = None,
@@ -36,8 +35,7 @@ def rewrite(
     report: str | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
-    precision: Precision = "auto",
-    device: str = "auto",
+    **scorer_options: Any,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image.
 
@@ -45,18 +43,17 @@ def rewrite(
         shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
-        revision: Branch, tag or commit of a hub model.
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 when neither
             keep_fraction nor subset is given.
         keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
         subset: Keep only what this file lists: a .npy of uids as DataComp's, or a text file of keys, one per line.
         scores: Folder of score tables that were made before; no model is loaded and no image decoded then.
-        caption: Member that holds the caption (txt), or a field of the json member (json:caption).
+        caption: Member that holds the caption (txt), or a field of the json member (json:caption); several
+            of these, separated by commas, are several captions of an image.
         report: HTML file to write that shows what was kept and dropped.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
-        precision: Arithmetic of the forward pass; auto is the fastest whose decisions equal fp32's.
-        device: auto, cpu, cuda or cuda:1.
+        scorer_options: As of ClipScorer.
     """
     config = RewriteConfig(
         shards=shards,
@@ -71,7 +68,7 @@ def rewrite(
     )
     if report is not None:
         check_page(report, of=scores or output)
-    code = _run(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    code = _run(config, lambda: ClipScorer(model, **scorer_options))
     if report is not None and (scores or Path(output, "_scores").expanduser().is_dir()):
         write_report(ReportConfig(scores=scores or output, shards=shards, output=report, threshold=threshold))
     return code
@@ -82,12 +79,10 @@ def score(
     *,
     output: str,
     model: str = DEFAULT_MODEL,
-    revision: str | None = None,
     caption: str = "txt",
     batch_size: int = 64,
     num_workers: int | None = None,
-    precision: Precision = "auto",
-    device: str = "auto",
+    **scorer_options: Any,
 ) -> int:
     """Write a table of scores for every shard, and no samples.
 
@@ -95,15 +90,14 @@ def score(
         shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
-        revision: Branch, tag or commit of a hub model.
-        caption: Member that holds the caption (txt), or a field of the json member (json:caption).
+        caption: Member that holds the caption (txt), or a field of the json member (json:caption); several
+            of these, separated by commas, are several captions of an image.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
-        precision: Arithmetic of the forward pass; auto is the fastest whose decisions equal fp32's.
-        device: auto, cpu, cuda or cuda:1.
+        scorer_options: As of ClipScorer.
     """
     config = ScoreConfig(shards=shards, output=output, caption=caption, batch_size=batch_size, num_workers=num_workers)
-    return _run(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    return _run(config, lambda: ClipScorer(model, **scorer_options))
 
 
 def table(
@@ -115,11 +109,9 @@ def table(
     threshold: float = DEFAULT_THRESHOLD,
     score_key: str | None = None,
     model: str = DEFAULT_MODEL,
-    revision: str | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
-    precision: Precision = "auto",
-    device: str = "auto",
+    **scorer_options: Any,
 ) -> int:
     """Write the rows of a table whose caption describes the image.
 
@@ -131,11 +123,9 @@ def table(
         threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this.
         score_key: Name of a column to add, such as clip_score, that holds the similarity.
         model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
-        revision: Branch, tag or commit of a hub model.
         batch_size: Rows per forward pass.
         num_workers: Processes that open images; by default as many as suit the device.
-        precision: Arithmetic of the forward pass; auto is the fastest whose decisions equal fp32's.
-        device: auto, cpu, cuda or cuda:1.
+        scorer_options: As of ClipScorer.
     """
     config = TableConfig(
         input=input,
@@ -148,7 +138,7 @@ def table(
         num_workers=num_workers,
     )
     _refuse_ranks()
-    process_table(config, lambda: ClipScorer(model, revision=revision, device=device, precision=precision))
+    process_table(config, lambda: ClipScorer(model, **scorer_options))
     return ALL_DONE
 
 

@@ -85,7 +85,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             self._scorer = ClipScorer(
                 options["model"],
                 revision=options["revision"],
-                device=self._trainer.strategy.root_device,
+                device=str(self._trainer.strategy.root_device),
                 precision=options["precision"],
             )
 

@@ -74,7 +74,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         preprocess: The scorer's ``preprocess``.
         image_transform: RGB image -> the training view of it. The image is the one that CLIP's view was made from, so
             it is decoded once. None gives CLIP's own view, uint8 ``[3, H, W]``.
-        text_transform: Caption -> its training view; None gives the caption.
+        text_transform: Caption -> its training view; None gives the caption. Of an image with several,
+            the list of them.
         shuffle: Shuffle the shards, and the samples within windows of this many; 0 keeps the order.
         seed: Of the order.
         layout: Which members are image and caption.
@@ -212,11 +213,11 @@ class _BatchBuilder:
         dataset = self._dataset
         self._urls.append(url)
         try:
-            image, caption = dataset.preprocess.decode_sample(sample, dataset.layout)
+            image, captions = dataset.preprocess.decode_sample(sample, dataset.layout)
         except UnusableError as unusable:
             self._samples.append((sample, unusable.reason))
             return
-        self._samples.append((sample, dataset.preprocess.prepare(image, caption)))
+        self._samples.append((sample, dataset.preprocess.prepare(image, captions)))
         if dataset.image_transform is not None:
             self._images.append(dataset.image_transform(image))
 
@@ -225,7 +226,7 @@ class _BatchBuilder:
         dataset = self._dataset
         usable = [opened for _, opened in self._samples if isinstance(opened, OpenPair)]
         pixel_values, tokens = dataset.preprocess.collate(usable)
-        texts: list[Any] = [pair.caption for pair in usable]
+        texts: list[Any] = [pair.captions[0] if len(pair.captions) == 1 else pair.captions for pair in usable]
         if dataset.text_transform is not None:
             texts = [dataset.text_transform(text) for text in texts]
         views = {

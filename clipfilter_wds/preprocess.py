@@ -123,10 +123,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class OpenPair(NamedTuple):
-    """A usable pair: the image's uint8 view, the caption, and the size of the image as stored, in pixels."""
+    """A usable pair: the image's uint8 view, its captions, and the size of the image as stored, in pixels."""
 
     pixels: torch.Tensor
-    caption: str
+    captions: list[str]
     width: int
     height: int
 
@@ -156,8 +156,9 @@ class ClipPreprocess:
     def __call__(self, sample: Mapping[str, Any], layout: SampleLayout = _TXT) -> dict[str, Any]:
         """A stage for a pipeline of your own: ``webdataset.WebDataset(...).map(scorer.preprocess).batched(64)``.
 
-        Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``) and ``reason``: empty,
-        or why the sample can't be scored. Such samples go through, so that a ClipFilterLoader can count them.
+        Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for
+        K captions) and ``reason``: empty, or why the sample can't be scored. Such samples go through, so that a
+        ClipFilterLoader can count them.
 
         Args:
             sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
@@ -165,13 +166,14 @@ class ClipPreprocess:
         """
         reason = ""
         try:
-            image, caption = self._decode_members(sample, layout)
+            image, captions = self._decode_members(sample, layout)
             pixels = self.view(image)
         except UnusableError as unusable:
-            caption, pixels, reason = "", torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
-        ids = self.tokenize([caption]).input_ids[0]
-        padding = torch.full((self.tokenize.max_length - len(ids),), self.tokenize.pad_id)
-        return {**sample, "pixel_values": pixels, "input_ids": torch.cat([ids, padding]), "reason": reason}
+            captions, pixels, reason = [""], torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
+        ids = self.tokenize([captions]).input_ids[0]
+        padding = (0, self.tokenize.max_length - ids.shape[-1])
+        padded = torch.nn.functional.pad(ids, padding, value=self.tokenize.pad_id)
+        return {**sample, "pixel_values": pixels, "input_ids": padded, "reason": reason}
 
     def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
         """Read caption and image of a sample, and prepare its view.
@@ -181,8 +183,8 @@ class ClipPreprocess:
         """
         return self.prepare(*self.decode_sample(sample, layout))
 
-    def decode_sample(self, sample: Sample, layout: SampleLayout) -> tuple[Image.Image, str]:
-        """Read image (as RGB) and caption of a sample.
+    def decode_sample(self, sample: Sample, layout: SampleLayout) -> tuple[Image.Image, list[str]]:
+        """Read image (as RGB) and captions of a sample, one at least.
 
         Raises:
             UnusableError: With the reason that the sample is dropped for.
@@ -191,8 +193,8 @@ class ClipPreprocess:
             raise UnusableError(sample.problem)
         return self._decode_members({member.extension: member.data for member in sample.members}, layout)
 
-    def _decode_members(self, members: Mapping[str, Any], layout: SampleLayout) -> tuple[Image.Image, str]:
-        return self._decode_pair(first_image(members), read_caption(members, layout))
+    def _decode_members(self, members: Mapping[str, Any], layout: SampleLayout) -> tuple[Image.Image, list[str]]:
+        return self._decode_pair(first_image(members), read_captions(members, layout))
 
     def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
         """Decode an image and prepare its view.
@@ -200,22 +202,23 @@ class ClipPreprocess:
         Raises:
             UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
         """
-        return self.prepare(*self._decode_pair(encoded, caption))
+        return self.prepare(*self._decode_pair(encoded, [caption]))
 
-    def _decode_pair(self, image: bytes | Image.Image, caption: str) -> tuple[Image.Image, str]:
-        if not caption.strip():
+    def _decode_pair(self, image: bytes | Image.Image, captions: list[str]) -> tuple[Image.Image, list[str]]:
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
             raise UnusableError(DropReason.BLANK_CAPTION)
-        return _to_rgb(image) if isinstance(image, Image.Image) else self.view.decode(image), caption
+        return _to_rgb(image) if isinstance(image, Image.Image) else self.view.decode(image), captions
 
-    def prepare(self, image: Image.Image, caption: str) -> OpenPair:
+    def prepare(self, image: Image.Image, captions: list[str]) -> OpenPair:
         """Prepare the view of an RGB image."""
-        return OpenPair(self.view(image), caption, *image.size)
+        return OpenPair(self.view(image), captions, *image.size)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
         """Pairs -> what :class:`~clipfilter_wds.scorer.ClipScorer` scores: uint8 ``[N, 3, H, W]``, and tokens."""
         views = [pair.pixels for pair in pairs]
         pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
-        return pixel_values, self.tokenize([pair.caption for pair in pairs])
+        return pixel_values, self.tokenize([pair.captions for pair in pairs])
 
 
 def first_image(data: Mapping[str, Any]) -> Any:
@@ -230,35 +233,42 @@ def first_image(data: Mapping[str, Any]) -> Any:
     return image
 
 
-def read_caption(data: Mapping[str, Any], layout: SampleLayout) -> str:
-    """The caption among a sample's members, encoded or decoded; bytes that are not UTF-8 are replaced.
+def read_captions(data: Mapping[str, Any], layout: SampleLayout) -> list[str]:
+    """The captions among a sample's members, encoded or decoded; bytes that are not UTF-8 are replaced.
 
     Raises:
-        UnusableError: ``missing_caption``.
+        UnusableError: ``missing_caption`` when there is none.
     """
-    caption = data.get(layout.caption_extension)
+    captions = [caption for source in layout.caption_sources for caption in _captions_of(data, *source)]
+    if not captions:
+        raise UnusableError(DropReason.MISSING_CAPTION)
+    return captions
+
+
+def _captions_of(data: Mapping[str, Any], extension: str, field: str | None) -> list[str]:
+    caption = data.get(extension)
     if isinstance(caption, bytes):
         caption = caption.decode("utf-8-sig", errors="replace")
-    if layout.caption_field is not None:
-        caption = _json_field(caption, layout.caption_field)
-    if not isinstance(caption, str):
-        raise UnusableError(DropReason.MISSING_CAPTION)
-    return caption
+    if field is not None:
+        return _json_texts(caption, field)
+    return [caption] if isinstance(caption, str) else []
 
 
 def read_uid(sample: Sample) -> bytes | None:
     """The 16 bytes of a sample's ``uid``, 32 hexadecimal digits in its json member; None where there is none."""
     data = next((member.data for member in sample.members if member.extension == "json"), None)
-    uid = None if data is None else _json_field(data.decode("utf-8-sig", errors="replace"), "uid")
-    return bytes.fromhex(uid) if uid is not None and _UID.fullmatch(uid) else None
+    uids = [] if data is None else _json_texts(data.decode("utf-8-sig", errors="replace"), "uid")
+    return bytes.fromhex(uids[0]) if len(uids) == 1 and _UID.fullmatch(uids[0]) else None
 
 
-def _json_field(record: Any, field: str) -> str | None:
+def _json_texts(record: Any, field: str) -> list[str]:
+    """What a field of a JSON object holds: a text, or the texts of a list."""
     if isinstance(record, str):
         try:
             record = json.loads(record)
         except (ValueError, RecursionError):
-            return None
+            return []
     value = record.get(field) if isinstance(record, dict) else None
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     # JSON can hold half a surrogate pair, which no tokenizer takes.
-    return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else None
+    return [text.encode("utf-8", errors="replace").decode() for text in texts]

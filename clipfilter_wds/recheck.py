@@ -67,7 +67,7 @@ class Recheck:
         return self._half_width if self.is_measured else _WHOLE
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
-        """Score N images, uint8 ``[N, 3, H, W]``, with N captions, int64 ``[N, L]``."""
+        """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
         return self._start(pixel_values, input_ids)()
 
     def map(
@@ -94,6 +94,8 @@ class Recheck:
         if self.is_measured or not len(pixel_values):
             return
         pixel_values, input_ids, scorer = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED], self.scorer
+        if input_ids.ndim == 3:
+            input_ids = input_ids[:, 0]  # a reduction of several similarities errs no more than the worst of them
         with torch.inference_mode():
             fast = scorer.encode_image(pixel_values) @ scorer.encode_text(input_ids).T
             exact = scorer.encode_image_fp32(pixel_values) @ scorer.encode_text_fp32(input_ids).T

@@ -24,7 +24,8 @@ class SampleLayout:
 
     Attributes:
         caption: Extension of the member that holds the caption (``txt``), or ``json:FIELD`` for a field of the
-            sample's ``json`` member.
+            sample's ``json`` member, which may be a list of captions. Several of these, separated by commas, are
+            several captions of the same image.
         max_member_bytes: A sample with a larger member is dropped as ``member_too_large``.
 
     Raises:
@@ -35,23 +36,22 @@ class SampleLayout:
     max_member_bytes: int = 1 << 28
 
     def __post_init__(self) -> None:
-        if not self.caption_extension or (self.caption_field is not None and not self.caption_field):
+        if not all(extension and field != "" for extension, field in self.caption_sources):
             raise ValueError(f"caption is {self.caption!r}; name a member (txt) or a JSON field (json:caption)")
 
     @property
-    def caption_extension(self) -> str:
-        """Extension of the member that the caption is read from."""
-        return self.caption.partition(":")[0].lower().lstrip(".")
-
-    @property
-    def caption_field(self) -> str | None:
-        """The JSON field that holds the caption, None when the whole member is the caption."""
-        _, colon, field = self.caption.partition(":")
-        return field if colon else None
+    def caption_sources(self) -> list[tuple[str, str | None]]:
+        """Where captions are: a member's extension, and its JSON field or None when the whole member is the caption."""
+        sources = (source.strip().partition(":") for source in self.caption.split(","))
+        return [(extension.lower().lstrip("."), field if colon else None) for extension, colon, field in sources]
 
     def is_pair_member(self, extension: str) -> bool:
         """Whether a member with this extension is needed to score a sample, or to know it by its uid."""
-        return extension in (self.caption_extension, "json") or extension in IMAGE_EXTENSIONS
+        return extension == "json" or extension in IMAGE_EXTENSIONS or self.is_caption_member(extension)
+
+    def is_caption_member(self, extension: str) -> bool:
+        """Whether a member with this extension holds a caption."""
+        return any(extension == source for source, _ in self.caption_sources)
 
 
 def read_samples(
@@ -157,7 +157,8 @@ class _Groups:
 
     def _check_sorted(self, key: str) -> None:
         """A key may come back with a second whole sample; parts of a sample that lie apart can't be paired."""
-        whole = self._layout.caption_extension in self._extensions and not self._extensions.isdisjoint(IMAGE_EXTENSIONS)
+        has_caption = any(map(self._layout.is_caption_member, self._extensions))
+        whole = has_caption and not self._extensions.isdisjoint(IMAGE_EXTENSIONS)
         if key not in self._whole_by_key:
             self._whole_by_key[key] = whole
         elif not (whole and self._whole_by_key[key]):

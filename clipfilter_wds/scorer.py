@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
-from clipfilter_wds.captions import CaptionTokenizer, RustEncoder
+from clipfilter_wds.captions import NO_CAPTION, CaptionTokenizer, RustEncoder
 from clipfilter_wds.preprocess import ClipPreprocess, ImageView
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -22,6 +22,7 @@ DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 BUNDLED_MODELS = {"demo-tiny": Path(__file__).parent / "demo" / "tiny_clip"}
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Reduce = Literal["max", "mean", "min"]
 
 #: A model whose widest tower is narrower than this gains little from low precision (measured: 1.5 times at 128,
 #: 2.5 at 256), and that little is lost in rechecking.
@@ -48,12 +49,14 @@ class ClipScorer(nn.Module):
     Args:
         model: A Hugging Face hub id, a local folder, or ``demo-tiny``, the CLIP of drawn scenes in this package.
         revision: Branch, tag or commit of a hub model.
-        device: ``auto`` (CUDA if there is one), or any torch device.
-        precision: ``fp32``; or the type that matrices are multiplied in, ``bf16`` or ``fp16`` (sums between layers
-            stay in float32). ``auto`` is what is fastest: fp16 on CUDA, bf16 on a processor with instructions for it,
-            fp32 on others and for small models. :class:`~clipfilter_wds.recheck.Recheck` makes float32's decisions
-            of any of these.
-        compile: Compile the fast path with ``torch.compile``: takes a minute or so, once per process.
+        device: auto (CUDA if there is one), or any torch device: cpu, cuda, cuda:1.
+        precision: fp32, or the type that matrices are multiplied in: bf16, fp16. Scores near the threshold are then
+            computed again in fp32, so that the decisions are fp32's. auto is what is fastest: fp16 on CUDA, bf16 on a
+            processor with instructions for it, fp32 on others and for small models.
+        reduce: Where an image has several captions, which of their similarities counts: the largest (max), the mean or
+            the smallest (min).
+        flip: Score the mirrored image too and take the mean: text that is painted into a picture then counts for less.
+        compile: Compile the model with torch.compile, which takes a minute or so at the start.
 
     Raises:
         ModelError: When there is no such model, it is no CLIP, has no safetensors weights, or the hub can't be reached.
@@ -67,12 +70,17 @@ class ClipScorer(nn.Module):
         model: str | Path = DEFAULT_MODEL,
         *,
         revision: str | None = None,
-        device: str | torch.device = "auto",
+        device: str = "auto",
         precision: Precision = "auto",
+        reduce: Reduce = "max",
+        flip: bool = False,
         compile: bool = False,  # noqa: A002  # torch's own word for it
     ) -> None:
         super().__init__()
+        if reduce not in _REDUCTIONS:
+            raise ValueError(f"reduce is {reduce!r}; use max, mean or min")
         self.model_name = str(model)
+        self.reduce, self.flip = reduce, flip
         source = str(BUNDLED_MODELS.get(self.model_name, Path(model).expanduser() if _is_folder(model) else model))
         self.model, processor, tokenizer = _load(self.model_name, source, revision)
         on_device = resolve_device(device)
@@ -85,6 +93,8 @@ class ClipScorer(nn.Module):
             "mean": list(processor.image_mean),
             "std": list(processor.image_std),
             "precision": self.precision,
+            "reduce": reduce,
+            "flip": flip,
         }
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(processor.image_mean) * (1.0 / processor.rescale_factor))
@@ -111,28 +121,42 @@ class ClipScorer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-        """Cosine similarity of N images with N captions, in :attr:`precision`.
+        """Cosine similarity of N images with their captions, in :attr:`precision`.
 
         Args:
             pixel_values: uint8 ``[N, 3, H, W]`` as :attr:`preprocess` makes them, on any device.
-            input_ids: int64 ``[N, L]`` likewise.
+            input_ids: int64 ``[N, L]`` likewise; or ``[N, K, L]`` for up to K captions per image, of whose similarities
+                the result is the largest, mean or smallest.
 
         Returns:
             float32 ``[N]`` in [-1, 1] up to rounding, on :attr:`device`; not clipped.
         """
         if not len(pixel_values):
             return torch.empty(0, device=self.device)
-        return (self.encode_image(pixel_values) * self.encode_text(input_ids)).sum(dim=-1)
+        return self._cosine(self.encode_image(pixel_values), self.encode_text, input_ids)
 
     @torch.inference_mode()
     def score_fp32(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """As :meth:`forward`, in float32 whatever :attr:`precision` is: the reference that decides near a threshold."""
         if not len(pixel_values):
             return torch.empty(0, device=self.device)
-        return (self.encode_image_fp32(pixel_values) * self.encode_text_fp32(input_ids)).sum(dim=-1)
+        return self._cosine(self.encode_image_fp32(pixel_values), self.encode_text_fp32, input_ids)
+
+    def _cosine(self, images: Tensor, encode_text: Callable[[Tensor], Tensor], input_ids: Tensor) -> Tensor:
+        if input_ids.ndim == 2:
+            return (images * encode_text(input_ids)).sum(dim=-1)
+        is_caption = input_ids[:, :, 0] != NO_CAPTION
+        texts = encode_text(input_ids[is_caption])
+        image_of = is_caption.nonzero()[:, 0].to(images.device)
+        similarities = (images[image_of] * texts).sum(dim=-1)
+        scores = similarities.new_empty(len(images))
+        return scores.scatter_reduce(0, image_of, similarities, _REDUCTIONS[self.reduce], include_self=False)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """uint8 ``[N, 3, H, W]`` -> L2-normalised float32 ``[N, D]``, in :attr:`precision`."""
+        """uint8 ``[N, 3, H, W]`` -> L2-normalised float32 ``[N, D]``, in :attr:`precision`.
+
+        With ``flip``, the mean of the normalised embeddings of the image and its mirror image, of length at most one.
+        """
         if self.is_exact:
             return self.encode_image_fp32(pixel_values)
         with self._low_precision():
@@ -172,7 +196,12 @@ class ClipScorer(nn.Module):
 
     def _image_features(self, model: CLIPModel, pixel_values: Tensor) -> Tensor:
         pixels = (pixel_values - self.pixel_mean) / self.pixel_std
-        return functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
+        features = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
+        if not self.flip:
+            return features
+        mirrored = functional.normalize(model.get_image_features(pixels.flip(-1)).pooler_output.float(), dim=-1)
+        # The dot product with this mean is the mean of both cosines, so it must not be normalised again.
+        return (features + mirrored) / 2
 
     def _text_features(self, model: CLIPModel, input_ids: Tensor) -> Tensor:
         # No attention mask: the causal one hides the padding from every token up to the first end of text, where CLIP
@@ -212,6 +241,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return resolved
 
+
+#: torch's names.
+_REDUCTIONS = {"max": "amax", "mean": "mean", "min": "amin"}
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -576,7 +576,7 @@ def test_a_layout_without_caption_member_or_field_is_refused(caption):
 )
 def test_a_layout_names_the_caption_member_and_its_field(caption, extension, field):
     layout = SampleLayout(caption=caption)
-    assert (layout.caption_extension, layout.caption_field) == (extension, field)
+    assert layout.caption_sources == [(extension, field)]
     assert layout.is_pair_member(extension)
     assert layout.is_pair_member("jpg")
     assert not layout.is_pair_member("npy")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from clipfilter_wds.demo.overview import Picture, write_overview
 from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, write_demo_shards
-from clipfilter_wds.preprocess import read_caption
+from clipfilter_wds.preprocess import read_captions
 from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.report import ReportConfig, write_report
 from clipfilter_wds.rewrite import RewriteConfig
@@ -104,7 +104,7 @@ def _decided(shard: Path, output: Path, threshold: float) -> Iterator[Picture]:
                 data = {member.extension: member.data for member in sample.members}
                 yield Picture(
                     image=data.get("jpg") or data["png"],
-                    caption=read_caption(data, layout),
+                    caption=read_captions(data, layout)[0],
                     score=float(scores[sample.index]),
                     kept=bool(keep[sample.index]),
                     matched=json.loads(data["json"])["matched"],

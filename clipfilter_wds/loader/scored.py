@@ -81,8 +81,8 @@ def _usable_columns(batch: Mapping[str, Any]) -> _UsableColumns:
 
 def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     """Cut what is padding in every row but for one token, since padding may be the end of text."""
-    used = (input_ids != pad_id).any(dim=0).nonzero()
-    return input_ids[:, : int(used[-1]) + 2] if len(used) else input_ids
+    used = (input_ids != pad_id).flatten(0, -2).any(dim=0).nonzero()
+    return input_ids[..., : int(used[-1]) + 2] if len(used) else input_ids
 
 
 def _scored(

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from clipfilter_wds.preprocess import ImageView, UnusableError, first_image, read_caption
+from clipfilter_wds.preprocess import ImageView, UnusableError, first_image, read_captions
 from clipfilter_wds.report.findings import ScoredRun
 from clipfilter_wds.report.picks import Pick
 from clipfilter_wds.samples import SampleLayout, read_samples
@@ -119,7 +119,7 @@ def _illustrated(card: Card, sample: Sample, fingerprint: Fingerprint) -> Card:
     members = {member.extension: member.data for member in sample.members}
     caption = image = problem = None
     try:
-        caption = _printable(read_caption(members, _layout(fingerprint)))
+        caption = _printable(" | ".join(read_captions(members, _layout(fingerprint))))
         image = thumbnail(first_image(members), max_pixels=fingerprint["max_pixels"])
     except UnusableError as unusable:
         problem = f"it can't be shown: {unusable.reason}"
