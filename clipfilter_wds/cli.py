@@ -70,7 +70,7 @@ def rewrite(
         check_page(report, of=scores or output)
     code = _run(config, lambda: ClipScorer(model, **scorer_options))
     if report is not None and (scores or Path(output, "_scores").expanduser().is_dir()):
-        write_report(ReportConfig(scores=scores or output, shards=shards, output=report, threshold=threshold))
+        write_report(ReportConfig(scores=scores or output, run=output, shards=shards, output=report))
     return code
 
 

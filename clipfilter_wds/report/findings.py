@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter_wds.paths import AnyPath, any_path
 from clipfilter_wds.report.histogram import ScoreCounts
 from clipfilter_wds.report.picks import Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
@@ -27,26 +28,26 @@ class ScoredRun:
     summary: dict[str, Any]
 
     @classmethod
-    def open(cls, scores: str | Path) -> "ScoredRun":
-        """The tables of a ``score`` or ``rewrite`` run's output folder.
+    def open(cls, scores: str | Path, *, run: str | Path | None = None) -> "ScoredRun":
+        """The tables of a ``score`` or ``rewrite`` run's output folder; and that folder, if they lie elsewhere.
 
         Raises:
             ValueError: When there are none, they don't go together, or the summary is damaged.
         """
         table = ScoreTable(scores)
-        folder = table.folder.parent if table.folder.name == "_scores" else table.folder
-        return cls(table, _read_summary(folder / "summary.json"))
+        beside = table.folder.parent if table.folder.name == "_scores" else table.folder
+        return cls(table, _read_summary((beside if run is None else any_path(run)) / "summary.json"))
 
     def name(self, path: Path) -> str:
         """A table's name: that of its shard in the run's output, without suffix."""
         return path.relative_to(self.table.folder).with_suffix("").as_posix()
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def _read_summary(path: AnyPath) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
         summary = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from None
     if not isinstance(summary, dict):

@@ -66,6 +66,8 @@ def render(
         failed=list(summary.get("failed_shards", {}).items())[:_MAX_FAILED_LINES],
         num_failed=len(summary.get("failed_shards", {})),
         not_in_subset=summary.get("dropped", {}).get("not_in_subset", 0),
+        keep_fraction=summary.get("keep_fraction"),
+        run_kept=summary.get("kept"),
         has_shards=has_shards,
         version=__version__,
     )

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from clipfilter_wds.paths import AnyPath, RemotePath, any_path
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report.findings import Findings, ScoredRun, gather
+from clipfilter_wds.report.histogram import STEPS, ScoreCounts
 from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
+from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.writer import publish
@@ -26,7 +30,8 @@ class ReportConfig:
         output: The HTML file to write; one that is there is replaced.
         shards: Where captions and pictures come from: whatever :func:`~clipfilter_wds.shards.expand_shards` takes, or
             None for a report without them.
-        threshold: Where the slider begins; None is the run's own, or the default of ``rewrite`` where it had none.
+        run: The output folder of the ``rewrite`` run to show, where its tables lie elsewhere (``rewrite --scores``).
+        threshold: Where the slider begins; None is where the run's own choice lies.
         thumbnails: How many samples the gallery has, at most 200.
 
     Raises:
@@ -36,6 +41,7 @@ class ReportConfig:
     scores: str | Path
     output: str | Path
     shards: str | Path | Sequence[str | Path] | None = None
+    run: str | Path | None = None
     threshold: float | None = None
     thumbnails: int = 120
 
@@ -75,7 +81,7 @@ def write_report(config: ReportConfig) -> Findings:
         ValueError: When there are no score tables, they don't fit together, or no shard matches.
         OSError: When the page can't be written.
     """
-    run = ScoredRun.open(config.scores)
+    run = ScoredRun.open(config.scores, run=config.run)
     urls = [] if config.shards is None else expand_shards(config.shards)
     threshold = _threshold(config, run)
     findings = gather(run, threshold, config.thumbnails)
@@ -87,5 +93,21 @@ def write_report(config: ReportConfig) -> Findings:
 
 
 def _threshold(config: ReportConfig, run: ScoredRun) -> float:
-    found = config.threshold if config.threshold is not None else run.summary.get("threshold")
-    return DEFAULT_THRESHOLD if found is None else float(found)
+    """Where the slider begins: as asked for, or at the run's threshold, or what its other choices come to."""
+    chosen = config.threshold if config.threshold is not None else run.summary.get("threshold")
+    if chosen is not None:
+        return float(chosen)
+    if (fraction := run.summary.get("keep_fraction")) is not None:
+        return _threshold_of(fraction, run)
+    return 0.0 if run.summary.get("subset") is not None else DEFAULT_THRESHOLD
+
+
+def _threshold_of(fraction: float, run: ScoredRun) -> float:
+    """The highest threshold of the slider that keeps at least this share of what could be scored."""
+    counts = ScoreCounts()
+    for path in run.table.paths:
+        scores = ShardScores.read(path)
+        counts.add(scores.scores[scores.usable])
+    at_least = np.array(counts.at_least(0, STEPS))
+    at_least[0] = counts.total  # a score below 0 is clipped to it
+    return float(np.nonzero(at_least >= round(fraction * counts.total))[0][-1] / STEPS)

@@ -69,6 +69,18 @@ def test_a_run_that_only_scored_is_shown_at_the_default_threshold(run, scorer, t
     assert page_data(tmp_path / "r.html")["kept"] == run.kept(0.25)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_a_run_that_kept_a_fraction_is_shown_where_it_was_cut(run, clip_folder, tmp_path, fraction):
+    shards, tables = f"{run.shards}/*.tar", run.output / "_scores"
+    options = ("--keep_fraction", fraction, "--scores", tables, "--report", tmp_path / "r.html")
+    assert call("rewrite", shards, "--output", tmp_path / "out", *options) == 0
+    kept = json.loads((tmp_path / "out" / "summary.json").read_bytes())["kept"]
+    data = page_data(tmp_path / "r.html")
+    assert data["kept"] == run.kept(data["threshold"]) >= kept
+    assert data["threshold"] == 1.0 or run.kept(data["threshold"] + 1e-4) < kept
+    assert f"{kept} samples. Of equal scores" in (tmp_path / "r.html").read_text()
+
+
 def test_without_shards_the_gallery_has_scores_only(run, tmp_path):
     cards = report(run, tmp_path)["cards"]
     assert len(cards) == 120
