@@ -59,6 +59,7 @@ class OutputFiles:
             "shard": f"{self.name}.tar",
             "seen": stats.counts.seen,
             "kept": stats.counts.kept,
+            "successes": stats.counts.kept,  # what img2dataset calls the samples in a tar
             "dropped": dict(stats.counts.dropped),
             "torn": stats.torn,
             "truncated_captions": stats.truncated_captions,
