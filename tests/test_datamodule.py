@@ -1,71 +1,14 @@
-"""The data module under real Trainers: resume through real checkpoints, and two real DDP ranks."""
-
-import json
-import multiprocessing
-import os
-import socket
-import warnings
-from pathlib import Path
+"""The data module under real Trainers: resume through real checkpoints."""
 
 import lightning as L
 import pytest
-import torch
 
-from clipfilter_wds.datamodule import ClipFilterDataModule, ClipFilterMonitor
+from clipfilter_wds.datamodule import ClipFilterMonitor
 from clipfilter_wds.watch import StarvationError
+from tests.fitting import SaveEverywhere, fit
 from tests.toys import pair, write_shard
 
 THRESHOLD = 0.12  # keeps about 60 % of these pairs
-context = multiprocessing.get_context("forkserver")
-
-
-class Recorder(L.LightningModule):
-    """Remembers the epoch and keys of every batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Linear(1, 1)
-        self.trained, self.validated = [], []
-
-    def training_step(self, batch, index):
-        self.trained.append([self.current_epoch, *batch["__key__"]])
-        return self.weight(batch["image"].float().mean(dim=(1, 2, 3))[:, None]).mean()
-
-    def validation_step(self, batch, index):
-        self.validated.append(batch["__key__"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-6)
-
-
-class SaveEverywhere(L.Callback):
-    """Saves a checkpoint after every batch and at the end of every epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.num_saved = folder, 0
-
-    def on_train_batch_end(self, trainer, *_):
-        self.num_saved += 1
-        trainer.save_checkpoint(self.folder / f"batch{self.num_saved}.ckpt")
-
-    def on_train_epoch_end(self, trainer, *_):
-        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
-
-
-def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    module = module or Recorder()
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 1, **trainer}
-    runner = L.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
-    runner.fit(module, datamodule=ClipFilterDataModule(**data), ckpt_path=checkpoint, weights_only=False)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -180,57 +123,3 @@ def test_monitor_logs_what_the_filter_does(data):
     assert logged["clipfilter/dropped/below_threshold"] > 10
     assert logged["clipfilter/samples_per_second"] > 0
     assert 0 <= logged["clipfilter/wait_share"] <= 1
-
-
-# --- two real ranks ---
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def ddp_rank(rank: int, port: int, result: Path, data: dict, save: str | None, checkpoint: str | None) -> None:
-    """One rank of a DDP run, as a launcher such as torchrun starts it; writes what it trained on."""
-    os.environ.update(
-        {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-            "ROLE_RANK": str(rank),
-            "ROLE_WORLD_SIZE": "2",
-            "TORCHELASTIC_RUN_ID": "test",
-        }
-    )
-    callbacks = [SaveEverywhere(Path(save))] if save else []
-    trainer = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
-    module = fit(data, trainer, callbacks=callbacks, checkpoint=checkpoint)
-    (result / f"{rank}.json").write_text(json.dumps(module.trained))
-
-
-def run_ddp(result: Path, data: dict, *, save: Path | None = None, checkpoint: Path | None = None) -> list[list]:
-    result.mkdir()
-    port = free_port()
-    arguments = (port, result, data, save and str(save), checkpoint and str(checkpoint))
-    ranks = [context.Process(target=ddp_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    return [json.loads((result / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_two_ranks_share_samples_step_together_and_resume_exactly(data, tmp_path):
-    whole = run_ddp(tmp_path / "whole", data, save=tmp_path)
-    assert len(whole[0]) == len(whole[1]) > 4
-    first_epoch = [key for rank in whole for epoch, *keys in rank for key in keys if epoch == 0]
-    assert len(first_epoch) == len(set(first_epoch))
-    for saved in (1, len(whole[0]) // 2, len(whole[0]) - 1):
-        rest = run_ddp(tmp_path / f"rest{saved}", data, checkpoint=tmp_path / f"batch{saved}.ckpt")
-        assert rest == [rank[saved:] for rank in whole]

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,52 +18,26 @@ from tests.restore import (
     flat,
     image_number,
     keys,
-    score_by_key,
+    load_scorer,
     threshold_that_keeps,
     write_numbered,
 )
-
-NUM_SAMPLES = 200
-SHARES = (0.0, 0.01, 0.5, 1.0)
-ENDS = ({"end": "sync"}, {"end": "repeat", "batches_per_epoch": 6})
-LIMIT = 100
+from tests.uneven import (
+    ENDS,
+    LIMIT,
+    NUM_SAMPLES,
+    SHARES,
+    Warnings,
+    break_scorer,
+    check_each_pass_is_shared_out,
+    score_numbers,
+    sorted_recipe,
+)
 
 
 @pytest.fixture(scope="module")
 def scored(clip_folder, tmp_path_factory):
-    """Scores of 200 samples, by number."""
-    shards = write_numbered(tmp_path_factory.mktemp("scored"), [list(range(NUM_SAMPLES))])
-    scores = score_by_key(Recipe(clip=clip_folder, shards=shards))
-    return {int(key): score for key, score in scores.items()}
-
-
-def sorted_recipe(clip_folder, folder, scored, world_size, *, shuffle=0):
-    """Shards such that, at a keep rate up to one half, all survivors of an epoch go to one half of the ranks."""
-    ranked = sorted(scored, key=scored.__getitem__, reverse=True)
-    # Two shards for each rank; of every world_size in a row, the first half hold the best.
-    per_shard = NUM_SAMPLES // (2 * world_size)
-    pieces = [ranked[first : first + per_shard] for first in range(0, NUM_SAMPLES, per_shard)]
-    good, bad = pieces[:world_size], pieces[world_size:]
-    half = world_size // 2
-    order = [*good[:half], *bad[:half], *good[half:], *bad[half:]]
-    return Recipe(
-        clip=clip_folder,
-        shards=write_numbered(folder, order),
-        dataset={"shuffle": shuffle, "image_transform": image_number},
-        loader={"batch_size": 4, "score_batch_size": 8},
-    )
-
-
-class Warnings(logging.Handler):
-    """Keeps what is warned of."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-        logging.getLogger("clipfilter_wds").addHandler(self)
-
-    def emit(self, log_record):
-        self.messages.append(log_record.getMessage())
+    return score_numbers(clip_folder, tmp_path_factory.mktemp("scored"))
 
 
 def run_each(recipes, num_epochs):
@@ -112,6 +85,9 @@ def test_uneven_ranks_end_together_at_any_keep_rate_and_share_no_sample(
         kept = {f"{n:09d}" for n, score in scored.items() if score >= recipes[cases.index(what)].loader["threshold"]}
         if share < 1:
             assert {key for epochs in all_epochs for key in flat(epochs)} <= kept, what
+        if end["end"] == "repeat" and not num_workers:
+            all_keys = kept if share < 1 else {f"{number:09d}" for number in scored}
+            check_each_pass_is_shared_out([flat(epochs) for epochs in all_epochs], base, all_keys)
         if end["end"] == "sync":
             check_left_over(outcomes, len(kept) if share < 1 else NUM_SAMPLES, share)
 
@@ -198,6 +174,24 @@ def test_a_failure_on_one_rank_ends_all_with_an_error(clip_folder, scored, tmp_p
             assert error is not None
             assert error[0] is (LookupError if rank == 0 else RuntimeError)
             assert ("no label for" if rank == 0 else "another rank's data loading failed") in error[1]
+
+
+def fail_in_scorer(recipe, bad_rank):
+    """What each end policy comes to when one rank's scorer fails within the first epoch."""
+    if distributed.get_rank() == bad_rank:
+        break_scorer(load_scorer(recipe.clip), after=2)
+    return [fail_each([recipe.but(**end)])[0] for end in ENDS]
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_scorer_that_fails_on_one_rank_ends_all_with_an_error(clip_folder, scored, tmp_path, world_size):
+    recipe = sorted_recipe(clip_folder, tmp_path, scored, world_size).but(threshold=None)
+    bad_rank = world_size - 1
+    for rank, outcomes in enumerate(run_ranks(world_size, fail_in_scorer, recipe, bad_rank, timeout=LIMIT)):
+        for _, error in outcomes:
+            assert error is not None
+            assert error[0] is RuntimeError
+            assert ("device-side assert" if rank == bad_rank else "another rank's data loading failed") in error[1]
 
 
 def test_starvation_of_one_rank_within_its_limit_ends_all(clip_folder, scored, tmp_path):
@@ -287,12 +281,13 @@ distributed.destroy_process_group()
 """
 
 
-def test_torchrun_with_an_uneven_stream_ends_by_itself(clip_folder, scored, tmp_path):
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_torchrun_with_an_uneven_stream_ends_by_itself(clip_folder, scored, tmp_path, world_size):
     shards = write_numbered(tmp_path / "in", [list(range(first, first + 25)) for first in range(0, 200, 25)])
     threshold = threshold_that_keeps(0.5, scored)
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = [str(clip_folder), shards, repr(threshold), str(tmp_path)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
         [*launcher, str(tmp_path / "train.py"), *arguments],
@@ -303,13 +298,14 @@ def test_torchrun_with_an_uneven_stream_ends_by_itself(clip_folder, scored, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    by_rank = [json.loads((tmp_path / f"{rank}.json").read_bytes()) for rank in range(2)]
+    by_rank = [json.loads((tmp_path / f"{rank}.json").read_bytes()) for rank in range(world_size)]
     for epochs in zip(*(epochs for epochs, _ in by_rank), strict=True):
-        assert len(epochs[0]) == len(epochs[1]) > 5
+        assert len({len(batches) for batches in epochs}) == 1
+        assert len(epochs[0]) > 10 // world_size
         handed = flat(epochs)
         assert len(handed) == len(set(handed))
         assert {int(key) for key in handed} <= {number for number, score in scored.items() if score >= threshold}
-    assert by_rank[0][1] == by_rank[1][1]
+    assert len({left_over for _, left_over in by_rank}) == 1
 
 
 def iterate_without_process_group(recipe):

@@ -1,13 +1,16 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from clipfilter_wds.demo.shards import write_demo_shards
 from tests.processes import in_fresh_process
@@ -94,6 +97,40 @@ def test_train_clip_goes_on_as_if_it_had_never_stopped(folder, tmp_path):
     )
     assert list(resumed) == ["5", "7"]
     assert resumed == {step: whole[step] for step in resumed}
+
+
+def filtering_pays(folder: Path, **options: int) -> dict[str, Any]:
+    """What the script found for each of the three ways."""
+    output = run("filtering_pays.py", *(f"--{name}={value}" for name, value in options.items()), cwd=folder)
+    figures = json.loads((folder / "filtering_pays/figures.json").read_bytes())
+    for name in ("raw", "filtered inline", "rewritten ahead"):
+        shares = [figures["runs"][name]["recalls"][-1][direction] for direction in ("image_to_text", "text_to_image")]
+        [row] = [line for line in output.splitlines() if line.startswith(f"│ {name}")]
+        assert all(f"{share:.1%}" in row for share in shares)
+    assert "chance: 1.0%" in output
+    return figures["runs"]
+
+
+def test_filtering_pays_trains_and_compares_three_ways(tmp_path):
+    runs = filtering_pays(tmp_path, steps=2, batch_size=32, num_samples=256, galleries=1)
+    raw, inline, rewritten = runs["raw"], runs["filtered inline"], runs["rewritten ahead"]
+    assert 0.3 < raw["true_share"] < 0.7
+    assert inline["true_share"] > 0.9
+    assert rewritten["true_share"] > 0.9
+    assert rewritten["samples_read"] < inline["samples_read"]
+    for found in runs.values():
+        assert [recall["step"] for recall in found["recalls"]] == [0, 1, 2]
+    assert raw["recalls"][0] == inline["recalls"][0] == rewritten["recalls"][0]  # the same weights
+    assert Image.open(tmp_path / "filtering_pays/recall.png").width > 800
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_filtering_pays_off_when_half_of_the_captions_are_false(tmp_path):
+    runs = filtering_pays(tmp_path, steps=150, num_samples=4000, galleries=4)
+    raw, inline, rewritten = (found["recalls"][-1]["image_to_text"] for found in runs.values())
+    assert inline > 2 * raw
+    assert rewritten > 2 * raw
 
 
 def test_help_of_train_clip_explains_every_option():
