@@ -114,6 +114,8 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
         )
     if tally.band and tally.phase == "copying":
         table.add_row("within the error band", f"{tally.in_band:,}", f"of {tally.band:.2g} around the threshold")
+    if tally.rechecked:
+        table.add_row("rechecked in float32", f"{tally.rechecked:,}", _share(tally.rechecked, counts.seen))
     table.add_row("time", str(timedelta(seconds=round(tally.seconds))), f"{tally.samples_per_second:,.0f} samples/s")
     console.print(table)
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
