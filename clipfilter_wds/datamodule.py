@@ -11,6 +11,7 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader, End
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
+from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.world import World
 
@@ -24,6 +25,9 @@ class ClipFilterDataModule(L.LightningDataModule):
     Args:
         train: Shards to train on: a path, glob, brace range, ``@file.txt`` or a list of these.
         val: Shards to validate on, if any.
+        scores: Folder of score tables of all these shards, from ``clipfilter-wds score`` or ``rewrite`` or an earlier
+            ``record``. They decide then, and no model is loaded.
+        record: Folder to record the scores of the training shards in; what it holds is not scored again.
         model: The CLIP that filters: a Hugging Face hub id, a local folder, or ``demo-tiny``.
         revision: Branch, tag or commit of a hub model.
         precision: Arithmetic of its forward pass; ``auto`` is the fastest whose decisions equal fp32's.
@@ -50,6 +54,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         train: str | list[str],
         val: str | list[str] | None = None,
         *,
+        scores: str | None = None,
+        record: str | None = None,
         model: str = DEFAULT_MODEL,
         revision: str | None = None,
         precision: Precision = "auto",
@@ -72,16 +78,18 @@ class ClipFilterDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(ignore=["image_transform", "text_transform"])
         self._image_transform, self._text_transform = image_transform, text_transform
-        self._scorer: ClipScorer | None = None
+        self._scorer: ClipScorer | ScoreTable | None = None
         self._epoch_loader: _EpochLoader | None = None
         self._resumed: Mapping[str, Any] | None = None
         #: The training loader, once there is one.
         self.train_loader: ClipFilterLoader | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the filter's model to this rank's device."""
-        if self._scorer is None:
-            options = self.hparams
+        """Load the filter's model to this rank's device, or find its score tables."""
+        options = self.hparams
+        if self._scorer is None and options["scores"] is not None:
+            self._scorer = ScoreTable(options["scores"])
+        elif self._scorer is None:
             self._scorer = ClipScorer(
                 options["model"],
                 revision=options["revision"],
@@ -99,6 +107,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             end=options["end"],
             batches_per_epoch=options["batches_per_epoch"],
             drop_last=options["drop_last"],
+            record=options["record"] if options["filter_train"] else None,
         )
         self._epoch_loader = _EpochLoader(self.train_loader, self._trainer, self._resumed)
         self._resumed = None
@@ -131,12 +140,12 @@ class ClipFilterDataModule(L.LightningDataModule):
         return _SameEveryTime(loader)
 
     def _loader(self, shards: str | list[str], *, filtered: bool, shuffle: int, **options: Any) -> ClipFilterLoader:
-        hparams, trainer = self.hparams, self._trainer
-        if self._scorer is None:
+        hparams, trainer, scorer = self.hparams, self._trainer, self._scorer
+        if scorer is None:
             raise RuntimeError("the data module has no model yet; its setup() comes first")
         dataset = ClipWebDataset(
             shards,
-            self._scorer.preprocess,
+            None if isinstance(scorer, ScoreTable) else scorer.preprocess,
             image_transform=self._image_transform,
             text_transform=self._text_transform,
             shuffle=shuffle,
@@ -146,7 +155,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         )
         return ClipFilterLoader(
             dataset,
-            self._scorer if filtered else None,
+            scorer if filtered or isinstance(scorer, ScoreTable) else None,
             threshold=hparams["threshold"] if filtered else None,
             batch_size=hparams["batch_size"],
             score_batch_size=hparams["score_batch_size"],

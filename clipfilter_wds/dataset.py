@@ -7,15 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from clipfilter_wds.captions import Tokens
-from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError, read_uid
+from clipfilter_wds.preprocess import ClipPreprocess, ImageView, OpenPair, UnusableError, decode_sample, read_uid
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.shards import expand_shards
-from clipfilter_wds.stream import Position, ShardFailure, StreamOrder, read_stream
+from clipfilter_wds.stream import (
+    LookUp,
+    PartEnd,
+    Position,
+    ShardFailure,
+    StreamOrder,
+    StreamSample,
+    know_nothing,
+    read_stream,
+)
 from clipfilter_wds.types import DropReason, Sample
 from clipfilter_wds.world import World
 
@@ -47,20 +57,31 @@ class StreamBatch:
         after: The worker's position after this batch.
         urls: Per row, the shard.
         rows: Every sample, usable or not.
-        pixel_values: uint8 ``[N, 3, H, W]``, CLIP's views of the rows without a ``reason``.
+        is_known: Per row, whether its score was known before it was read, bool.
+        known_scores: Per row, that score, float32; 0.0 where there is none.
+        pixel_values: uint8 ``[N, 3, H, W]``, CLIP's views of the rows that are to be scored: without a ``reason``, and
+            not known.
         input_ids: int64 ``[N, L]``, likewise.
-        views: What training gets of these N samples, collated: ``image`` and ``text``.
+        has_views: Per row, whether training may get it, bool: usable, and not known to be dropped.
+        views: What training gets of these rows, collated: ``image`` and ``text``.
         failures: Shards that could not be used, with the reason.
+        ends: Shards of which this worker's samples are all given, in this batch or before, and what is at their end.
+        num_bytes: Size of the rows' shards as stored, -1 when unknown.
     """
 
     worker: int
     after: Position
     urls: list[str]
     rows: list[SampleRow]
+    is_known: np.ndarray
+    known_scores: np.ndarray
     pixel_values: torch.Tensor
     input_ids: torch.Tensor
+    has_views: np.ndarray
     views: dict[str, Any]
     failures: list[tuple[str, str]]
+    ends: list[PartEnd]
+    num_bytes: dict[str, int]
 
 
 class ClipWebDataset(IterableDataset[StreamBatch]):
@@ -71,7 +92,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
 
     Args:
         shards: Whatever :func:`~clipfilter_wds.shards.expand_shards` takes.
-        preprocess: The scorer's ``preprocess``.
+        preprocess: The scorer's ``preprocess``. None for a loader that takes all scores from a table.
         image_transform: RGB image -> the training view of it. The image is the one that CLIP's view was made from, so
             it is decoded once. None gives CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> its training view; None gives the caption. Of an image with several,
@@ -89,7 +110,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
-        preprocess: ClipPreprocess,
+        preprocess: ClipPreprocess | None = None,
         *,
         image_transform: ImageTransform | None = None,
         text_transform: TextTransform | None = None,
@@ -117,7 +138,11 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[StreamBatch]:
-        """One epoch, in batches of 64 samples (for use without a loader)."""
+        """One epoch, in batches of 64 samples (for use without a loader).
+
+        Raises:
+            ValueError: Without ``preprocess``.
+        """
         info = get_worker_info()
         # Not looked up: this runs in workers, whose environment may name a world and no rank.
         world, num_workers = self.world or World(), info.num_workers if info else 1
@@ -139,6 +164,11 @@ class StreamWorker(IterableDataset[StreamBatch]):
         start: Per worker, its position; in a later epoch for a worker that has nothing left in this one.
         first: The worker whose batch comes first. DataLoader always begins with its worker 0, so that one is it.
         endless: Go on with the next epoch for ever.
+        look_up: What is known of a shard before it is read. Samples known to be dropped are not read.
+        view: How images are decoded; None for that of the dataset's ``preprocess``.
+
+    Raises:
+        ValueError: When there is neither ``view`` nor ``preprocess``.
     """
 
     def __init__(
@@ -152,7 +182,13 @@ class StreamWorker(IterableDataset[StreamBatch]):
         start: Sequence[Position],
         first: int = 0,
         endless: bool = False,
+        look_up: LookUp = know_nothing,
+        view: ImageView | None = None,
     ) -> None:
+        if view is None:
+            if dataset.preprocess is None:
+                raise ValueError("the dataset has no preprocess: give it the scorer's, or its loader a ScoreTable")
+            view = dataset.preprocess.view
         self.dataset = dataset
         self.order = StreamOrder(
             urls=dataset.urls, shuffle=dataset.shuffle, seed=dataset.seed, world=world, num_workers=num_workers
@@ -162,6 +198,8 @@ class StreamWorker(IterableDataset[StreamBatch]):
         self.start = list(start)
         self.first = first
         self.endless = endless
+        self.look_up = look_up
+        self.view = view
 
     def __iter__(self) -> Iterator[StreamBatch]:
         """This worker's batches. Iterated again, as persistent workers are, they are those of the next epoch."""
@@ -178,15 +216,18 @@ class StreamWorker(IterableDataset[StreamBatch]):
             position = Position(epoch=position.epoch + 1)
 
     def _epoch(self, worker: int, start: Position) -> Iterator[StreamBatch]:
-        builder = _BatchBuilder(worker, self.dataset)
-        items = read_stream(self.order, worker, start, self.dataset.layout, allow_pipe=self.dataset.allow_pipe)
+        builder = _BatchBuilder(worker, self.dataset, self.view)
+        layout, allow_pipe = self.dataset.layout, self.dataset.allow_pipe
         after = start
-        for item in items:
+        for item in read_stream(self.order, worker, start, layout, look_up=self.look_up, allow_pipe=allow_pipe):
+            if isinstance(item, PartEnd):
+                builder.ends.append(item)
+                continue
             after = item.after
             if isinstance(item, ShardFailure):
                 builder.failures.append((item.url, item.why))
             else:
-                builder.add(item.url, item.sample)
+                builder.add(item)
             if len(builder) == self.batch_size:
                 yield builder.build(after)
         # The epoch's last batch says that the epoch is over, even when it holds no sample.
@@ -196,55 +237,95 @@ class StreamWorker(IterableDataset[StreamBatch]):
 class _BatchBuilder:
     """Gathers samples until they are made a batch of."""
 
-    def __init__(self, worker: int, dataset: ClipWebDataset) -> None:
-        self._worker, self._dataset = worker, dataset
+    def __init__(self, worker: int, dataset: ClipWebDataset, view: ImageView) -> None:
+        self._worker, self._dataset, self._view = worker, dataset, view
         self._clear()
 
     def _clear(self) -> None:
-        self._urls: list[str] = []
-        self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
+        self._items: list[StreamSample] = []
+        self._reasons: list[DropReason | None] = []
+        self._fresh: list[tuple[Sample, OpenPair | DropReason]] = []  # of the items those that are not known
+        self._has_views: list[bool] = []
         self._images: list[Any] = []
+        self._texts: list[Any] = []
         self.failures: list[tuple[str, str]] = []
+        self.ends: list[PartEnd] = []
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._items)
 
-    def add(self, url: str, sample: Sample) -> None:
+    def add(self, item: StreamSample) -> None:
+        """Decode a sample, unless it is known to be dropped."""
+        reason = item.known.reason if item.known else None
+        keep = item.known is None or item.known.keep
+        if keep:
+            try:
+                self._decode(item)
+            except UnusableError as unusable:
+                reason, keep = unusable.reason, False
+                if item.known is None:
+                    self._fresh.append((item.sample, reason))
+        self._items.append(item)
+        self._reasons.append(reason)
+        self._has_views.append(keep)
+
+    def _decode(self, item: StreamSample) -> None:
         dataset = self._dataset
-        self._urls.append(url)
-        try:
-            image, captions = dataset.preprocess.decode_sample(sample, dataset.layout)
-        except UnusableError as unusable:
-            self._samples.append((sample, unusable.reason))
-            return
-        self._samples.append((sample, dataset.preprocess.prepare(image, captions)))
+        image, captions = decode_sample(item.sample, dataset.layout, self._view)
+        view = None
+        if item.known is None:
+            if dataset.preprocess is None:
+                raise ValueError("the dataset has no preprocess, so it can't be scored")
+            pair = dataset.preprocess.prepare(image, captions)
+            self._fresh.append((item.sample, pair))
+            view = pair.pixels
         if dataset.image_transform is not None:
-            self._images.append(dataset.image_transform(image))
+            view = dataset.image_transform(image)
+        self._images.append(self._view(image) if view is None else view)
+        self._texts.append(captions[0] if len(captions) == 1 else captions)
 
     def build(self, after: Position) -> StreamBatch:
         """Make a batch of what was added, and begin the next one."""
         dataset = self._dataset
-        usable = [opened for _, opened in self._samples if isinstance(opened, OpenPair)]
-        pixel_values, tokens = dataset.preprocess.collate(usable)
-        texts: list[Any] = [pair.captions[0] if len(pair.captions) == 1 else pair.captions for pair in usable]
-        if dataset.text_transform is not None:
-            texts = [dataset.text_transform(text) for text in texts]
-        views = {
-            "image": pixel_values if dataset.image_transform is None else _collate(self._images),
-            "text": texts if dataset.text_transform is None else _collate(texts),
-        }
+        fresh = [opened for _, opened in self._fresh if isinstance(opened, OpenPair)]
+        pixel_values, tokens = dataset.preprocess.collate(fresh) if dataset.preprocess else _NOTHING_TO_SCORE
+        # The very tensor, where all is to be scored and CLIP's views are what training gets, so that it is sent once.
+        same = dataset.image_transform is None and len(fresh) == len(self._images)
+        texts = self._texts if dataset.text_transform is None else list(map(dataset.text_transform, self._texts))
+        known = [item.known for item in self._items]
         batch = StreamBatch(
             worker=self._worker,
             after=after,
-            urls=self._urls,
-            rows=sample_rows(self._samples, tokens),
+            urls=[item.url for item in self._items],
+            rows=self._build_rows(tokens),
+            is_known=np.array([entry is not None for entry in known], dtype=bool),
+            known_scores=np.array([entry.score if entry else 0.0 for entry in known], dtype=np.float32),
             pixel_values=pixel_values,
             input_ids=tokens.input_ids,
-            views=views,
+            has_views=np.array(self._has_views, dtype=bool),
+            views={
+                "image": pixel_values if same else _collate(self._images),
+                "text": texts if dataset.text_transform is None else _collate(texts),
+            },
             failures=self.failures,
+            ends=self.ends,
+            num_bytes={item.url: item.num_bytes for item in self._items},
         )
         self._clear()
         return batch
+
+    def _build_rows(self, tokens: Tokens) -> list[SampleRow]:
+        fresh = iter(sample_rows(self._fresh, tokens))
+        return [
+            next(fresh) if item.known is None else SampleRow(item.sample.key, item.sample.index, reason)
+            for item, reason in zip(self._items, self._reasons, strict=True)
+        ]
+
+
+_NOTHING_TO_SCORE = (
+    torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+    Tokens(torch.empty(0, 0, dtype=torch.int64), num_tokens=[], truncated=[]),
+)
 
 
 def _collate(views: list[Any]) -> Any:

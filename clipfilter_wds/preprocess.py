@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -59,6 +59,18 @@ class ImageView:
     interpolation: str = "bicubic"
     resampler: Literal["torchvision", "pillow"] = "torchvision"
     max_pixels: int = 89_478_485  # Pillow's own limit
+
+    @classmethod
+    def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Self:
+        """The view that scores of this fingerprint were made with."""
+        resize = fingerprint["resize"]
+        return cls(
+            resize=resize if isinstance(resize, int) else tuple(resize),
+            crop=tuple(fingerprint["crop"]),
+            interpolation=fingerprint["interpolation"],
+            resampler=fingerprint["resampler"],
+            max_pixels=fingerprint["max_pixels"],
+        )
 
     def decode(self, data: bytes) -> Image.Image:
         """The first frame of an encoded image, as RGB.
@@ -166,7 +178,7 @@ class ClipPreprocess:
         """
         reason = ""
         try:
-            image, captions = self._decode_members(sample, layout)
+            image, captions = _decode_members(sample, layout, self.view)
             pixels = self.view(image)
         except UnusableError as unusable:
             captions, pixels, reason = [""], torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
@@ -181,20 +193,7 @@ class ClipPreprocess:
         Raises:
             UnusableError: With the reason that the sample is dropped for.
         """
-        return self.prepare(*self.decode_sample(sample, layout))
-
-    def decode_sample(self, sample: Sample, layout: SampleLayout) -> tuple[Image.Image, list[str]]:
-        """Read image (as RGB) and captions of a sample, one at least.
-
-        Raises:
-            UnusableError: With the reason that the sample is dropped for.
-        """
-        if sample.problem is not None:
-            raise UnusableError(sample.problem)
-        return self._decode_members({member.extension: member.data for member in sample.members}, layout)
-
-    def _decode_members(self, members: Mapping[str, Any], layout: SampleLayout) -> tuple[Image.Image, list[str]]:
-        return self._decode_pair(first_image(members), read_captions(members, layout))
+        return self.prepare(*decode_sample(sample, layout, self.view))
 
     def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
         """Decode an image and prepare its view.
@@ -202,13 +201,7 @@ class ClipPreprocess:
         Raises:
             UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
         """
-        return self.prepare(*self._decode_pair(encoded, [caption]))
-
-    def _decode_pair(self, image: bytes | Image.Image, captions: list[str]) -> tuple[Image.Image, list[str]]:
-        captions = [caption for caption in captions if caption.strip()]
-        if not captions:
-            raise UnusableError(DropReason.BLANK_CAPTION)
-        return _to_rgb(image) if isinstance(image, Image.Image) else self.view.decode(image), captions
+        return self.prepare(*_decode_pair(encoded, [caption], self.view))
 
     def prepare(self, image: Image.Image, captions: list[str]) -> OpenPair:
         """Prepare the view of an RGB image."""
@@ -219,6 +212,28 @@ class ClipPreprocess:
         views = [pair.pixels for pair in pairs]
         pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
         return pixel_values, self.tokenize([pair.captions for pair in pairs])
+
+
+def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[Image.Image, list[str]]:
+    """Read image (as RGB) and captions of a sample, one at least.
+
+    Raises:
+        UnusableError: With the reason that the sample is dropped for.
+    """
+    if sample.problem is not None:
+        raise UnusableError(sample.problem)
+    return _decode_members({member.extension: member.data for member in sample.members}, layout, view)
+
+
+def _decode_members(members: Mapping[str, Any], layout: SampleLayout, view: ImageView) -> tuple[Image.Image, list[str]]:
+    return _decode_pair(first_image(members), read_captions(members, layout), view)
+
+
+def _decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[Image.Image, list[str]]:
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
+        raise UnusableError(DropReason.BLANK_CAPTION)
+    return _to_rgb(image) if isinstance(image, Image.Image) else view.decode(image), captions
 
 
 def first_image(data: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from clipfilter_wds.shards import DamagedStreamError, OpenShard
 from clipfilter_wds.types import DropReason, Member, Sample, ShardEnd, ShardError
@@ -44,6 +44,11 @@ class SampleLayout:
         """Where captions are: a member's extension, and its JSON field or None when the whole member is the caption."""
         sources = (source.strip().partition(":") for source in self.caption.split(","))
         return [(extension.lower().lstrip("."), field if colon else None) for extension, colon, field in sources]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a score depends on in this class. JSON-ready."""
+        return {"caption": self.caption, "max_member_bytes": self.max_member_bytes}
 
     def is_pair_member(self, extension: str) -> bool:
         """Whether a member with this extension is needed to score a sample, or to know it by its uid."""

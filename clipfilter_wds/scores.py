@@ -20,6 +20,9 @@ from clipfilter_wds.types import DropReason, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
+
+#: Folder within a folder of tables in which a loader records scores of shards that it has not read whole.
+PARTS_FOLDER = "_parts"
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -55,6 +58,7 @@ class ShardScores:
         fingerprint: What the scores depend on beside the shard.
         band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
         num_rechecked: How many of the scores are in float32 since they lay within the band of the run's threshold.
+        rechecked_at: That threshold, where one is known of which all scores within the band are in float32.
     """
 
     table: pa.Table
@@ -64,6 +68,7 @@ class ShardScores:
     fingerprint: Fingerprint
     band: float = 0.0
     num_rechecked: int = 0
+    rechecked_at: float | None = None
 
     @classmethod
     def from_rows(
@@ -77,6 +82,7 @@ class ShardScores:
         fingerprint: Fingerprint,
         band: float = 0.0,
         num_rechecked: int = 0,
+        rechecked_at: float | None = None,
     ) -> Self:
         """Put rows, in any order, and the scores of those without a reason, in the same order, together.
 
@@ -103,6 +109,7 @@ class ShardScores:
             fingerprint=fingerprint,
             band=band,
             num_rechecked=num_rechecked,
+            rechecked_at=rechecked_at,
         )
 
     def write(self, file: BinaryIO) -> None:
@@ -116,6 +123,7 @@ class ShardScores:
             "fingerprint": dict(self.fingerprint),
             "band": self.band,
             "rechecked": self.num_rechecked,
+            "rechecked_at": self.rechecked_at,
         }
         pq.write_table(self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)}), file)
 
@@ -137,6 +145,7 @@ class ShardScores:
                 fingerprint=metadata["fingerprint"],
                 band=metadata["band"],
                 num_rechecked=metadata["rechecked"],
+                rechecked_at=metadata["rechecked_at"],
             )
 
     @property
@@ -204,20 +213,24 @@ class ScoreTable:
         self._names_by_stem: dict[str, list[str]] = defaultdict(list)
         fingerprint: Fingerprint | None = None
         #: The tables, sorted.
-        self.paths = sorted(self.folder.rglob("*.parquet"))
-        for path in self.paths:
-            with _naming(path):
-                metadata = _check_version(pq.read_metadata(path).metadata)
-                source, found = metadata["shard"], metadata["fingerprint"]
-            fingerprint = fingerprint or found
-            check_fingerprint(found, fingerprint, f"{str(path)!r} does not go with the tables before it: it")
-            self._add(path.relative_to(self.folder).with_suffix("").as_posix(), source)
+        self.paths: list[Path] = []
+        for path, metadata in read_all_metadata(self.folder):
+            name = path.relative_to(self.folder).with_suffix("").as_posix()
+            if name.startswith(f"{PARTS_FOLDER}/"):
+                continue
+            fingerprint = fingerprint or metadata["fingerprint"]
+            in_the_way = f"{str(path)!r} does not go with the tables before it: it"
+            check_fingerprint(metadata["fingerprint"], fingerprint, in_the_way)
+            self.paths.append(path)
+            self._add(name, metadata["shard"])
         if fingerprint is None:
             raise ValueError(
                 f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
             )
         #: What all the scores depend on beside the shards.
         self.fingerprint = fingerprint
+        #: Shards that the run that wrote the tables could not use, and why.
+        self.failed = _failed_shards(self.folder)
 
     def _add(self, name: str, source: str) -> None:
         self._names_by_stem[PurePosixPath(name).name].append(name)
@@ -254,6 +267,24 @@ class ScoreTable:
         return max(names, key=lambda name: name.count("/"), default=None)
 
 
+def no_rows() -> pa.Table:
+    """The table of a shard without samples."""
+    return _SCHEMA.empty_table()
+
+
+def read_all_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every table in a folder and below, in order of name, with what it says of itself (``shard``, ``fingerprint``).
+
+    Raises:
+        ValueError: When a parquet file is no score table.
+    """
+    for path in sorted(folder.rglob("*.parquet")):
+        with _naming(path):
+            metadata = _check_version(pq.read_metadata(path).metadata)
+            checked = {"shard": metadata["shard"], "fingerprint": metadata["fingerprint"]}
+        yield path, checked
+
+
 def read_scores(path: AnyPath, url: str) -> ShardScores:
     """The scores of a shard, from its table.
 
@@ -287,6 +318,12 @@ def _check_num_bytes(scored: int, path: AnyPath, url: str) -> None:
 
 def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:
     return path[len(path) - len(end) :] == end
+
+
+def _failed_shards(folder: Path) -> dict[str, str]:
+    summary = (folder.parent if folder.name == "_scores" else folder) / "summary.json"
+    failed: dict[str, str] = json.loads(summary.read_bytes())["failed_shards"] if summary.is_file() else {}
+    return failed
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """A worker's samples in the order of training, from any position: shards shuffled, shared out, samples shuffled."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from clipfilter_wds.samples import SampleLayout, read_samples
-from clipfilter_wds.shards import ShardPart, open_shard, split_by_worker
-from clipfilter_wds.types import Sample, ShardEnd, ShardError
+from clipfilter_wds.shards import OpenShard, ShardPart, open_shard, public_url, split_by_worker
+from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
 from clipfilter_wds.world import World
 
 
@@ -31,13 +32,64 @@ class Position:
     offset: int = 0
 
 
+class KnownSample(NamedTuple):
+    """What is known of a sample before it is read: its key and score, and whether it is kept.
+
+    Attributes:
+        key: The sample's.
+        score: Raw cosine; 0.0 where there is a ``reason``.
+        reason: Why it can't be used, if so.
+        keep: Whether it passes the filter. If not, its members are not read.
+    """
+
+    key: str
+    score: float
+    reason: DropReason | None
+    keep: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnownShard:
+    """What is known of a shard before it is read.
+
+    Attributes:
+        samples: By index; of all samples or some.
+        num_samples: How many the shard holds; None when that is not known.
+    """
+
+    samples: Mapping[int, KnownSample]
+    num_samples: int | None
+
+
+#: URL of a shard that was opened -> what is known of it. May raise a ``ShardError``, when it is not to be used.
+LookUp = Callable[[str], KnownShard]
+
+
+def know_nothing(url: str) -> KnownShard:
+    """What is known of a shard of which nothing is known."""
+    return KnownShard(samples={}, num_samples=None)
+
+
 @dataclass(frozen=True, slots=True)
 class StreamSample:
-    """A sample with its shard's URL, and the position after it."""
+    """A sample, its shard's URL and size as stored, the position after it, and what was known of it.
+
+    A sample that is known to be dropped has no members.
+    """
 
     url: str
+    num_bytes: int
     sample: Sample
     after: Position
+    known: KnownSample | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartEnd:
+    """All of a worker's samples of a shard have been given, and what was found at the shard's end."""
+
+    url: str
+    end: ShardEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,42 +137,106 @@ class StreamOrder:
 
 
 def read_stream(
-    order: StreamOrder, worker: int, start: Position, layout: SampleLayout, *, allow_pipe: bool = False
-) -> Iterator[StreamSample | ShardFailure]:
+    order: StreamOrder,
+    worker: int,
+    start: Position,
+    layout: SampleLayout,
+    *,
+    look_up: LookUp = know_nothing,
+    allow_pipe: bool = False,
+) -> Iterator[StreamSample | ShardFailure | PartEnd]:
     """One epoch of a worker's samples, from a position on.
 
-    Every sample of the worker's shards comes exactly once, unusable ones included. A shard that can't be used is a
-    :class:`ShardFailure`, and the stream goes on with the next.
+    Every sample of the worker's shards comes exactly once, unusable ones included, and some time after the last of a
+    shard its :class:`PartEnd`. A shard that can't be used is a :class:`ShardFailure`, and the stream goes on with the
+    next. The order does not depend on what is known beforehand.
+
+    Raises:
+        ValueError: When a shard is not the one of which something is known.
     """
     window = replace(start, offset=0)
     skip = start.offset
-    raw = _read_parts(order.parts(start.epoch, worker), window, layout, allow_pipe)
+    raw = _read_parts(order.parts(start.epoch, worker), window, layout, look_up, allow_pipe)
     # Without shuffling a window is one sample, so that nothing is read ahead or again.
-    while items := list(islice(raw, max(1, order.shuffle))):
+    ends: list[PartEnd] = []
+    samples = _without_ends(raw, ends)
+    while items := list(islice(samples, max(1, order.shuffle))):
         following = items[-1].after
         for offset, place in enumerate(order.permutation(worker, window, len(items)), start=1):
             if offset > skip:
                 after = following if offset == len(items) else replace(window, offset=offset)
                 yield replace(items[place], after=after)
         window, skip = following, 0
+        yield from ends
+        ends.clear()
+    yield from ends
+
+
+def _without_ends(
+    items: Iterable[StreamSample | ShardFailure | PartEnd], ends: list[PartEnd]
+) -> Iterator[StreamSample | ShardFailure]:
+    """Put the ends aside, which are no part of a window."""
+    for item in items:
+        if isinstance(item, PartEnd):
+            ends.append(item)
+        else:
+            yield item
 
 
 def _read_parts(
-    parts: Sequence[ShardPart], start: Position, layout: SampleLayout, allow_pipe: bool
-) -> Iterator[StreamSample | ShardFailure]:
+    parts: Sequence[ShardPart], start: Position, layout: SampleLayout, look_up: LookUp, allow_pipe: bool
+) -> Iterator[StreamSample | ShardFailure | PartEnd]:
     """The samples of a worker's shards as they lie there."""
     for number in range(start.shard, len(parts)):
         part = parts[number]
         first = start.index if number == start.shard else 0
-
-        def wanted(index: int, part: ShardPart = part, first: int = first) -> bool:
-            return index >= first and index % part.num_parts == part.part
-
+        end: ShardEnd | None = None
         try:
             with open_shard(part.url, allow_pipe=allow_pipe) as shard:
-                for item in read_samples(shard, layout, wanted=wanted, pair_only=True):
-                    if not isinstance(item, ShardEnd):
+                known = look_up(part.url)
+                for item in _read_part(shard, part, first, layout, known):
+                    if isinstance(item, ShardEnd):
+                        end = item
+                    else:
                         after = Position(start.epoch, number, item.index + 1)
-                        yield StreamSample(part.url, item, after)
+                        yield StreamSample(part.url, shard.num_bytes, item, after, known.samples.get(item.index))
+            # Only now, since closing the shard can still tell that reading it failed.
+            if end is not None:
+                yield PartEnd(part.url, end)
         except ShardError as error:
             yield ShardFailure(part.url, str(error), Position(start.epoch, number + 1))
+
+
+def _read_part(
+    shard: OpenShard, part: ShardPart, first: int, layout: SampleLayout, known: KnownShard
+) -> Iterator[Sample | ShardEnd]:
+    """A worker's share of a shard, from an index on, and its end. What is not kept is not read, but has its place."""
+
+    def is_mine(index: int) -> bool:
+        return index >= first and index % part.num_parts == part.part
+
+    def wanted(index: int) -> bool:
+        return is_mine(index) and (index not in known.samples or known.samples[index].keep)
+
+    place = first
+    for item in read_samples(shard, layout, wanted=wanted, pair_only=True):
+        _check_is_known(part.url, item, known)
+        until = item.num_samples if isinstance(item, ShardEnd) else item.index
+        yield from (
+            Sample(key=known.samples[index].key, index=index) for index in range(place, until) if is_mine(index)
+        )
+        yield item
+        place = until + 1
+
+
+def _check_is_known(url: str, item: Sample | ShardEnd, known: KnownShard) -> None:
+    """Check that a shard is the one of which something is known."""
+    if isinstance(item, ShardEnd):
+        here, there = f"{item.num_samples} samples", f"{known.num_samples} samples"
+        is_same = known.num_samples in (None, item.num_samples)
+    else:
+        expected = known.samples.get(item.index)
+        here, there = f"sample {item.index} is {item.key!r}", f"it is {expected.key!r}" if expected else "there is none"
+        is_same = expected.key == item.key if expected else known.num_samples is None
+    if not is_same:
+        raise ValueError(f"{public_url(url)} is not the shard that was scored: {here} here, {there} among the scores")

@@ -14,6 +14,7 @@ from PIL import Image
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
 from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.types import FilterStats
 from clipfilter_wds.world import World
 from tests.processes import run_ranks
@@ -31,11 +32,20 @@ class Recipe:
     shards: str | list[str]
     dataset: Mapping[str, Any] = field(default_factory=dict)
     loader: Mapping[str, Any] = field(default_factory=dict)
+    #: Folder of score tables to take the scores from, instead of the model.
+    scores: Path | None = None
 
     def build(self, **options: Any) -> ClipFilterLoader:
+        if self.scores is not None:
+            dataset = ClipWebDataset(self.shards, **self.dataset)
+            return ClipFilterLoader(dataset, ScoreTable(self.scores), **{**self.loader, **options})
         scorer = load_scorer(self.clip)
         dataset = ClipWebDataset(self.shards, scorer.preprocess, **self.dataset)
         return ClipFilterLoader(dataset, scorer, **{**self.loader, **options})
+
+    def from_table(self, scores: Path) -> "Recipe":
+        """The same with the scores of a table."""
+        return replace(self, scores=scores)
 
     def but(self, **options: Any) -> "Recipe":
         """The same with other loader options."""

@@ -5,7 +5,9 @@ import pytest
 import yaml
 
 from clipfilter_wds.cli import main
+from clipfilter_wds.rewrite import ScoreConfig, process_shards
 from tests.processes import in_fresh_process
+from tests.restore import load_scorer
 from tests.toys import pair, write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,10 @@ def test_every_training_config_makes_a_step(config, clip_folder, tmp_path):
         "score_batch_size": 4,
         "num_workers": 0,
     }
+    if "scores" in yaml.safe_load(config.read_text())["data"]:
+        score = ScoreConfig(shards=f"{tmp_path}/*.tar", output=tmp_path / "scores", num_workers=0)
+        process_shards(score, load_scorer(clip_folder))
+        data = {**data, "scores": tmp_path / "scores", "model": tmp_path / "no model"}
     trainer = {
         "accelerator": "cpu",
         "devices": 1,

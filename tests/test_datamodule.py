@@ -123,3 +123,12 @@ def test_monitor_logs_what_the_filter_does(data):
     assert logged["clipfilter/dropped/below_threshold"] > 10
     assert logged["clipfilter/samples_per_second"] > 0
     assert 0 <= logged["clipfilter/wait_share"] <= 1
+
+
+def test_scores_of_a_table_or_record_train_on_the_same_batches_as_the_model(data, tmp_path):
+    scored = fit({**data, "record": str(tmp_path / "record")}, {})
+    recorded = fit({**data, "record": str(tmp_path / "record")}, {})
+    from_table = fit({**data, "model": "no/model", "scores": str(tmp_path / "record")}, {})
+    assert scored.trained == recorded.trained == from_table.trained
+    assert scored.validated == recorded.validated == from_table.validated
+    assert {path.name for path in (tmp_path / "record").glob("*.parquet")} == {f"{n}.parquet" for n in range(4)}

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipfilter_wds.samples import SampleLayout
-from clipfilter_wds.stream import Position, ShardFailure, StreamOrder, StreamSample, read_stream
+from clipfilter_wds.stream import PartEnd, Position, ShardFailure, StreamOrder, StreamSample, read_stream
 from clipfilter_wds.world import World
 from tests.toys import write_shard, write_tar
 
@@ -27,7 +27,9 @@ def order(urls, *, shuffle=4, seed=0, rank=0, world_size=1, num_workers=1):
 
 
 def epoch_of(stream_order, *, epoch=0, worker=0, start=None):
-    return list(read_stream(stream_order, worker, start or Position(epoch=epoch), SampleLayout()))
+    """One epoch, but for the ends of shards."""
+    items = read_stream(stream_order, worker, start or Position(epoch=epoch), SampleLayout())
+    return [item for item in items if not isinstance(item, PartEnd)]
 
 
 def keys(items):

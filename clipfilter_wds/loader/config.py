@@ -1,6 +1,7 @@
 """How a loader works."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
@@ -21,6 +22,8 @@ class LoaderConfig:
         end: With several ranks, how an epoch ends. ``sync``: for all together, when the first has no further batch.
             ``repeat``: after ``batches_per_epoch`` batches; the stream of shards goes on for ever.
         batches_per_epoch: For ``repeat``.
+        record: Folder to record the scores of shards in. What it holds already is not scored again, nor are the later
+            epochs; samples that were dropped are then not decoded either.
         starvation_limit: Samples in a row without one that is kept after which to raise an error.
         persistent_workers: Keep the workers from one epoch to the next (``end="sync"``).
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
@@ -36,6 +39,7 @@ class LoaderConfig:
     drop_last: bool = False
     end: End = "sync"
     batches_per_epoch: int | None = None
+    record: str | Path | None = None
     starvation_limit: int = 100_000
     persistent_workers: bool = False
     multiprocessing_context: str | None = None

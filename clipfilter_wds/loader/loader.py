@@ -6,17 +6,25 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader.config import LoaderConfig
+from clipfilter_wds.loader.known import TableLookUp
 from clipfilter_wds.loader.mark import Mark
+from clipfilter_wds.loader.record import Recorder, RecordFolder, RecordLookUp
 from clipfilter_wds.loader.run import Run
 from clipfilter_wds.loader.workers import Workers
-from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.preprocess import ImageView
+from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.shards import public_url
+from clipfilter_wds.stream import know_nothing
 from clipfilter_wds.types import FilterStats
 from clipfilter_wds.world import Agreement, World
+
+if TYPE_CHECKING:  # importing models takes seconds, and a loader that takes its scores from a table has none
+    from clipfilter_wds.recheck import Recheck
+    from clipfilter_wds.scorer import ClipScorer
 
 _log = logging.getLogger(__name__)
 
@@ -37,24 +45,27 @@ class ClipFilterLoader:
         dataset: A :class:`~clipfilter_wds.dataset.ClipWebDataset`; or any iterable of dicts that hold ``pixel_values``
             and ``input_ids`` as ``scorer.preprocess`` makes them, whose other columns are passed on (such a
             loader can't be resumed).
-        scorer: The model; None keeps everything and adds no scores, for loaders that are sometimes filtered.
+        scorer: The model; or a :class:`~clipfilter_wds.scores.ScoreTable`, whose scores decide before an image is
+            decoded, with no model at all, and give the batches that a model gives. None keeps everything and adds no
+            scores, for loaders that are sometimes filtered.
         world: This rank among all; None takes it from ``torch.distributed`` or the environment.
         options: As :class:`LoaderConfig`.
 
     Raises:
-        ValueError: From :class:`LoaderConfig`.
+        ValueError: From :class:`LoaderConfig`; and when the scorer, or score table, does not fit the dataset.
     """
 
     def __init__(
         self,
         dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
-        scorer: ClipScorer | None,
+        scorer: "ClipScorer | ScoreTable | None",
         *,
         world: World | None = None,
         **options: Any,
     ) -> None:
         self.dataset = dataset
-        self.scorer = scorer
+        self.table = scorer if isinstance(scorer, ScoreTable) else None
+        self.scorer = None if isinstance(scorer, ScoreTable) else scorer
         self.config = LoaderConfig(**options)
         if scorer is None and self.config.threshold is not None:
             raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
@@ -64,10 +75,33 @@ class ClipFilterLoader:
         self._agreement: Agreement | None = None
         self._asked_epoch: int = getattr(dataset, "epoch", 0)
         self._reported: set[str] = set()  # bad shards that were warned of
-        self._workers = Workers(self.config)
+        self._recorder: Recorder | None = None
+        self._workers = self._open_workers()
         self._run: Run | None = None
         self._next = Mark.start(self._num_positions, self._asked_epoch, FilterStats())
         self._remembered: deque[Mark] = deque([self._next], maxlen=_NUM_REMEMBERED)
+
+    def _open_workers(self) -> Workers:
+        """What decodes, with what it knows beforehand."""
+        dataset, table, record = self.dataset, self.table, self.config.record
+        if record is not None and self.scorer is None:
+            raise ValueError(f"record is {str(record)!r}, but there is no scorer whose scores could be recorded")
+        if not isinstance(dataset, ClipWebDataset):
+            if table is not None or record is not None:
+                raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
+            return Workers(self.config, know_nothing, None)
+        if table is not None:
+            look_up = TableLookUp.of(table, dataset, self.config.threshold)
+            view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
+            return Workers(self.config, look_up, view)
+        if dataset.preprocess is None:
+            raise ValueError("the dataset has no preprocess: give it the scorer's, or the loader a ScoreTable")
+        if record is None or self.scorer is None:
+            return Workers(self.config, know_nothing, dataset.preprocess.view)
+        fingerprint = {**self.scorer.fingerprint, **dataset.layout.fingerprint}
+        folder = RecordFolder.open(record, dataset.urls, fingerprint, self.config.threshold)
+        self._recorder = Recorder(folder)
+        return Workers(self.config, RecordLookUp(record=folder), dataset.preprocess.view)
 
     @property
     def _num_positions(self) -> int:
@@ -120,13 +154,30 @@ class ClipFilterLoader:
         if self._agreement is None:
             self._agreement = Agreement(world)
         self._begin_at(begin)
-        run = self._run = Run(self.dataset, self.scorer, self.config, world, begin, self._workers, self._reported)
+        run = self._run = Run(
+            self.dataset,
+            self._new_recheck(),
+            self.config,
+            world,
+            begin,
+            self._workers,
+            self._recorder,
+            self._reported,
+            has_scores=self.scorer is not None or self.table is not None,
+        )
         try:
             yield from self._hand_out(run, self._agreement)
         finally:
             run.close()
             if self._run is run:  # nobody has set another beginning meanwhile
                 self._next = self._following(run)
+
+    def _new_recheck(self) -> "Recheck | None":
+        if self.scorer is None:
+            return None
+        from clipfilter_wds.recheck import Recheck
+
+        return Recheck(self.scorer, self.config.threshold)
 
     def _following(self, run: Run) -> Mark:
         """Where the iteration after this one begins."""
@@ -158,6 +209,7 @@ class ClipFilterLoader:
     def _finish_epoch(self, run: Run, agreement: Agreement, batches: int, *, unused: bool) -> None:
         whole = math.floor if self.config.drop_last else math.ceil
         ready = whole(run.num_ready / self.config.batch_size) + unused
+        run.flush_record()  # before any rank begins the next epoch, in which it reads what others have recorded
         told = agreement.gather((ready, run.num_kept, run.num_seen))
         self.left_over = sum(ready for ready, _, _ in told)
         if batches == 0 and not any(kept for _, kept, _ in told):
@@ -200,6 +252,8 @@ class ClipFilterLoader:
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"the state has version {state['version']}, this version reads {_STATE_VERSION}")
         here, there = self._settings(), state["settings"]
+        if self.scorer is not None:
+            here.pop("precision", None)  # a model decides alike in any
         differences = [
             f"{name} is {here[name]!r} here and {there.get(name)!r} in the state"
             for name in here
@@ -215,6 +269,8 @@ class ClipFilterLoader:
             raise ValueError("only a loader of a ClipWebDataset can be resumed")
         world, config = self.world or World.current(), self.config
         names = "\n".join(public_url(url) for url in self.dataset.urls)
+        scores = self.table or self.scorer
+        fingerprint = scores.fingerprint if scores is not None else {}
         return {
             "rank": world.rank,
             "world_size": world.world_size,
@@ -222,10 +278,10 @@ class ClipFilterLoader:
             "dataset": f"{len(self.dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
             "shuffle": self.dataset.shuffle,
             "seed": self.dataset.seed,
-            "caption": self.dataset.layout.caption,
             "threshold": config.threshold,
             "batch_size": config.batch_size,
             "score_batch_size": config.score_batch_size,
             "end": config.end,
-            "weights": self.scorer and self.scorer.fingerprint["weights"],
+            **self.dataset.layout.fingerprint,
+            **{name: value for name, value in fingerprint.items() if name != "model"},
         }

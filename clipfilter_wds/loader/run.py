@@ -4,7 +4,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,16 +13,18 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.feed import Feed
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark, Progress
+from clipfilter_wds.loader.record import Recorder
 from clipfilter_wds.loader.scored import Scored, score_columns, score_stream
 from clipfilter_wds.loader.workers import Workers
 from clipfilter_wds.rebatch import Rebatcher, take
-from clipfilter_wds.recheck import Recheck
-from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
 from clipfilter_wds.shards import public_url
 from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.watch import KeepRateWatch
 from clipfilter_wds.world import World
+
+if TYPE_CHECKING:  # importing models takes seconds, and a loader that takes its scores from a table has none
+    from clipfilter_wds.recheck import Recheck
 
 _log = logging.getLogger(__name__)
 
@@ -33,29 +35,31 @@ class Run:
     def __init__(
         self,
         dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
-        scorer: ClipScorer | None,
+        recheck: "Recheck | None",
         config: LoaderConfig,
         world: World,
         begin: Mark,
         workers: Workers,
+        recorder: Recorder | None,
         reported: set[str],
+        *,
+        has_scores: bool,
     ) -> None:
         self.world = world
-        self._config, self._reported = config, reported
+        self._config, self._recorder, self._reported = config, recorder, reported
         self.begun_at = begin
         self.progress = begin.progress
         self.num_seen = self.num_kept = 0
         self._skip = begin.handed
-        self._has_scores = scorer is not None
+        self._has_scores = has_scores
         self._last_kept_epoch = begin.progress.epoch
         self._rebatcher = Rebatcher(config.batch_size)
         self._waiting: deque[Progress] = deque()
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
-        recheck = None if scorer is None else Recheck(scorer, config.threshold)
         self._feed: Feed[Any, Scored]
         if isinstance(dataset, ClipWebDataset):
             batches = workers.batches(dataset, world, begin)
-            self._feed = Feed(batches, partial(score_stream, recheck), keep=config.persistent_workers)
+            self._feed = Feed(batches, partial(score_stream, recheck, recorder), keep=config.persistent_workers)
         else:
             self._feed = Feed(dataset, partial(score_columns, recheck))
         self._scored = iter(self._feed)
@@ -95,7 +99,8 @@ class Run:
             raise self.watch.starved(f"{self.world.world_size} whole epochs left none")
 
     def _push(self, scored: Scored, keep: np.ndarray, num_rows: int, before: Progress) -> None:
-        columns = take(scored.columns, np.flatnonzero(keep).tolist()) if num_rows < len(keep) else scored.columns
+        rows = keep[scored.has_columns]
+        columns = scored.columns if rows.all() else take(scored.columns, np.flatnonzero(rows).tolist())
         scores = {"score": torch.from_numpy(scored.scores[keep])} if self._has_scores else {}
         self._rebatcher.push({**columns, **scores}, num_rows)
         self._waiting.append(before)
@@ -114,6 +119,12 @@ class Run:
         handed = self._rebatcher.num_begun if self._waiting else 0
         return Mark(progress=waiting, epoch=self.begun_at.epoch, handed=handed, batches=batches)
 
+    def flush_record(self) -> None:
+        """Write the scores that are not yet recorded."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
     def close(self) -> None:
         """Stop workers and thread."""
         self._feed.close()
+        self.flush_record()

@@ -5,48 +5,81 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import compress
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from clipfilter_wds.dataset import StreamBatch
+from clipfilter_wds.loader.record import Recorder
 from clipfilter_wds.rebatch import take
-from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.stream import Position
 from clipfilter_wds.types import DropReason
+
+if TYPE_CHECKING:  # importing models takes seconds, and a loader that takes its scores from a table has none
+    from clipfilter_wds.recheck import Recheck
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A scoring batch with its scores: columns hold the usable samples only."""
+    """A scoring batch with its scores.
+
+    Attributes:
+        columns: What training may get.
+        scores: Raw cosines of the N usable samples, float32 ``[N]``.
+        has_columns: Which of these have a row in the columns, bool ``[N]``; the others are known to be dropped.
+        unusable: The other samples, counted by reason.
+        worker: Whose they are.
+        after: The worker's position after this batch.
+        failures: Shards that could not be used, with the reason.
+    """
 
     columns: dict[str, Any]
     scores: np.ndarray
+    has_columns: np.ndarray
     unusable: Mapping[DropReason, int]
     worker: int = 0
     after: Position = field(default_factory=Position)
     failures: tuple[tuple[str, str], ...] = ()
 
 
-def score_stream(recheck: Recheck | None, batches: Iterable[StreamBatch]) -> Iterator[Scored]:
-    """Score a dataset's batches; their columns are the training views of the usable samples, their keys and URLs."""
-    for batch, scores in _score(recheck, batches, lambda batch: (batch.pixel_values, batch.input_ids)):
-        usable = [row.reason is None for row in batch.rows]
-        columns = {
-            **batch.views,
-            "__key__": [row.key for row in batch.rows if row.reason is None],
-            "__url__": list(compress(batch.urls, usable)),
-        }
-        unusable = Counter(row.reason for row in batch.rows if row.reason is not None)
-        place = {"worker": batch.worker, "after": batch.after, "failures": tuple(batch.failures)}
-        yield _scored(recheck, columns, scores, unusable, **place)
+def score_stream(
+    recheck: "Recheck | None", recorder: Recorder | None, batches: Iterable[StreamBatch]
+) -> Iterator[Scored]:
+    """Score, and record, those of a dataset's samples that have no score yet.
+
+    The columns are the training views of the samples that may be kept, their keys and URLs.
+    """
+    for batch, new_scores in _score(recheck, batches, lambda batch: (batch.pixel_values, batch.input_ids)):
+        usable = np.array([row.reason is None for row in batch.rows], dtype=bool)
+        scores = batch.known_scores.copy()
+        scores[usable & ~batch.is_known] = new_scores
+        if recorder is not None and recheck is not None:
+            recorder.add(batch, scores, recheck.band)
+        finite = np.isfinite(scores) | (recheck is None)
+        not_finite = Counter({DropReason.NOT_FINITE: int((usable & ~finite).sum())})
+        yield Scored(
+            columns=_columns(batch, finite),
+            scores=scores[usable & finite],
+            has_columns=batch.has_views[usable & finite],
+            unusable=Counter(row.reason for row in batch.rows if row.reason is not None) + not_finite,
+            worker=batch.worker,
+            after=batch.after,
+            failures=tuple(batch.failures),
+        )
 
 
-def score_columns(recheck: Recheck | None, batches: Iterable[Mapping[str, Any]]) -> Iterator[Scored]:
+def _columns(batch: StreamBatch, finite: np.ndarray) -> dict[str, Any]:
+    views, places = batch.views, np.flatnonzero(batch.has_views)
+    if not finite[places].all():
+        views = take(views, np.flatnonzero(finite[places]).tolist())
+    rows = places[finite[places]].tolist()
+    return {**views, "__key__": [batch.rows[row].key for row in rows], "__url__": [batch.urls[row] for row in rows]}
+
+
+def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]]) -> Iterator[Scored]:
     """Score batches of anybody's loader; their columns are passed on as they are.
 
     Raises:
@@ -59,7 +92,12 @@ def score_columns(recheck: Recheck | None, batches: Iterable[Mapping[str, Any]])
         return batch.columns["pixel_values"], _without_padding(input_ids, pad_id)
 
     for batch, scores in _score(recheck, map(_usable_columns, batches), inputs):
-        yield _scored(recheck, batch.columns, scores, batch.unusable)
+        columns, finite = batch.columns, np.isfinite(scores) | (recheck is None)
+        if not finite.all():
+            columns, scores = take(columns, np.flatnonzero(finite).tolist()), scores[finite]
+        not_finite = Counter({DropReason.NOT_FINITE: int((~finite).sum())})
+        has_columns = np.ones(len(scores), dtype=bool)
+        yield Scored(columns=columns, scores=scores, has_columns=has_columns, unusable=batch.unusable + not_finite)
 
 
 class _UsableColumns(NamedTuple):
@@ -85,20 +123,8 @@ def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     return input_ids[..., : int(used[-1]) + 2] if len(used) else input_ids
 
 
-def _scored(
-    recheck: Recheck | None, columns: dict[str, Any], scores: np.ndarray, unusable: Counter[DropReason], **place: Any
-) -> Scored:
-    """Leave out the rows for which the model gave no number."""
-    finite = np.isfinite(scores)
-    if recheck is not None and not finite.all():
-        columns = take(columns, np.flatnonzero(finite).tolist())
-        unusable = unusable + Counter({DropReason.NOT_FINITE: int((~finite).sum())})
-        scores = scores[finite]
-    return Scored(columns=columns, scores=scores, unusable=unusable, **place)
-
-
 def _score(
-    recheck: Recheck | None, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
+    recheck: "Recheck | None", batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
 ) -> Iterator[tuple[T, np.ndarray]]:
     if recheck is None:
         for batch in batches:

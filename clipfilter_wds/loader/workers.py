@@ -7,14 +7,22 @@ import torch
 from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker, worker_loader
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark
+from clipfilter_wds.preprocess import ImageView
+from clipfilter_wds.stream import LookUp
 from clipfilter_wds.world import World
 
 
 class Workers:
-    """Gives a dataset's batches from a mark on; persistent workers go on from epoch to epoch."""
+    """Gives a dataset's batches from a mark on; persistent workers go on from epoch to epoch.
 
-    def __init__(self, config: LoaderConfig) -> None:
-        self._config = config
+    Args:
+        config: The loader's.
+        look_up: What workers know of a shard before they read it.
+        view: How images are decoded; None for that of the dataset's ``preprocess``.
+    """
+
+    def __init__(self, config: LoaderConfig, look_up: LookUp, view: ImageView | None) -> None:
+        self._config, self._look_up, self._view = config, look_up, view
         self._kept: Iterable[StreamBatch] | None = None
         self._kept_for: Mark | None = None
 
@@ -40,6 +48,8 @@ class Workers:
             start=begin.progress.positions,
             first=begin.progress.next_worker,
             endless=config.end == "repeat",
+            look_up=self._look_up,
+            view=self._view,
         )
         return worker_loader(
             stream,

@@ -42,8 +42,7 @@ class ScoringOptions:
         """What the scores depend on beside the shards."""
         return {
             **scorer.fingerprint,
-            "caption": self.layout.caption,
-            "max_member_bytes": self.layout.max_member_bytes,
+            **self.layout.fingerprint,
             **({} if self.subset is None else {"subset": self.subset.digest}),
         }
 
