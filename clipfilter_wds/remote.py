@@ -1,6 +1,7 @@
 """Storage on other machines, through fsspec: find it, try again when it fails, read on where a connection broke."""
 
 import io
+import os
 import random
 import re
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+from fsspec.registry import registry
 
 T = TypeVar("T")
 
@@ -51,6 +53,20 @@ def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     """Whether its files are this machine's."""
     return "file" in protocols(fs)
+
+
+# --- forks ---
+
+_kept_over_fork: list[object] = []
+
+
+def _keep_over_fork() -> None:
+    # fsspec drops its file systems in a forked child. Closing them there would take their connections off the event
+    # loop's list of what to watch, which parent and child share, and the parent would wait for ever. So they are kept.
+    _kept_over_fork.extend(fs for kind in list(registry.values()) for fs in list(kind._cache.values()))
+
+
+os.register_at_fork(before=_keep_over_fork, after_in_parent=_kept_over_fork.clear)
 
 
 # --- what goes wrong ---

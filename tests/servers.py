@@ -2,6 +2,7 @@
 
 import http.client
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -140,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)  # also where a forked process holds the connection as well
         self.close_connection = True
 
 

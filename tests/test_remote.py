@@ -1,4 +1,5 @@
 import errno
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -97,6 +98,26 @@ def test_a_file_is_uploaded_whole_by_a_server_that_fails_now_and_then(storage):
             file.write(DATA)
     storage.reset()
     assert all(any_path(f"s3://bucket/uploaded/{number}.tar").read_bytes() == DATA for number in range(4))
+
+
+@pytest.mark.timeout(120)
+def test_parent_and_forked_workers_use_one_storage_at_once(storage):
+    """A fork takes the parent's connections with it; neither may get in the other's way, as DataLoader workers do."""
+    fork = multiprocessing.get_context("fork")
+    for _ in range(5):
+        assert read_whole("s3://bucket/0.tar") == DATA  # connections are open when the workers begin
+        workers = [fork.Process(target=_read_twice) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for number in range(5):
+            publish_json(any_path(f"s3://bucket/uploaded/{number}.json"), {})
+        for worker in workers:
+            worker.join(30)
+            assert worker.exitcode == 0
+
+
+def _read_twice() -> None:
+    assert read_whole("s3://bucket/0.tar") == read_whole("s3://bucket/0.tar") == DATA
 
 
 def test_nothing_appears_when_writing_fails_or_the_server_is_gone(storage):
