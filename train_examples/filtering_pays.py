@@ -107,7 +107,9 @@ class Training:
         recalls, num_true, seconds = [(0, self._evaluate(model))], 0, 0.0
         began = time.perf_counter()
         for step, batch in enumerate(loader, start=1):
-            loss = contrastive_loss(model, batch["image"], self.preprocess.tokenize(batch["text"]).input_ids)
+            loss = contrastive_loss(
+                model, batch["image"], self.preprocess.tokenize([[caption] for caption in batch["text"]]).input_ids
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -37,7 +37,7 @@ class Galleries:
         rng = random.Random(seed)
         scenes = [scene for _ in range(num_galleries) for scene in _distinct_scenes(rng, size)]
         views = torch.stack([preprocess.view(draw(scene)) for scene in scenes])
-        input_ids = preprocess.tokenize([describe(scene, rng) for scene in scenes]).input_ids
+        input_ids = preprocess.tokenize([[describe(scene, rng)] for scene in scenes]).input_ids
         shape = (num_galleries, size)
         return cls(pixel_values=views.unflatten(0, shape), input_ids=input_ids.unflatten(0, shape))
 
