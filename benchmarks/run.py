@@ -6,6 +6,7 @@ from collections.abc import Callable
 from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.copy import copy
 from benchmarks.inline import inline
 from benchmarks.length import length
 from benchmarks.options import Options
@@ -19,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Options, Report], None]] = {
     "workers": workers,
     "inline": inline,
     "length": length,
+    "copy": copy,
 }
 
 

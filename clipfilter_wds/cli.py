@@ -31,6 +31,7 @@ def rewrite(
     keep_fraction: float | None = None,
     subset: str | None = None,
     scores: str | None = None,
+    samples_per_shard: int | None = None,
     caption: str = "txt",
     report: str | None = None,
     batch_size: int = 64,
@@ -48,6 +49,7 @@ def rewrite(
         keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
         subset: Keep only what this file lists: a .npy of uids as DataComp's, or a text file of keys, one per line.
         scores: Folder of score tables that were made before; no model is loaded and no image decoded then.
+        samples_per_shard: Pack what is kept into shards of this many samples; else each input shard has its output.
         caption: Member that holds the caption (txt), or a field of the json member (json:caption); several
             of these, separated by commas, are several captions of an image.
         report: HTML file to write that shows what was kept and dropped.
@@ -62,6 +64,7 @@ def rewrite(
         keep_fraction=keep_fraction,
         subset=subset,
         scores=scores,
+        samples_per_shard=samples_per_shard,
         caption=caption,
         batch_size=batch_size,
         num_workers=num_workers,

@@ -112,6 +112,8 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
         table.add_row(
             "captions truncated", f"{tally.truncated_captions:,}", _share(tally.truncated_captions, counts.seen)
         )
+    if tally.renamed:
+        table.add_row("keys with a suffix", f"{tally.renamed:,}", _share(tally.renamed, counts.kept))
     if tally.band and tally.phase == "copying":
         table.add_row("within the error band", f"{tally.in_band:,}", f"of {tally.band:.2g} around the threshold")
     if tally.rechecked:

@@ -3,7 +3,7 @@
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from clipfilter_wds.shards import DamagedStreamError, OpenShard
@@ -171,6 +171,13 @@ class _Groups:
                 f"the tar is not sorted: members of {key!r} lie apart or appear twice, so images and captions can't be "
                 "paired. Write it again with each sample's members side by side, for example with `tar --sort=name`"
             )
+
+
+def with_suffix(member: Member, suffix: str) -> Member:
+    """The member under its sample's key with something behind it: ``a/b.seg.png`` with ``_1`` is ``a/b_1.seg.png``."""
+    parts = _KEY_AND_EXTENSION.fullmatch(member.name)
+    assert parts is not None
+    return replace(member, name=f"{parts[1]}{suffix}.{parts[2]}")
 
 
 def _read_data(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

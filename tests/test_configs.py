@@ -6,6 +6,7 @@ import yaml
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.rewrite import ScoreConfig, process_shards
+from clipfilter_wds.scorer import ClipScorer
 from tests.processes import in_fresh_process
 from tests.restore import load_scorer
 from tests.toys import pair, write_shard
@@ -26,9 +27,13 @@ def test_every_command_config_runs(config, clip_folder, tmp_path):
     write_shard(tmp_path / "in/0.tar", [pair(0)])
     command = config.read_text().split()[2]
     assert command in ("rewrite", "score")
-    assert yaml.safe_load(config.read_text())["shards"]
+    settings = yaml.safe_load(config.read_text())
+    assert settings["shards"]
     shard = str(tmp_path / "in/0.tar")
     options = ["--output", str(tmp_path / "out"), "--model", str(clip_folder)]
+    if "scores" in settings:
+        process_shards(ScoreConfig(shards=shard, output=tmp_path / "scores", num_workers=0), ClipScorer(clip_folder))
+        options += ["--scores", str(tmp_path / "scores")]
     with pytest.raises(SystemExit) as raised:
         main([command, "--config", str(config), shard, *options])
     assert raised.value.code == 0

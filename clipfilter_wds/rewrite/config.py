@@ -96,15 +96,20 @@ class RewriteConfig(ScoreConfig):
         keep_fraction: Keep this share of the run's pairs that could be scored, those with the highest scores.
         subset: Keep only what this file lists; see :class:`~clipfilter_wds.subset.Subset`.
         scores: Folder of the shards' score tables, made before; no model is needed then.
+        samples_per_shard: Pack what is kept into shards of this many samples, ``00000.tar`` and so on; None writes a
+            shard for each input shard.
     """
 
     threshold: float | None = None
     keep_fraction: float | None = None
     subset: str | Path | None = None
     scores: str | Path | None = None
+    samples_per_shard: int | None = None
 
     def __post_init__(self) -> None:
         _ = self.choice  # checks itself
+        if self.samples_per_shard is not None and self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
         super().__post_init__()
 
     @cached_property
@@ -118,7 +123,7 @@ class RewriteConfig(ScoreConfig):
     @property
     def needs_all_scores(self) -> bool:
         """Whether nothing can be written before everything is scored."""
-        return self.keep_fraction is not None
+        return self.keep_fraction is not None or self.samples_per_shard is not None
 
     @property
     def scoring(self) -> ScoringOptions:
@@ -128,7 +133,7 @@ class RewriteConfig(ScoreConfig):
     @property
     def settings(self) -> dict[str, Any]:
         """What the summary tells of the configuration."""
-        return self.choice.settings
+        return {**self.choice.settings, "samples_per_shard": self.samples_per_shard}
 
     def tables(self) -> Sequence[TableOutput]:
         """Where the scores of each shard go."""

@@ -52,9 +52,16 @@ class OutputFiles:
         """Make nothing of what was committed; the files are done anew."""
         self.mark.unlink(missing_ok=True)  # the mark goes first: there is nothing whole that it could stand for
 
+    def remove(self) -> None:
+        """Delete both."""
+        self.forget()
+        self.tar.unlink(missing_ok=True)
+
     def commit(self, members: Iterable[Member], stats: ShardStats, record: Record) -> None:
         """Write the tar and the mark; when this returns, they are on disk and whole."""
-        digest, tar_bytes = self._write_tar(members) if stats.counts.kept else self._remove_tar()
+        if not stats.counts.kept:
+            self.tar.unlink(missing_ok=True)
+        digest, tar_bytes = self._write_tar(members) if stats.counts.kept else (None, 0)
         counted = {
             "shard": f"{self.name}.tar",
             "seen": stats.counts.seen,
@@ -66,6 +73,7 @@ class OutputFiles:
             "band": stats.band,
             "rechecked": stats.rechecked,
             "in_band": stats.in_band,
+            "renamed_keys": stats.renamed,
         }
         publish_json(self.mark, {**counted, **record, "sha256": digest, "tar_bytes": tar_bytes})
 
@@ -75,10 +83,6 @@ class OutputFiles:
             for member in members:
                 tar.add(member)
             return tar.finish(), file.tell()
-
-    def _remove_tar(self) -> tuple[None, int]:
-        self.tar.unlink(missing_ok=True)
-        return None, 0
 
 
 def stats_of(record: Record) -> ShardStats:
@@ -91,6 +95,7 @@ def stats_of(record: Record) -> ShardStats:
         band=record["band"],
         rechecked=record["rechecked"],
         in_band=record["in_band"],
+        renamed=record["renamed_keys"],
     )
 
 

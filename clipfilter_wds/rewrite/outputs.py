@@ -18,8 +18,8 @@ from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError
 from clipfilter_wds.writer import publish
 
 
-class Output(Protocol):
-    """The outcome of one shard. It is committed once; what is committed is never done again."""
+class Marked(Protocol):
+    """The outcome of one shard, which is committed once; what is committed is never done again. Picklable."""
 
     @property
     def url(self) -> str:
@@ -33,11 +33,26 @@ class Output(Protocol):
             ShardError: When the shard can't be reached.
         """
 
+
+class Output(Marked, Protocol):
+    """What is made of a shard as soon as it is scored."""
+
     def commit(self, scores: ShardScores) -> ShardStats:
         """Write the outcome of the shard; when this returns, it is on disk and whole.
 
         Raises:
             ShardError: When the shard can't be read again or has changed.
+        """
+
+
+class Copy(Marked, Protocol):
+    """What is made of shards that have been scored before."""
+
+    def __call__(self) -> ShardStats:
+        """Write it; when this returns, it is on disk and whole.
+
+        Raises:
+            ShardError: When a shard can't be read, or is not the one that was scored.
         """
 
 
@@ -49,7 +64,7 @@ class TableOutput:
     table: AnyPath
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """See :class:`Output`."""
+        """See :class:`Marked`."""
         if not self.table.is_file():
             return None
         scores = ShardScores.read(self.table)
@@ -65,10 +80,11 @@ class TableOutput:
 
 
 def _score_stats(scores: ShardScores) -> ShardStats:
-    return _shard_stats(select(scores, threshold=None).stats, scores)
+    return shard_stats(select(scores, threshold=None).stats, scores)
 
 
-def _shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> ShardStats:
+def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> ShardStats:
+    """The counts, and what the score table says beside them."""
     return ShardStats(
         counts=counts,
         torn=scores.torn,
@@ -100,14 +116,14 @@ class CopyOutput:
     layout: SampleLayout
 
     def __call__(self) -> ShardStats:
-        """Copy what is kept of a shard that was scored before; otherwise as :meth:`commit`."""
+        """See :class:`Copy`."""
         if self.table is None:
             raise ShardError("there is no score table of it; score it first")
         scores = read_scores(self.table, self.url)
         return self._copy(scores, self.choice.num_in_band(scores, self.cutoff))
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """See :class:`Output`."""
+        """See :class:`Marked`."""
         record = self.files.read_mark(self._settings, fingerprint)
         if record is None:
             return None
@@ -125,7 +141,7 @@ class CopyOutput:
 
     def _copy(self, scores: ShardScores, in_band: int = 0) -> ShardStats:
         selection = self.choice.select(scores, self.cutoff)
-        stats = _shard_stats(selection.stats, scores, in_band)
+        stats = shard_stats(selection.stats, scores, in_band)
         samples = read_kept(self.url, scores, selection.keep, self.layout)
         record = {
             "source": public_url(self.url),
@@ -148,13 +164,23 @@ def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:
     return [cutoff.score if np.isfinite(cutoff.score) else None, cutoff.num_ties]  # JSON has no infinity
 
 
-def read_kept(url: str, scores: ShardScores, keep: np.ndarray, layout: SampleLayout) -> Iterator[Sample]:
+def read_kept(
+    url: str, scores: ShardScores, keep: np.ndarray, layout: SampleLayout, *, to_end: bool = True
+) -> Iterator[Sample]:
     """The kept samples of a shard, with all their members.
+
+    Args:
+        url: The shard.
+        scores: Its scores.
+        keep: bool ``[num_samples]``.
+        layout: Where image and caption are.
+        to_end: See also that nothing else is behind the last of them; else the rest is not read.
 
     Raises:
         ShardError: When the shard can't be read, or is not the one that was scored.
     """
     keys = scores.keys
+    last = -1 if to_end else int(np.flatnonzero(keep)[-1])
     with open_shard(url) as shard:
         for item in read_samples(shard, layout, wanted=lambda index: index < len(keep) and bool(keep[index])):
             if isinstance(item, ShardEnd):
@@ -166,6 +192,8 @@ def read_kept(url: str, scores: ShardScores, keep: np.ndarray, layout: SampleLay
                 raise ShardError(f"its sample {item.index} is {item.key!r}, and {keys[item.index]!r} was scored")
             else:
                 yield item
+                if item.index == last:
+                    return
 
 
 def _check_source(path: AnyPath, found: str, url: str) -> None:

@@ -1,14 +1,18 @@
-"""Score tables -> what each output shard is made of, where that takes all scores."""
+"""Score tables -> what each output shard is made of, where that takes all of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress, pairwise
 
 import numpy as np
 
 from clipfilter_wds.fraction import Cutoff, find_cutoffs
 from clipfilter_wds.paths import AnyPath
 from clipfilter_wds.rewrite.config import RewriteConfig
-from clipfilter_wds.rewrite.outputs import CopyOutput
+from clipfilter_wds.rewrite.files import OutputFiles
+from clipfilter_wds.rewrite.keys import find_suffixes
+from clipfilter_wds.rewrite.outputs import Copy
+from clipfilter_wds.rewrite.packing import PackedOutput, Source
 from clipfilter_wds.scores import ShardScores, check_table
 from clipfilter_wds.selection import Choice
 from clipfilter_wds.types import ShardError
@@ -48,7 +52,69 @@ def cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> list[Cutoff | N
     return list(find_cutoffs(read, choice.keep_fraction))
 
 
-def plan_copies(config: RewriteConfig, tables: Mapping[str, AnyPath]) -> list[CopyOutput]:
-    """Each shard's kept samples in a shard of the same name."""
+def plan_outputs(config: RewriteConfig, tables: Mapping[str, AnyPath]) -> Sequence[Copy]:
+    """What the run writes. The same tables give the same plan, whoever makes it."""
     cutoffs = cutoffs_of(config.choice, tables)
-    return [config.copy(url, table, cutoff) for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True)]
+    if config.samples_per_shard is None:
+        return [config.copy(url, table, cutoff) for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True)]
+    return _plan_packing(config, config.samples_per_shard, tables, cutoffs)
+
+
+def _plan_packing(
+    config: RewriteConfig, samples_per_shard: int, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
+) -> list[PackedOutput]:
+    def read_keys() -> Iterator[list[str]]:
+        for table, cutoff in zip(tables.values(), cutoffs, strict=True):
+            scores = ShardScores.read(table)
+            yield list(compress(scores.keys, config.choice.select(scores, cutoff).keep))
+
+    suffixes = find_suffixes(read_keys)
+    outputs, start = [], 0
+    for number, sources in enumerate(_pack(config.choice, samples_per_shard, tables, cutoffs)):
+        stop = start + sum(source.num_kept for source in sources)
+        output = PackedOutput(
+            files=OutputFiles(folder=config.folder, name=f"{number:05d}"),
+            sources=tuple(sources),
+            suffixes=suffixes.between(start, stop),
+            choice=config.choice,
+            samples_per_shard=samples_per_shard,
+            layout=config.layout,
+        )
+        outputs.append(output)
+        start = stop
+    return outputs
+
+
+def _pack(
+    choice: Choice, samples_per_shard: int, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
+) -> list[list[Source]]:
+    """Per output, where its samples come from. An output ends behind its last kept sample, the last one at the end."""
+    outputs: list[list[Source]] = [[]]
+    room = samples_per_shard
+    for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True):
+        scores = ShardScores.read(table)
+        kept = np.flatnonzero(choice.select(scores, cutoff).keep)
+        num_samples = scores.table.num_rows
+        stops = [*(kept[room - 1 :: samples_per_shard] + 1).tolist(), num_samples]
+        for start, stop in pairwise([0, *stops]):
+            num_kept = int(((kept >= start) & (kept < stop)).sum())
+            if start < stop or not num_samples:
+                source = Source(
+                    url=url,
+                    table=table,
+                    num_bytes=scores.num_bytes,
+                    cutoff=cutoff,
+                    start=start,
+                    stop=stop,
+                    num_kept=num_kept,
+                    to_end=stop == num_samples,
+                )
+                outputs[-1].append(source)
+            room -= num_kept
+            if not room:
+                outputs.append([])
+                room = samples_per_shard
+    if len(outputs) > 1 and not any(source.num_kept for source in outputs[-1]):
+        rest = outputs.pop()
+        outputs[-1] += rest  # nothing kept is left for one more
+    return [sources for sources in outputs if sources]

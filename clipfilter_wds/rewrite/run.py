@@ -14,8 +14,9 @@ from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.rewrite.collect import FailedShard
 from clipfilter_wds.rewrite.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.rewrite.files import write_sizes
-from clipfilter_wds.rewrite.outputs import CopyOutput, Output
-from clipfilter_wds.rewrite.plan import check_tables, plan_copies
+from clipfilter_wds.rewrite.outputs import Copy, Marked, Output
+from clipfilter_wds.rewrite.packing import left_over
+from clipfilter_wds.rewrite.plan import check_tables, plan_outputs
 from clipfilter_wds.rewrite.scoring import ScoringOptions, measured_recheck, num_processors, score_shards
 from clipfilter_wds.rewrite.tally import ShardStats, Tally
 from clipfilter_wds.scorer import ClipScorer
@@ -28,7 +29,7 @@ from clipfilter_wds.writer import publish_json, remove_leftovers
 _MAX_WAITING_SHARDS = 2
 
 OnProgress = Callable[[Tally], None]
-AnyOutput = TypeVar("AnyOutput", bound=Output)
+AnyOutput = TypeVar("AnyOutput", bound=Marked)
 
 
 def process_shards(
@@ -88,12 +89,16 @@ def _score_then_copy(
         scored = Tally(num_shards=0)
         tables = {url: table.path(url) for url in config.urls}
     if not config.needs_all_scores:
-        outputs = [config.copy(url, path) for url, path in tables.items()]
-    else:
-        whole, failed = check_tables(config.choice, tables)
-        scored.failed |= {public_url(url): why for url, why in failed.items()}
-        outputs = plan_copies(config, whole)
-    return copy_and_commit(outputs, fingerprint, config.num_workers, on_progress, after=scored)
+        copies = [config.copy(url, path) for url, path in tables.items()]
+        return copy_and_commit(copies, fingerprint, config.num_workers, on_progress, after=scored)
+    whole, failed = check_tables(config.choice, tables)
+    scored.failed |= {public_url(url): why for url, why in failed.items()}
+    outputs = plan_outputs(config, whole)
+    others = [] if config.samples_per_shard is None else left_over(config.folder, outputs, config.samples_per_shard)
+    tally = copy_and_commit(outputs, fingerprint, config.num_workers, on_progress, after=scored)
+    for files in others:
+        files.remove()
+    return tally
 
 
 def score_and_commit(
@@ -159,7 +164,7 @@ def _settle(url: str, commit: "Future[ShardStats]", tally: Tally) -> None:
 
 
 def copy_and_commit(
-    outputs: Sequence[CopyOutput],
+    outputs: Sequence[Copy],
     fingerprint: Fingerprint,
     num_workers: int | None,
     on_progress: OnProgress,
@@ -193,7 +198,7 @@ def copy_and_commit(
 class _Copies(Dataset[tuple[str, ShardStats | str]]):
     """Does a copy when it is asked for; then its URL, and the outcome or why there is none."""
 
-    def __init__(self, outputs: Sequence[CopyOutput]) -> None:
+    def __init__(self, outputs: Sequence[Copy]) -> None:
         self._outputs = outputs
 
     def __len__(self) -> int:

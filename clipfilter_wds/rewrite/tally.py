@@ -11,14 +11,15 @@ from clipfilter_wds.types import FilterStats
 
 @dataclass(frozen=True, kw_only=True)
 class ShardStats:
-    """The outcome of one shard."""
+    """The outcome of one shard, or of the shards that end in a packed one; :class:`Tally` says what the numbers are."""
 
     counts: FilterStats
-    torn: bool
+    torn: int
     truncated_captions: int
     band: float
     rechecked: int
     in_band: int = 0
+    renamed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,7 @@ class Tally:
         rechecked: Samples that lay within the band of the threshold and were scored again in float32.
         in_band: Samples that were decided by scores made before, which lie within their band of the threshold: scored
             in float32, some might be decided otherwise.
+        renamed: Samples whose key got a suffix, since it came before in the output.
         failed: Per shard that could not be used, why.
         seconds: Time since the phase began.
     """
@@ -55,6 +57,7 @@ class Tally:
     band: float = 0.0
     rechecked: int = 0
     in_band: int = 0
+    renamed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -77,6 +80,7 @@ class Tally:
         self.band = max(self.band, stats.band)
         self.rechecked += stats.rechecked
         self.in_band += stats.in_band
+        self.renamed += stats.renamed
 
     def fail(self, url: str, why: str) -> None:
         """Count a shard as failed."""
@@ -96,6 +100,7 @@ class Tally:
             "band": self.band,
             "rechecked": self.rechecked,
             "in_band": self.in_band,
+            "renamed_keys": self.renamed,
             "scored": self.num_scored,
             "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),

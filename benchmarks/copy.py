@@ -1,0 +1,107 @@
+"""Copying what is kept, from score tables made before, beside ``cp`` on the same files and disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.options import Options
+from benchmarks.report import Report
+from benchmarks.rounds import Spread, ratios
+from clipfilter_wds.dataset import SampleRow
+from clipfilter_wds.rewrite import RewriteConfig, process_shards
+from clipfilter_wds.scores import ShardScores
+from clipfilter_wds.types import Member
+from clipfilter_wds.writer import TarWriter
+
+_NUM_SHARDS, _SAMPLES_PER_SHARD, _IMAGE_BYTES = 16, 500, 50_000
+_SHARES = {"rewrite, all kept": 1.0, "rewrite, a third kept": 0.3}
+
+
+def copy(options: Options, report: Report) -> None:
+    """Bytes of input per second: cp, cp that waits for the disk as rewrite does, rewrites that keep more or less."""
+    with tempfile.TemporaryDirectory(dir=options.output) as name:
+        shards, scores, out = (Path(name) / folder for folder in ("shards", "scores", "out"))
+        num_bytes = _write(shards, scores)
+
+        def rewrite(share: float) -> None:
+            threshold = 1.0 - share  # scores are even
+            process_shards(RewriteConfig(shards=f"{shards}/*.tar", output=out, scores=scores, threshold=threshold))
+
+        turns: dict[str, Callable[[], None]] = {
+            "cp": lambda: _cp(shards, out),
+            "cp, fsync": lambda: _cp_synced(shards, out),
+        }
+        turns |= {name: (lambda share=share: rewrite(share)) for name, share in _SHARES.items()}
+        rates: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(options.rounds + 1):  # the first one is not counted
+            for name, turn in turns.items():
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()  # nobody pays for what another has written
+                started = time.perf_counter()
+                turn()
+                rate = num_bytes / (time.perf_counter() - started)
+                if number:
+                    rates[name].append(rate / 1e6)
+                    report.tell(f"round {number}/{options.rounds}  {name}: {rate / 1e6:,.0f} MB/s")
+    rows = [
+        {
+            "name": name,
+            "rate": Spread.of(rates[name]),
+            "to cp": ratios(rates[name], rates["cp"]),
+            "to fsync": ratios(rates[name], rates["cp, fsync"]),
+        }
+        for name in rates
+    ]
+    report.table("Copying", {"": "name", "MB/s of input": "rate", "to cp": "to cp", "to cp, fsync": "to fsync"}, rows)
+    report.add("copy", rows=rows, bytes=num_bytes)
+
+
+def _write(shards: Path, scores: Path) -> int:
+    """Shards as img2dataset's, with random bytes for images, and score tables; the size of the shards."""
+    shards.mkdir()
+    scores.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(_NUM_SHARDS):
+        path = shards / f"{shard:05d}.tar"
+        keys = [f"{shard * _SAMPLES_PER_SHARD + number:09d}" for number in range(_SAMPLES_PER_SHARD)]
+        with path.open("wb") as file:
+            tar = TarWriter(file)
+            for key in keys:
+                record = {
+                    "key": key,
+                    "uid": rng.bytes(16).hex(),
+                    "url": "u" * 100,
+                    "caption": "c" * 80,
+                    "exif": "e" * 300,
+                }
+                tar.add(Member(name=f"{key}.jpg", extension="jpg", data=rng.bytes(_IMAGE_BYTES)))
+                tar.add(Member(name=f"{key}.json", extension="json", data=json.dumps(record).encode()))
+                tar.add(Member(name=f"{key}.txt", extension="txt", data=b"c" * 80))
+            tar.finish()
+        table = ShardScores.from_rows(
+            [SampleRow(key, index) for index, key in enumerate(keys)],
+            rng.permutation(np.linspace(0, 1, len(keys), dtype=np.float32)),
+            source=str(path),
+            num_bytes=path.stat().st_size,
+            torn=False,
+            fingerprint={"model": "none", "precision": "fp32"},
+        )
+        with (scores / f"{shard:05d}.parquet").open("wb") as file:
+            table.write(file)
+    return sum(path.stat().st_size for path in shards.iterdir())
+
+
+def _cp(shards: Path, out: Path) -> None:
+    subprocess.run(["cp", "-r", str(shards), str(out)], check=True)
+
+
+def _cp_synced(shards: Path, out: Path) -> None:
+    _cp(shards, out)
+    subprocess.run(["sync", *map(str, out.iterdir()), str(out)], check=True)
