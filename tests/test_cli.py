@@ -107,6 +107,16 @@ class TestUnusableArguments:
             call, "rewrite", f"{shards}/*.tar", *options, says=r"a cosine lies in \[-1, 1\]. Did you mean 0.14\?"
         )
 
+    def test_options_that_exclude_each_other_or_choose_nothing(self, call, shards, tmp_path):
+        def check(*options, says: str) -> None:
+            self.check(call, "rewrite", f"{shards}/*.tar", "--output", tmp_path / "o", *options, says=says)
+
+        check("--threshold", "0.2", "--keep_fraction", "0.5", says="threshold 0.2 and keep_fraction 0.5 .* give one")
+        check("--keep_fraction", "30", says=r"lies in \[0, 1\]. Did you mean 0.3\?")
+        check("--samples_per_shard", "0", says="samples_per_shard is 0; it must be at least 1")
+        check("--subset", tmp_path / "none.npy", says="can't read subset .*none.npy")
+        check("--scores", tmp_path, says="there is no score table in")
+
     def test_unknown_option(self, call, shards, tmp_path):
         options = ("--output", tmp_path / "o", "--treshold", "0.2")
         self.check(call, "rewrite", f"{shards}/*.tar", *options, says="--treshold")

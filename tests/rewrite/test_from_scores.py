@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
+from clipfilter_wds.scores import ShardScores
 from tests.rewrite.test_rewrite import bits, check_accounting, run
 from tests.toys import pair, tar_members, write_shard, write_tar
 
@@ -116,3 +118,19 @@ def test_the_summary_names_what_made_the_scores(scorer, shards, scores, tmp_path
     from_scores(shards, tmp_path / "out", scores)
     summary = json.loads((tmp_path / "out/summary.json").read_bytes())
     assert (summary["model"], summary["precision"], summary["scored"]) == (scorer.model_name, "fp32", 0)
+
+
+@pytest.mark.parametrize("choice", [{"threshold": 0.12}, {"keep_fraction": 0.5}])
+def test_samples_within_the_error_band_of_the_cut_are_counted(shards, scores, tmp_path, choice):
+    band, cosines = 0.02, []
+    for path in scores.glob("*.parquet"):
+        table = ShardScores.read(path)
+        cosines += table.scores[table.usable].tolist()
+        (tmp_path / "scores").mkdir(exist_ok=True)
+        with (tmp_path / "scores" / path.name).open("wb") as file:
+            replace(table, band=band).write(file)
+    summary = from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)
+    limit = choice.get("threshold") or sorted(cosines)[-summary["kept"]]
+    assert summary["in_band"] == sum(abs(cosine - limit) <= band for cosine in cosines) > 0
+    assert summary["band"] == band
+    assert from_scores(shards, tmp_path / "exact", scores, **choice)["in_band"] == 0

@@ -61,11 +61,20 @@ def kill(process: multiprocessing.process.BaseProcess) -> bool:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("num_kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(clip_folder, tmp_path, num_kills):
+@pytest.mark.parametrize(
+    ("choice", "num_kills"),
+    [
+        ({"threshold": 0.12}, 5),
+        pytest.param({"threshold": 0.12}, 20, marks=pytest.mark.slow),
+        pytest.param({"keep_fraction": 0.5, "samples_per_shard": 7}, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(
+    clip_folder, tmp_path, choice, num_kills
+):
     for shard in range(6):
         write_shard(tmp_path / "in" / f"{shard}.tar", [pair(100 * shard + i) for i in range(40)])
-    options = {"shards": f"{tmp_path}/in/*.tar", "threshold": 0.12, "batch_size": 8, "num_workers": 2}
+    options = {"shards": f"{tmp_path}/in/*.tar", **choice, "batch_size": 8, "num_workers": 2}
     undisturbed = RewriteConfig(output=tmp_path / "undisturbed", **options)
     finish(undisturbed, clip_folder)
     began = time.monotonic()
