@@ -96,16 +96,16 @@ def check_same(ours: tuple, theirs: tuple) -> None:
 # --- the same batches ---
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("options", "shuffle"),
+    ("options", "shuffle", "share"),
     [
-        ({}, 0),
-        ({"batch_size": 3, "score_batch_size": 16}, 10),
-        ({"num_workers": 3}, 10),
-        ({"num_workers": 2, "persistent_workers": True}, 100),
-        ({"num_workers": 11, "batch_size": 1, "drop_last": True}, 10),
-        ({"num_workers": 2, "end": "repeat", "batches_per_epoch": 7}, 10),
+        *(({}, 0, share) for share in (0.02, 0.5, 1.0)),
+        *(({"batch_size": 3, "score_batch_size": 16}, 10, share) for share in (0.02, 0.5, 1.0)),
+        ({"num_workers": 3}, 10, 0.5),
+        ({"num_workers": 2, "persistent_workers": True}, 100, 0.5),
+        pytest.param({"num_workers": 11, "batch_size": 1, "drop_last": True}, 10, 0.5, marks=pytest.mark.slow),
+        ({"num_workers": 2, "end": "repeat", "batches_per_epoch": 7}, 10, 0.02),
+        ({"num_workers": 2, "end": "repeat", "batches_per_epoch": 7}, 10, 0.5),
     ],
     ids=str,
 )
@@ -200,8 +200,8 @@ def test_no_model_and_no_library_of_models_is_loaded(tabled):
     ("options", "world_size"),
     [
         ({"num_workers": 0}, 1),
-        pytest.param({"num_workers": 2, "batch_size": 9}, 1, marks=pytest.mark.slow),
-        pytest.param({"num_workers": 2, "end": "repeat", "batches_per_epoch": 3}, 1, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 2, "batch_size": 13}, 1, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 0, "end": "repeat", "batches_per_epoch": 3}, 1, marks=pytest.mark.slow),
         pytest.param({"num_workers": 0, "batch_size": 3}, 2, marks=pytest.mark.slow),
     ],
     ids=str,
