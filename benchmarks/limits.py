@@ -19,19 +19,20 @@ from clipfilter_wds import ClipScorer
 IMAGES, TEXTS, SCORER, DECODE, COPY = "image tower", "text tower", "scorer alone", "decode, one core", "cp"
 
 
-def limit_contenders(options: Options, model: CLIPModel, scorer: ClipScorer) -> list[Contender]:
+def limit_contenders(options: Options, model: CLIPModel, scorer: ClipScorer, *, suffix: str = "") -> list[Contender]:
     """The terms of the limit.
 
     Args:
         options: Batch size and device.
         model: A bare CLIP, in the precision that suits the device.
         scorer: For its preprocessing, and as a contender itself, with everything ready on the device.
+        suffix: Of the names.
     """
     forward = _Forward(options, model, scorer)
     return [
-        Contender(IMAGES, forward.images, share=0.25),
-        Contender(TEXTS, forward.texts),
-        Contender(SCORER, forward.scorer, share=0.25),
+        Contender(IMAGES + suffix, forward.images, share=0.25),
+        Contender(TEXTS + suffix, forward.texts),
+        Contender(SCORER + suffix, forward.scorer, share=0.25),
     ]
 
 
@@ -40,14 +41,15 @@ def machine_contenders(scorer: ClipScorer) -> list[Contender]:
     return [Contender(DECODE, _Decode(scorer), share=0.5), Contender(COPY, _copy)]
 
 
-def attainable(rates: Mapping[str, list[float]], device: torch.device, cores: int) -> list[float]:
+def attainable(rates: Mapping[str, list[float]], device: torch.device, cores: int, *, suffix: str = "") -> list[float]:
     """Per round, samples per second that forward pass and decoding allow; none when a term was not measured.
 
     On a CPU they share the cores: 1 / (t_forward + t_decode / cores). Beside a GPU the slower of the two decides.
     """
-    if not {IMAGES, TEXTS, DECODE} <= rates.keys():
+    names = (IMAGES + suffix, TEXTS + suffix, DECODE)
+    if not {*names} <= rates.keys():
         return []
-    terms = zip(rates[IMAGES], rates[TEXTS], rates[DECODE], strict=True)
+    terms = zip(*(rates[name] for name in names), strict=True)
     together = max if device.type == "cuda" else sum
     return [1 / together((1 / images + 1 / texts, 1 / (decode * cores))) for images, texts, decode in terms]
 

@@ -73,10 +73,12 @@ def make_data(cache: Path, *, num_samples: int, image_size: int) -> Data:
 
     The samples of a smaller number are the first ones of a larger.
     """
-    name = f"{num_samples}x{image_size}"
-    folder = _made_once(cache / "data" / name, lambda folder: _write_data(folder, num_samples, image_size))
+    images = _made_once(cache / "images" / str(image_size), lambda folder: _draw(folder, image_size))
+    folder = _made_once(
+        cache / "data" / f"{num_samples}x{image_size}", lambda folder: _write_data(folder, num_samples, images)
+    )
     rows = json.loads((folder / "rows.json").read_text())
-    return Data(sorted(folder.glob("*.tar")), [(folder / "images" / image, caption) for image, caption in rows])
+    return Data(sorted(folder.glob("*.tar")), [(images / image, caption) for image, caption in rows])
 
 
 def _made_once(folder: Path, make) -> Path:
@@ -101,17 +103,22 @@ def _save_clip(folder: Path, size: Size) -> None:
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
     pixels = config.vision_config.image_size
-    _make_positive(model, pixels)
-    model.save_pretrained(folder)
     image_processor = CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
-    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    _make_positive(model, processor, pixels)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 @torch.inference_mode()
-def _make_positive(model: CLIPModel, pixels: int) -> None:
-    """Mirror the text embeddings if need be: what is common to all random scores shall lie above the clip at 0."""
-    ids = torch.randint(0, 500, (1, 16))
-    if model(pixel_values=torch.randn(1, 3, pixels, pixels), input_ids=ids).logits_per_image.item() < 0:
+def _make_positive(model: CLIPModel, processor: CLIPProcessor, pixels: int) -> None:
+    """Mirror the text embeddings if need be: random scores lie around one value, which must not be clipped to 0."""
+    rng = np.random.default_rng(0)
+    inputs = processor(
+        images=[_picture(rng, pixels) for _ in range(4)], text=[_caption(rng) for _ in range(4)],
+        return_tensors="pt", padding=True,
+    )  # fmt: skip
+    if model(**inputs).logits_per_image.mean() < 0:
         model.text_projection.weight.neg_()
 
 
@@ -125,19 +132,21 @@ def _byte_tokenizer() -> CLIPTokenizer:
 # --- data ---
 
 
-def _write_data(folder: Path, num_samples: int, image_size: int) -> None:
+def _draw(folder: Path, image_size: int) -> None:
     rng = np.random.default_rng(0)
-    jpegs = [_jpeg(_picture(rng, image_size)) for _ in range(_NUM_IMAGES)]
-    captions = [_caption(rng) for _ in range(num_samples)]
-    (folder / "images").mkdir()
-    for number, jpeg in enumerate(jpegs):
-        (folder / "images" / f"{number:02d}.jpg").write_bytes(jpeg)
-    rows = [(f"{number % len(jpegs):02d}.jpg", caption) for number, caption in enumerate(captions)]
+    for number in range(_NUM_IMAGES):
+        _picture(rng, image_size).save(folder / f"{number:02d}.jpg", quality=90)
+
+
+def _write_data(folder: Path, num_samples: int, images: Path) -> None:
+    rng = np.random.default_rng(0)
+    jpegs = [path.read_bytes() for path in sorted(images.iterdir())]
+    rows = [(f"{number % len(jpegs):02d}.jpg", _caption(rng)) for number in range(num_samples)]
     (folder / "rows.json").write_text(json.dumps(rows))
     for shard, start in enumerate(range(0, num_samples, SHARD_SAMPLES)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(start, min(start + SHARD_SAMPLES, num_samples)):
-                for extension, data in (("jpg", jpegs[number % len(jpegs)]), ("txt", captions[number].encode())):
+            for number, (_, caption) in enumerate(rows[start : start + SHARD_SAMPLES], start):
+                for extension, data in (("jpg", jpegs[number % len(jpegs)]), ("txt", caption.encode())):
                     info = tarfile.TarInfo(f"{number:09d}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -159,12 +168,6 @@ def _sides(size: int) -> Iterator[int]:
     while side <= size:
         yield side
         side *= 2
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def _caption(rng: np.random.Generator) -> str:

@@ -24,6 +24,7 @@ class Options:
         batch_size: Samples per forward pass.
         num_workers: Processes that decode, for everyone; None is what the commands choose.
         device: auto, cpu, cuda or cuda:1.
+        compile: Measure the scorer, and the limit, with torch.compile as well; compiling takes a minute or so.
         only: Measure only the contenders whose names hold one of these words.
         output: Folder of the JSON and the plots.
         cache: Folder of models and data; they are made when they are not there.
@@ -36,6 +37,7 @@ class Options:
     batch_size: int = 64
     num_workers: int | None = None
     device: str = "auto"
+    compile: bool = False
     only: list[str] | None = None
     output: Path = Path("benchmark_results")
     cache: Path = Path.home() / ".cache" / "clipfilter_wds" / "benchmarks"

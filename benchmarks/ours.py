@@ -2,16 +2,20 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.material import Data
+from benchmarks.material import Data, make_model
 from benchmarks.options import Options
 from benchmarks.rounds import Contender, Outcome
-from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, process_shards
+from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.pairs import Pair, batched, score_pairs
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import select
+
+#: Keeps part of the samples by the tiny model's scores.
+_TINY_THRESHOLD = 0.1
 
 
 def our_contenders(options: Options, scorer: ClipScorer, threshold: float, *, suffix: str = "") -> list[Contender]:
@@ -42,7 +46,8 @@ class Rewrite(_Use):
                 num_workers=self._options.workers,
             )
             tally = process_shards(config, self._scorer)
-            return Outcome(tally.counts.seen, _kept_keys(Path(folder, "_scores"), self._threshold))
+            kept = _kept_keys(Path(folder, "_scores"), self._threshold)
+            return Outcome(tally.counts.seen, kept, num_rechecked=tally.rechecked)
 
 
 def _kept_keys(folder: Path, threshold: float) -> frozenset[str]:
@@ -79,8 +84,32 @@ class Table(_Use):
         pairs = [Pair(os.fspath(image), caption) for image, caption in data.rows]
         batches = ((batch, batch) for batch in batched(pairs, self._options.batch_size))
         keep: list[bool] = []
-        for _, scores in score_pairs(
-            batches, Recheck(self._scorer, self._threshold), folder=Path(), num_workers=self._options.workers
-        ):
+        recheck = Recheck(self._scorer, self._threshold)
+        for _, scores in score_pairs(batches, recheck, folder=Path(), num_workers=self._options.workers):
             keep += scores.keep(self._threshold).tolist()
         return Outcome(len(keep), frozenset(f"{number:09d}" for number, kept in enumerate(keep) if kept))
+
+
+class RewriteFromScores:
+    """``clipfilter-wds rewrite --scores``, with no model and no decoding.
+
+    Whose scores they are makes no difference, so those of the tiny model will do.
+    """
+
+    name = "rewrite --scores"
+
+    def __init__(self, options: Options, shares: Sequence[float]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        scorer = ClipScorer(make_model(options.cache, "tiny"), device="cpu")
+        for data in map(options.data, shares):
+            process_shards(ScoreConfig(shards=[*data.shards], output=self._scores(data)), scorer)
+
+    def _scores(self, data: Data) -> Path:
+        return Path(self._folder.name, str(len(data.rows)))
+
+    def __call__(self, data: Data) -> Outcome:
+        with tempfile.TemporaryDirectory() as output:
+            config = RewriteConfig(
+                shards=[*data.shards], output=output, scores=self._scores(data), threshold=_TINY_THRESHOLD
+            )
+            return Outcome(process_shards(config).counts.seen)

@@ -106,5 +106,7 @@ def usual_threshold(loop: WebDatasetLoop, options: Options) -> float:
     scores = np.sort(np.concatenate([scores.numpy() for _, scores in loop.scores(options.data(1 / 4))]))[::-1]
     first, last = (int(len(scores) * share) for share in (_KEEP_FRACTION * 0.8, _KEEP_FRACTION * 1.2))
     around = scores[first : last + 2]
+    if not around[-1] > 0:
+        raise SystemExit("most scores of this model are clipped to 0, so no threshold keeps a part of the samples")
     widest = int((around[:-1] - around[1:]).argmax())
     return float(around[widest : widest + 2].mean())

@@ -15,10 +15,12 @@ class Outcome:
     Attributes:
         num_samples: How many samples (or steps) it took.
         kept: Keys of those it kept; None where nothing is decided.
+        num_rechecked: How many were near the threshold and scored again in float32; None where that is not known.
     """
 
     num_samples: int
     kept: frozenset[str] | None = None
+    num_rechecked: int | None = None
 
 
 @dataclass(frozen=True)

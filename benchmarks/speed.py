@@ -16,7 +16,7 @@ from benchmarks.limits import (
     matmul_rate,
 )
 from benchmarks.options import Options
-from benchmarks.ours import our_contenders
+from benchmarks.ours import RewriteFromScores, our_contenders
 from benchmarks.peers import OperatorLoop, WebDatasetLoop, usual_threshold
 from benchmarks.report import Report, bars
 from benchmarks.rounds import Contender, Outcome, Spread, in_turns, ratios
@@ -24,6 +24,9 @@ from clipfilter_wds import ClipScorer
 
 #: The loops in float32; the best of them is what the others are compared with.
 _FP32_LOOPS = ("operator's loop, fp32", "webdataset loop, fp32")
+
+#: After the names of what is compiled.
+_COMPILED = ", compiled"
 
 
 def speed(options: Options, report: Report) -> None:
@@ -45,13 +48,27 @@ def speed(options: Options, report: Report) -> None:
         Contender(_FP32_LOOPS[1], WebDatasetLoop(fp32, processor, options, threshold=threshold), share=1 / 4),
         Contender("webdataset loop, bf16", WebDatasetLoop(low, processor, options, threshold=threshold), share=1 / 2),
         *our_contenders(options, scorer, threshold),
+        *(_compiled(options, threshold) if options.compile else ()),
+        Contender(RewriteFromScores.name, RewriteFromScores(options, shares=(1 / 8, 1))),
         *limit_contenders(options, low, scorer),
         *machine_contenders(scorer),
     ]
     wanted = [contender for contender in contenders if options.wants(contender.name)]
     rates, outcomes = in_turns(wanted, options.data, rounds=options.rounds, tell=report.tell)
     _check_decisions(outcomes)
-    _report(options, report, rates, scorer, low)
+    _report(options, report, rates, outcomes, scorer, low)
+
+
+def _compiled(options: Options, threshold: float) -> list[Contender]:
+    """What torch.compile makes of the scorer and of the bare model."""
+    scorer = ClipScorer(options.model, device=options.torch_device, compile=True)
+    model = CLIPModel.from_pretrained(options.model, dtype=torch.bfloat16).eval().to(options.torch_device)
+    model.get_image_features = torch.compile(model.get_image_features)
+    model.get_text_features = torch.compile(model.get_text_features, dynamic=True)
+    return [
+        *our_contenders(options, scorer, threshold, suffix=_COMPILED),
+        *limit_contenders(options, model, scorer, suffix=_COMPILED),
+    ]
 
 
 def _check_decisions(outcomes: Mapping[str, Outcome]) -> None:
@@ -66,28 +83,46 @@ def _check_decisions(outcomes: Mapping[str, Outcome]) -> None:
 
 
 def _report(
-    options: Options, report: Report, rates: dict[str, list[float]], scorer: ClipScorer, low: CLIPModel
+    options: Options,
+    report: Report,
+    rates: dict[str, list[float]],
+    outcomes: Mapping[str, Outcome],
+    scorer: ClipScorer,
+    low: CLIPModel,
 ) -> None:
     loops = [rates[name] for name in _FP32_LOOPS if name in rates]
     best = [max(turn) for turn in zip(*loops, strict=True)]
-    limit = attainable(rates, scorer.device, options.cores)
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "rate": Spread.of(values),
-            "ratio": ratios(values, best) if best else None,
-            "share": ratios(values, limit) if limit and not name.startswith("cp") else None,
-        }
-        for name, values in [*rates.items(), *([("limit: forward and decoding", limit)] if limit else [])]
-    ]
+    limits = {
+        f"limit{suffix}": limit
+        for suffix in ("", _COMPILED)
+        if (limit := attainable(rates, scorer.device, options.cores, suffix=suffix))
+    }
+    rows: list[dict[str, Any]] = []
+    for name, values in {**rates, **limits}.items():
+        row: dict[str, Any] = {"name": name, "rate": Spread.of(values)}
+        if best:
+            row["ratio"] = ratios(values, best)
+        limit = limits.get("limit" + (_COMPILED if name.endswith(_COMPILED) else ""))
+        if limit and name in outcomes and outcomes[name].kept is not None:
+            row["share"] = ratios(values, limit)
+        outcome = outcomes.get(name)
+        if outcome and outcome.num_rechecked is not None:
+            row["rechecked"] = f"{outcome.num_rechecked / outcome.num_samples:.1%}"
+        rows.append(row)
     report.table(
         f"{options.size}, {options.image_size}-pixel JPEGs, {options.cores} cores, {options.workers} workers, "
         f"batches of {options.batch_size}, {scorer.device}, scorer in {scorer.precision}",
-        {"": "name", "samples/s": "rate", "x best fp32 loop": "ratio", "share of limit": "share"},
+        {
+            "": "name",
+            "samples/s": "rate",
+            "x best fp32 loop": "ratio",
+            "share of limit": "share",
+            "rechecked": "rechecked",
+        },
         rows,
     )
     report.plot("speed", lambda axes: bars(axes, rows))
-    report.add("speed", rows=rows, rates=rates, limit=limit, **_arithmetic(options, report, rates, scorer, low))
+    report.add("speed", rows=rows, rates=rates, limits=limits, **_arithmetic(options, report, rates, scorer, low))
 
 
 def _arithmetic(

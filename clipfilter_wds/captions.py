@@ -89,9 +89,14 @@ class CaptionTokenizer:
         length = input_ids.shape[1]
         if self.pads_to_max or not input_ids.numel():
             return torch.full((len(input_ids),), length)
-        places = torch.arange(1, length + 1, device=input_ids.device)
-        last: torch.Tensor = ((input_ids != self.pad_id) * places).amax(dim=1)
-        return (last + 1).clamp(max=length)
+        return (last_places(input_ids, self.pad_id) + 1).clamp(max=length)
+
+
+def last_places(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Per row of int64 ``[N, L]``, int64 ``[N]``: the place of the last token that is no padding, counting from 1."""
+    places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    last: torch.Tensor = ((input_ids != pad_id) * places).amax(dim=1)
+    return last
 
 
 def _bounded(caption: str) -> str:

@@ -43,7 +43,7 @@ def rewrite(
     Args:
         shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
-        model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
+        model: Hugging Face hub id of a CLIP or SigLIP, a folder, open_clip:..., or demo-tiny (knows drawn scenes only).
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 when neither
             keep_fraction nor subset is given.
         keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
@@ -92,7 +92,7 @@ def score(
     Args:
         shards: A path, glob or brace range, several of these separated by commas, or @file.txt; local or fsspec URLs.
         output: Folder to write to. A run that was stopped goes on where it was when started again.
-        model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
+        model: Hugging Face hub id of a CLIP or SigLIP, a folder, open_clip:..., or demo-tiny (knows drawn scenes only).
         caption: Member that holds the caption (txt), or a field of the json member (json:caption); several
             of these, separated by commas, are several captions of an image.
         batch_size: Samples per forward pass.
@@ -125,7 +125,7 @@ def table(
         caption_key: Column of the captions.
         threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this.
         score_key: Name of a column to add, such as clip_score, that holds the similarity.
-        model: Hugging Face hub id of a CLIP, a local folder, or demo-tiny (bundled; knows drawn scenes only).
+        model: Hugging Face hub id of a CLIP or SigLIP, a folder, open_clip:..., or demo-tiny (knows drawn scenes only).
         batch_size: Rows per forward pass.
         num_workers: Processes that open images; by default as many as suit the device.
         scorer_options: As of ClipScorer.

@@ -1,25 +1,26 @@
 """Batches -> cosine similarities, with a CLIP model."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL.Image import Resampling
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
-from clipfilter_wds.captions import NO_CAPTION, CaptionTokenizer, RustEncoder
-from clipfilter_wds.preprocess import ClipPreprocess, ImageView
+from clipfilter_wds.captions import NO_CAPTION
+from clipfilter_wds.hugging_face import load_hugging_face
+from clipfilter_wds.open_clip_models import load_open_clip
+from clipfilter_wds.towers import DualEncoder, Towers
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
 #: Models that are part of the package, by the name that stands for their folder.
 BUNDLED_MODELS = {"demo-tiny": Path(__file__).parent / "demo" / "tiny_clip"}
+
+#: Before a hub id or a folder: a model of open_clip.
+_OPEN_CLIP = "open_clip:"
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Reduce = Literal["max", "mean", "min"]
@@ -36,10 +37,6 @@ _FP32_ROWS = {"cpu": 8, "cuda": 64}
 _CAPTION_GROUP = {"cpu": 16, "cuda": 256}
 
 
-class ModelError(ValueError):
-    """A model that can't be used; the message says why and what to do."""
-
-
 class ClipScorer(nn.Module):
     """Scores image-caption pairs by the cosine similarity of their CLIP embeddings.
 
@@ -47,7 +44,9 @@ class ClipScorer(nn.Module):
     L2-normalised, dot product.
 
     Args:
-        model: A Hugging Face hub id, a local folder, or ``demo-tiny``, the CLIP of drawn scenes in this package.
+        model: A Hugging Face hub id, a local folder, or ``demo-tiny``, the CLIP of drawn scenes in this package; of a
+            CLIP, SigLIP, SigLIP 2 (fixed resolution), AltCLIP or ChineseCLIP. Models of open_clip have ``open_clip:``
+            before their hub id or folder.
         revision: Branch, tag or commit of a hub model.
         device: auto (CUDA if there is one), or any torch device: cpu, cuda, cuda:1.
         precision: fp32, or the type that matrices are multiplied in: bf16, fp16. Scores near the threshold are then
@@ -59,7 +58,8 @@ class ClipScorer(nn.Module):
         compile: Compile the model with torch.compile, which takes a minute or so at the start.
 
     Raises:
-        ModelError: When there is no such model, it is no CLIP, has no safetensors weights, or the hub can't be reached.
+        ModelError: When there is no such model, it is none of these, has no safetensors weights, or the hub can't be
+            reached.
     """
 
     pixel_mean: Tensor
@@ -81,24 +81,25 @@ class ClipScorer(nn.Module):
             raise ValueError(f"reduce is {reduce!r}; use max, mean or min")
         self.model_name = str(model)
         self.reduce, self.flip = reduce, flip
-        source = str(BUNDLED_MODELS.get(self.model_name, Path(model).expanduser() if _is_folder(model) else model))
-        self.model, processor, tokenizer = _load(self.model_name, source, revision)
+        encoder = load_model(model, revision)
+        self.model = encoder.towers
         on_device = resolve_device(device)
-        self.precision = resolve_precision(precision, on_device, self.model)
-        self.preprocess = _preprocess_of(self.model_name, self.model, processor, tokenizer)
+        self.precision = resolve_precision(precision, on_device, encoder.width)
+        self.preprocess = encoder.preprocess
         self._fingerprint = {
             "model": self.model_name,
-            "weights": _weights_hash(self.model),
+            "family": encoder.family,
+            "weights": self.model.weights_hash(),
             **self.preprocess.fingerprint,
-            "mean": list(processor.image_mean),
-            "std": list(processor.image_std),
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
             "precision": self.precision,
             "reduce": reduce,
             "flip": flip,
         }
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
-        self.register_buffer("pixel_mean", _per_channel(processor.image_mean) * (1.0 / processor.rescale_factor))
-        self.register_buffer("pixel_std", _per_channel(processor.image_std) * (1.0 / processor.rescale_factor))
+        self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
+        self.register_buffer("pixel_std", _per_channel(encoder.std) * (1.0 / encoder.rescale))
         self.fast_model = self.model if self.precision == "fp32" else _low_precision(self.model, self.precision)
         if compile:
             self.fast_model.compile(dynamic=True)
@@ -170,7 +171,7 @@ class ClipScorer(nn.Module):
         if self.is_exact:
             return self.encode_text_fp32(input_ids)
         distinct, inverse = torch.unique(input_ids, dim=0, return_inverse=True)
-        lengths = caption_lengths(distinct, self.preprocess.tokenize.pad_id)
+        lengths = self.preprocess.tokenize.used_lengths(distinct)
         order = lengths.argsort()
         with self._low_precision():
             features = [
@@ -194,35 +195,21 @@ class ClipScorer(nn.Module):
         rows = rows.to(self.device, non_blocking=True)
         return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
-    def _image_features(self, model: CLIPModel, pixel_values: Tensor) -> Tensor:
+    def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
         pixels = (pixel_values - self.pixel_mean) / self.pixel_std
-        features = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
+        features = functional.normalize(model.image_features(pixels).float(), dim=-1)
         if not self.flip:
             return features
-        mirrored = functional.normalize(model.get_image_features(pixels.flip(-1)).pooler_output.float(), dim=-1)
+        mirrored = functional.normalize(model.image_features(pixels.flip(-1)).float(), dim=-1)
         # The dot product with this mean is the mean of both cosines, so it must not be normalised again.
         return (features + mirrored) / 2
 
-    def _text_features(self, model: CLIPModel, input_ids: Tensor) -> Tensor:
-        # No attention mask: the causal one hides the padding from every token up to the first end of text, where CLIP
-        # pools, so that any amount of padding is exact.
-        return functional.normalize(model.get_text_features(input_ids).pooler_output.float(), dim=-1)
+    def _text_features(self, model: Towers, input_ids: Tensor) -> Tensor:
+        return functional.normalize(model.text_features(input_ids).float(), dim=-1)
 
     def _low_precision(self) -> torch.autocast:
         # Nothing to cache: the weights are in low precision already.
         return torch.autocast(self.device.type, _DTYPES[self.precision], cache_enabled=False)
-
-
-def caption_lengths(input_ids: Tensor, pad_id: int) -> Tensor:
-    """Per caption, int64 ``[N]``, the tokens that count: all but the padding behind, plus one that may be padding.
-
-    That one is kept since CLIP's own end of text is what OpenAI's tokenizer pads with.
-    """
-    if not input_ids.numel():
-        return torch.zeros(len(input_ids), dtype=torch.int64)
-    places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    last: Tensor = ((input_ids != pad_id) * places).amax(dim=1)
-    return (last + 1).clamp(max=input_ids.shape[1])
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -248,14 +235,13 @@ _REDUCTIONS = {"max": "amax", "mean": "mean", "min": "amin"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_precision(precision: Precision, device: torch.device, model: CLIPModel) -> Precision:
-    """What ``auto`` means for a device and a model."""
+def resolve_precision(precision: Precision, device: torch.device, width: int) -> Precision:
+    """What ``auto`` means for a device and a model whose wider tower has this width."""
     if precision not in ("auto", "fp32", *_DTYPES):
         raise ValueError(f"precision is {precision!r}; use auto, fp32, bf16 or fp16")
     if precision != "auto":
         return precision
-    widths = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
-    if max(widths) < _NARROW:
+    if width < _NARROW:
         return "fp32"
     if device.type == "cuda":
         return "fp16"
@@ -267,7 +253,7 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def _low_precision(model: CLIPModel, precision: Precision) -> CLIPModel:
+def _low_precision(model: Towers, precision: Precision) -> Towers:
     """A copy whose matrices are in low precision; norms, embeddings and what flows between the layers stay in float32.
 
     Against a model that is low precision throughout, that halves the error of the scores at the same speed.
@@ -288,90 +274,22 @@ def _is_folder(model: str | Path) -> bool:
     return isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).is_dir()
 
 
-def _load(
-    name: str, source: str, revision: str | None
-) -> tuple[CLIPModel, CLIPImageProcessor, PreTrainedTokenizerFast]:
-    if _is_folder(source):
-        _check_folder(Path(source))
-    at: dict[str, Any] = {"revision": revision} if revision else {}
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **at)
-        if not isinstance(config, CLIPConfig):
-            raise ModelError(f"{name!r} is a model of type {config.model_type!r}, not a CLIP")
-        model, info = CLIPModel.from_pretrained(
-            source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **at
-        )
-        processor = CLIPImageProcessor.from_pretrained(source, **at)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **at)
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(_explain(name, source, error)) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ModelError(
-            f"{name!r} lacks {len(info['missing_keys'])} of the weights that its config.json asks for "
-            f"(such as {next(iter(info['missing_keys'] or info['mismatched_keys']))!r}); its scores would be random"
-        )
-    return model, processor, tokenizer
+def load_model(model: str | Path, revision: str | None) -> DualEncoder:
+    """Load from whichever library the name says.
 
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(
-            f"there is no model folder {str(folder)!r}; give a folder with config.json and model.safetensors, "
-            f"a hub id such as {DEFAULT_MODEL!r}, or 'demo-tiny'"
-        )
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{str(folder)!r} holds no config.json, so it is no Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{str(folder)!r} holds no *.safetensors weights. Pickled weights (pytorch_model.bin) can run any code and "
-            "are never loaded; save them again with model.save_pretrained(folder), which writes safetensors"
-        )
-
-
-def _explain(name: str, source: str, error: Exception) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if _is_folder(source):
-        return f"can't load {name!r}: {first_line}"
-    return (
-        f"can't load {name!r} from the Hugging Face hub: {first_line} Check the name and the connection; where "
-        f"there is none, give a local folder (made elsewhere with `hf download {name} --local-dir FOLDER`)"
-    )
-
-
-def _preprocess_of(
-    name: str, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: PreTrainedTokenizerFast
-) -> ClipPreprocess:
-    settings = processor.to_dict()
-    resize, crop = settings["size"].get("shortest_edge"), settings["crop_size"]
-    wanted = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if not resize or max(crop.values()) > resize or not all(settings[step] for step in wanted):
-        raise ModelError(f"{name!r} does not resize the shortest edge and centre crop, so its images can't be prepared")
-    pad_id = tokenizer.pad_token_id
-    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    return ClipPreprocess(
-        view=ImageView(
-            resize=resize,
-            crop=(crop["height"], crop["width"]),
-            interpolation=Resampling(settings["resample"]).name.lower(),
-        ),
-        tokenize=CaptionTokenizer(
-            RustEncoder(tokenizer.backend_tokenizer, max_length=max_length),
-            max_length=max_length,
-            pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
-        ),
-    )
+    Raises:
+        ModelError: When there is no such model, or it can't be used.
+    """
+    name, source = str(model), model
+    load = load_hugging_face
+    if name.startswith(_OPEN_CLIP):
+        load, source = load_open_clip, name.removeprefix(_OPEN_CLIP)
+    if name in BUNDLED_MODELS:
+        source = BUNDLED_MODELS[name]
+    elif _is_folder(source):
+        source = Path(source).expanduser()
+    return load(name, source, revision)
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values).view(1, 3, 1, 1)
-
-
-def _weights_hash(model: CLIPModel) -> str:
-    """SHA-256 over names and values of all weights, whatever files they came in."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy() if value.ndim else value.numpy().tobytes())
-    return digest.hexdigest()

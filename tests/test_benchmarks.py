@@ -28,10 +28,12 @@ def test_short_run_of_the_speed_benchmark(tmp_path):
     """A contender that decides otherwise than the float32 loop would end it with an error."""
     speed = run(tmp_path)["speed"]
     rows = {row["name"]: row for row in speed["rows"]}
-    assert {"operator's loop, fp32", "webdataset loop, bf16", "rewrite", "inline loader", "table", "cp"} <= rows.keys()
+    ours = {"rewrite", "inline loader", "table", "rewrite --scores"}
+    assert ours | {"webdataset loop, bf16", "decode, one core", "cp"} <= rows.keys()
     best = max(rows[f"{loop} loop, fp32"]["rate"]["median"] for loop in ("operator's", "webdataset"))
     assert rows["rewrite"]["ratio"]["median"] == pytest.approx(rows["rewrite"]["rate"]["median"] / best)
-    assert rows["rewrite"]["share"]["median"] == pytest.approx(rows["rewrite"]["rate"]["median"] / speed["limit"][0])
+    limit = speed["limits"]["limit"][0]
+    assert rows["rewrite"]["share"]["median"] == pytest.approx(rows["rewrite"]["rate"]["median"] / limit)
     assert speed["flops_per_sample"] > 1e6
     assert (tmp_path / "speed.png").stat().st_size > 5000
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from transformers import AutoTokenizer
 
-from clipfilter_wds.captions import CaptionTokenizer, RustEncoder
+from clipfilter_wds.captions import CaptionTokenizer, PythonEncoder, RustEncoder
 from clipfilter_wds.scorer import BUNDLED_MODELS
 
 
@@ -22,7 +22,7 @@ def tokenizers(request, clip_folder):
 
 def check_tokens(tokenizers, captions: list[str]) -> None:
     reference, ours, length = tokenizers
-    tokens = ours(captions)
+    tokens = ours([[caption] for caption in captions])
     options = {"padding": True, "truncation": True, "max_length": length}
     expected = reference(captions, return_tensors="pt", **options).input_ids
     assert tokens.input_ids.dtype == torch.int64
@@ -63,9 +63,9 @@ def test_token_ids_equal_those_of_the_tokenizer_for_any_text(tokenizers, caption
 def test_a_caption_is_truncated_only_where_it_is_longer_than_the_text_tower_takes(tokenizers, off):
     _, ours, length = tokenizers
     letters = 0
-    while ours(["x " * letters]).num_tokens[0] < length + off:
+    while ours([["x " * letters]]).num_tokens[0] < length + off:
         letters += 1
-    tokens = ours(["x " * letters])
+    tokens = ours([["x " * letters]])
     assert tokens.num_tokens == [length + off]
     assert tokens.truncated == [off > 0]
     assert tokens.input_ids.shape == (1, min(length, length + off))
@@ -78,5 +78,23 @@ def test_no_captions_are_no_tokens(tokenizers):
 
 def test_padding_does_not_depend_on_batches_before(tokenizers):
     ours = tokenizers[1]
-    ours(["long " * 100, "short"])
+    ours([["long " * 100], ["short"]])
     check_tokens(tokenizers, ["short", "a bit longer"])
+
+
+@pytest.mark.parametrize(("pads_to_max", "expected"), [(False, [2, 4, 4, 1, 4]), (True, [4] * 5)])
+def test_the_text_tower_needs_the_tokens_of_a_caption_and_one_that_may_be_padding(tokenizers, pads_to_max, expected):
+    tokenize = CaptionTokenizer(tokenizers[1]._encode, max_length=4, pad_id=9, pads_to_max=pads_to_max)
+    ids = torch.tensor([[1, 9, 9, 9], [1, 2, 3, 9], [1, 2, 3, 4], [9, 9, 9, 9], [1, 9, 3, 9]])
+    assert tokenize.used_lengths(ids).tolist() == expected
+    assert tokenize.used_lengths(torch.empty(0, 0, dtype=torch.int64)).tolist() == []
+
+
+def test_captions_are_padded_to_the_longest_or_to_the_limit():
+    encode = PythonEncoder(lambda caption: [*map(ord, caption), 0], max_length=4, identity=b"")
+    for pads_to_max, width in ((False, 3), (True, 4)):
+        tokens = CaptionTokenizer(encode, max_length=4, pad_id=9, pads_to_max=pads_to_max)([["ab"], ["c"]])
+        assert tokens.input_ids.tolist() == [[97, 98, 0, 9][:width], [99, 0, 9, 9][:width]]
+    tokens = CaptionTokenizer(encode, max_length=4, pad_id=9)([["abc"], ["abcd"]])
+    assert tokens.input_ids.tolist() == [[97, 98, 99, 0]] * 2
+    assert (tokens.num_tokens, tokens.truncated) == ([4, 5], [False, True])

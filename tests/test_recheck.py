@@ -10,7 +10,7 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
 from clipfilter_wds.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.rewrite import RewriteConfig, process_shards
-from clipfilter_wds.scorer import ClipScorer, caption_lengths, resolve_precision
+from clipfilter_wds.scorer import ClipScorer, resolve_precision
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import passes
 from tests.toys import encoded, make_clip, pair, photo, write_shard
@@ -146,26 +146,19 @@ def test_a_float32_score_does_not_depend_on_the_batch_around_it(exact, inputs):
 
 def test_equal_captions_are_encoded_once_and_every_caption_only_as_far_as_it_goes(bf16, inputs, monkeypatch):
     shapes = []
-    encode = bf16.fast_model.get_text_features
-    monkeypatch.setattr(bf16.fast_model, "get_text_features", lambda ids: shapes.append(ids.shape) or encode(ids))
+    encode = bf16.fast_model.text_features
+    monkeypatch.setattr(bf16.fast_model, "text_features", lambda ids: shapes.append(ids.shape) or encode(ids))
     bf16.encode_text(inputs[1])
     assert sum(num_rows for num_rows, _ in shapes) == len(torch.unique(inputs[1], dim=0)) == 73
     assert [length for _, length in shapes] == sorted(length for _, length in shapes)
     assert shapes[0][1] < inputs[1].shape[1] == shapes[-1][1]
 
 
-def test_the_length_of_a_caption_is_its_tokens_and_one_that_may_be_padding():
-    ids = torch.tensor([[1, 9, 9, 9], [1, 2, 3, 9], [1, 2, 3, 4], [9, 9, 9, 9], [1, 9, 3, 9]])
-    assert caption_lengths(ids, pad_id=9).tolist() == [2, 4, 4, 1, 4]
-    assert caption_lengths(torch.empty(0, 0, dtype=torch.int64), pad_id=9).tolist() == []
-
-
 def test_small_models_stay_in_float32(clip_folder, folder):
     assert ClipScorer(clip_folder, device="cpu").precision == "fp32"
-    wide = ClipScorer(folder, device="cpu", precision="fp32").model
-    assert resolve_precision("auto", torch.device("cuda"), wide) == "fp16"
+    assert resolve_precision("auto", torch.device("cuda"), 256) == "fp16"
     with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
-        resolve_precision("int8", torch.device("cpu"), wide)
+        resolve_precision("int8", torch.device("cpu"), 256)
 
 
 class TestRuns:

@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel
 
 from clipfilter_wds.demo.drawing import draw
 from clipfilter_wds.demo.scenes import random_scene
-from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer, ModelError, resolve_device
+from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer, resolve_device
+from clipfilter_wds.towers import ModelError
 from tests.toys import Reference, encoded, make_clip, photo
 
 ODD_CAPTIONS = [

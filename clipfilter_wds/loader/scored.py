@@ -88,8 +88,11 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
 
     def inputs(batch: _UsableColumns) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids = batch.columns["input_ids"]
-        pad_id = recheck.scorer.preprocess.tokenize.pad_id if recheck else 0
-        return batch.columns["pixel_values"], _without_padding(input_ids, pad_id)
+        if recheck is not None and len(input_ids):
+            # They may be padded further than the longest caption, to a constant length.
+            lengths = recheck.scorer.preprocess.tokenize.used_lengths(input_ids.flatten(0, -2))
+            input_ids = input_ids[..., : int(lengths.max())]
+        return batch.columns["pixel_values"], input_ids
 
     for batch, scores in _score(recheck, map(_usable_columns, batches), inputs):
         columns, finite = batch.columns, np.isfinite(scores) | (recheck is None)
@@ -115,12 +118,6 @@ def _usable_columns(batch: Mapping[str, Any]) -> _UsableColumns:
         unusable = Counter(DropReason(reason) for reason in reasons if reason)
         columns = take(columns, usable)
     return _UsableColumns(columns, unusable)
-
-
-def _without_padding(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Cut what is padding in every row but for one token, since padding may be the end of text."""
-    used = (input_ids != pad_id).flatten(0, -2).any(dim=0).nonzero()
-    return input_ids[..., : int(used[-1]) + 2] if len(used) else input_ids
 
 
 def _score(
