@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
-from rich.markup import escape
 
 from clipfilter_wds.demo.run import demo
 from clipfilter_wds.progress import run_with_progress
@@ -17,6 +16,7 @@ from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.table import TableConfig, process_table
+from clipfilter_wds.terminal import plain
 from clipfilter_wds.world import World
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -202,5 +202,5 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def _complain(message: str, code: int) -> int:
     line = without_secrets(" ".join(message.split()))
-    Console(stderr=True).print(f"clipfilter-wds: {escape(line)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"clipfilter-wds: {plain(line)}", highlight=False, soft_wrap=True)
     return code

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from clipfilter_wds.json_lines import BadLines
 from clipfilter_wds.pairs import PairTally
+from clipfilter_wds.terminal import plain
 
 #: Seconds between two lines when nobody watches a bar.
 _LINE_SECONDS = 10.0
@@ -72,4 +72,4 @@ def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) 
     if bad_lines.count:
         notes.append(f"passed over {bad_lines}")
     for note in notes:
-        console.print(escape(note), highlight=False, soft_wrap=True)
+        console.print(plain(note), highlight=False, soft_wrap=True)

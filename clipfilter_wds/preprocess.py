@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -38,6 +40,34 @@ class UnusableError(Exception):
     def __init__(self, reason: DropReason) -> None:
         super().__init__(reason.value)
         self.reason = reason
+
+
+class _WithoutWarnings:
+    """Keeps Pillow from warning of each odd file, whose outcome is counted instead, while any thread decodes.
+
+    Of two threads with a ``warnings.catch_warnings`` each, the last to end would leave the other's filters behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside == 1:
+                self._caught = warnings.catch_warnings(action="ignore")
+                self._caught.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_without_warnings = _WithoutWarnings()
+# A thread of the parent may hold the lock while a worker is forked.
+os.register_at_fork(after_in_child=_without_warnings.__init__)  # type: ignore[misc]  # as if it were new
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +109,7 @@ class ImageView:
             UnusableError: ``unreadable_image`` or ``image_too_large``.
         """
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns of each odd file; the outcome is counted instead
+            with _without_warnings:
                 image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
                 self._check_size(*image.size)
                 return _to_rgb(image)
@@ -123,8 +152,10 @@ class ImageView:
 def _to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's convert saturates 16-bit greyscale to white; its own 8 high bits are the image.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.array(image, dtype=np.uint32)
+        grey += 128  # in place, as this may be an image of the largest size
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     rgb = image.convert("RGB")
     if rgb.info.get("transparency") is None:
         return rgb

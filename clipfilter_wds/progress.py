@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers.utils import logging
 
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, Tally, process_shards
 from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.terminal import plain
 
 #: Seconds between two lines when nobody watches a bar.
 _LINE_SECONDS = 10.0
@@ -121,7 +121,7 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
     table.add_row("time", str(timedelta(seconds=round(tally.seconds))), f"{tally.samples_per_second:,.0f} samples/s")
     console.print(table)
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
-        console.print(f"[red]failed[/] {escape(url)}: {escape(why)}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed[/] {plain(url)}: {plain(why)}", highlight=False, soft_wrap=True)
     if len(tally.failed) > _MAX_SHOWN_FAILURES:
         console.print(
             f"… and {len(tally.failed) - _MAX_SHOWN_FAILURES} more failed shards; summary.json names them all"

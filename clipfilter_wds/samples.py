@@ -98,6 +98,8 @@ def read_samples(
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.
         if reader.failed_at_first_header:
             raise ShardError(f"it is not a tar archive ({error})") from error
+        if isinstance(error, DamagedStreamError) and not reader.tell():
+            raise ShardError(f"it is damaged at its very beginning and can't be unpacked ({error})") from error
     if (last := groups.finish(torn)) is not None:
         yield last
     yield ShardEnd(num_samples=groups.num_samples, torn=torn, num_bytes=shard.num_bytes)

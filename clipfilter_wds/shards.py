@@ -23,6 +23,10 @@ from clipfilter_wds.types import ShardError
 
 _TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
 _BUFFER_BYTES = 1 << 18
+#: A compressed shard that unpacks to more than this many times its size is a bomb. Images hardly shrink at all; gzip's
+#: limit is 1,032, Zstandard has none.
+_MAX_EXPANSION = 200
+_UNCHECKED_BYTES = 1 << 28
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # behind any byte 0x5?; pzstd begins with such a frame
 
@@ -238,8 +242,7 @@ def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
             than it announced.
     """
     with _open_raw(url, allow_pipe) as (raw, num_bytes):
-        counted = io.BufferedReader(_WholeRaw(raw, num_bytes, url), buffer_size=_BUFFER_BYTES)
-        yield OpenShard(url=url, stream=_unpack(counted), num_bytes=num_bytes)
+        yield OpenShard(url=url, stream=_unpack(_WholeRaw(raw, num_bytes, url)), num_bytes=num_bytes)
 
 
 @contextmanager
@@ -299,6 +302,11 @@ class _WholeRaw(io.RawIOBase):
     def __init__(self, raw: BinaryIO, num_bytes: int, url: str) -> None:
         self._raw, self._num_bytes, self._url, self._position = raw, num_bytes, url, 0
 
+    @property
+    def num_read(self) -> int:
+        """Bytes that have come so far."""
+        return self._position
+
     def readable(self) -> bool:
         return True
 
@@ -323,8 +331,8 @@ class _WholeRaw(io.RawIOBase):
 class _UnpackedRaw(io.RawIOBase):
     """Unpacks a compressed stream and gives its many ways to be damaged one name."""
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
-        self._stream = stream
+    def __init__(self, stream: io.BufferedIOBase, packed: _WholeRaw) -> None:
+        self._stream, self._packed, self._num_bytes = stream, packed, 0
 
     def readable(self) -> bool:
         return True
@@ -334,11 +342,20 @@ class _UnpackedRaw(io.RawIOBase):
             data = self._stream.read1(len(buffer))  # read would throw away what it has when it meets the damage
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DamagedStreamError(str(error)) from error
+        self._num_bytes += len(data)
+        if not self._num_bytes:
+            raise DamagedStreamError("it ends before anything can be unpacked")
+        if self._num_bytes > max(_MAX_EXPANSION * self._packed.num_read, _UNCHECKED_BYTES):
+            raise ShardError(
+                f"{self._packed.num_read} bytes of it unpack to {self._num_bytes}, over {_MAX_EXPANSION} times as many,"
+                " as in files that are made to do harm. If you trust it, unpack it first"
+            )
         buffer[: len(data)] = data
         return len(data)
 
 
-def _unpack(raw: "io.BufferedReader[_WholeRaw]") -> BinaryIO:
+def _unpack(whole: _WholeRaw) -> BinaryIO:
+    raw = io.BufferedReader(whole, buffer_size=_BUFFER_BYTES)
     magic = raw.peek(4)[:4]
     if magic.startswith(_GZIP_MAGIC):
         packed = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
@@ -346,4 +363,4 @@ def _unpack(raw: "io.BufferedReader[_WholeRaw]") -> BinaryIO:
         packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     else:
         return raw
-    return io.BufferedReader(_UnpackedRaw(packed), buffer_size=_BUFFER_BYTES)
+    return io.BufferedReader(_UnpackedRaw(packed, whole), buffer_size=_BUFFER_BYTES)

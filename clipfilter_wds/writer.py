@@ -124,8 +124,10 @@ class TarWriter:
         """Append a member under its own name, with fixed time, owner and mode."""
         info = tarfile.TarInfo(member.name)
         info.size = len(member.data)
-        # GNU keeps names of any length and any bytes exactly.
-        self._write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        # GNU keeps names of any length and any bytes exactly, but for NUL, where it ends.
+        has_nul = "\0" in member.name
+        info.pax_headers = {"path": member.name} if has_nul else {}
+        self._write(info.tobuf(tarfile.PAX_FORMAT if has_nul else tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
         self._write(member.data)
         self._write(bytes(-len(member.data) % tarfile.BLOCKSIZE))
 

@@ -64,6 +64,19 @@ def test_rewrite_drops_them_whatever_the_threshold(overflowing, shard, tmp_path,
     assert kept == set(GREY)
 
 
+def test_what_overflows_in_low_precision_only_is_scored_in_float32_and_not_dropped(shard, tmp_path):
+    folder = brightness_to_infinity(make_clip(tmp_path / "clip"), 100.0)
+    tables = {}
+    for precision in ("fp16", "fp32"):
+        scorer = ClipScorer(folder, device="cpu", precision=precision)
+        config = RewriteConfig(shards=shard, output=tmp_path / precision, threshold=0.0, num_workers=0)
+        assert DropReason.NOT_FINITE not in process_shards(config, scorer).counts.dropped
+        tables[precision] = ShardScores.read(tmp_path / precision / "_scores" / "0.parquet").scores
+    bright = sorted(BRIGHT)
+    np.testing.assert_allclose(tables["fp16"][bright], tables["fp32"][bright], atol=1e-6)
+    assert np.isfinite(tables["fp16"]).all()
+
+
 def test_a_score_table_holds_the_reason_and_only_finite_numbers(overflowing, shard, tmp_path):
     process_shards(ScoreConfig(shards=shard, output=tmp_path, num_workers=0), overflowing)
     scores = ShardScores.read(tmp_path / "0.parquet")

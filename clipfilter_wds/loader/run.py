@@ -19,6 +19,7 @@ from clipfilter_wds.loader.workers import Workers
 from clipfilter_wds.rebatch import Rebatcher, take
 from clipfilter_wds.selection import passes
 from clipfilter_wds.shards import public_url
+from clipfilter_wds.terminal import printable
 from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.watch import KeepRateWatch
 from clipfilter_wds.world import World
@@ -90,7 +91,7 @@ class Run:
         for url, why in scored.failures:
             if url not in self._reported:
                 self._reported.add(url)
-                _log.warning("a shard is left out: %s: %s", public_url(url), why)
+                _log.warning("a shard is left out: %s: %s", printable(public_url(url)), printable(why))
         if kept:
             self._last_kept_epoch = self.progress.epoch
             self._push(scored, keep, kept, before)
