@@ -95,9 +95,10 @@ class Run:
         if kept:
             self._last_kept_epoch = self.progress.epoch
             self._push(scored, keep, kept, before)
-        elif self.progress.epoch - self._last_kept_epoch > self.world.world_size:
-            # Ranks take turns with the shards, so by now this one has read all of them.
-            raise self.watch.starved(f"{self.world.world_size} whole epochs left none")
+        elif self.progress.epoch - self._last_kept_epoch > self.world.world_size + 1:
+            # Ranks take turns with the shards, so by now this one has read all of them. (One more, since the last kept
+            # pair may have been early in its epoch, read by a worker that was ahead, and the next may come late.)
+            raise self.watch.starved(f"{self.world.world_size + 1} whole epochs left none")
 
     def _push(self, scored: Scored, keep: np.ndarray, num_rows: int, before: Progress) -> None:
         rows = keep[scored.has_columns]
