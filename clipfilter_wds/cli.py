@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
@@ -13,6 +14,8 @@ from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report import ReportConfig, check_page, write_report
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
+from clipfilter_wds.rewrite.ranks import DEFAULT_RANK_TIMEOUT
+from clipfilter_wds.rewrite.ray_engine import RayEngine
 from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.table import TableConfig, process_table
@@ -36,6 +39,10 @@ def rewrite(
     report: str | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    cpus_per_task: int | None = None,
+    rank_timeout: float = DEFAULT_RANK_TIMEOUT,
     **scorer_options: Any,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image.
@@ -55,8 +62,20 @@ def rewrite(
         report: HTML file to write that shows what was kept and dropped.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
+        engine: local does the shards in this process and its workers, ray on a Ray cluster; both write the same.
+        ray_address: Of a running Ray cluster (auto: the one of this machine); by default Ray is started here.
+        cpus_per_task: Processors of each Ray actor; by default shared out among the GPUs, and 1 without GPUs.
+        rank_timeout: Under torchrun or srun, seconds to wait for the other ranks without a sign of progress.
         scorer_options: As of ClipScorer.
     """
+    run = _Run(
+        world=World.from_env(),
+        engine=engine,
+        ray_address=ray_address,
+        cpus_per_task=cpus_per_task,
+        rank_timeout=rank_timeout,
+        use_gpus=dict(scorer_options).get("device") != "cpu",
+    )
     config = RewriteConfig(
         shards=shards,
         output=output,
@@ -71,8 +90,8 @@ def rewrite(
     )
     if report is not None:
         check_page(report, of=scores or output)
-    code = _run(config, lambda: ClipScorer(model, **scorer_options))
-    if report is not None and (scores or Path(output, "_scores").expanduser().is_dir()):
+    code = run(config, lambda: ClipScorer(model, **scorer_options))
+    if run.world.rank == 0 and report is not None and (scores or Path(output, "_scores").expanduser().is_dir()):
         write_report(ReportConfig(scores=scores or output, run=output, shards=shards, output=report))
     return code
 
@@ -85,6 +104,10 @@ def score(
     caption: str = "txt",
     batch_size: int = 64,
     num_workers: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    cpus_per_task: int | None = None,
+    rank_timeout: float = DEFAULT_RANK_TIMEOUT,
     **scorer_options: Any,
 ) -> int:
     """Write a table of scores for every shard, and no samples.
@@ -97,10 +120,22 @@ def score(
             of these, separated by commas, are several captions of an image.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
+        engine: local does the shards in this process and its workers, ray on a Ray cluster; both write the same.
+        ray_address: Of a running Ray cluster (auto: the one of this machine); by default Ray is started here.
+        cpus_per_task: Processors of each Ray actor; by default shared out among the GPUs, and 1 without GPUs.
+        rank_timeout: Under torchrun or srun, seconds to wait for the other ranks without a sign of progress.
         scorer_options: As of ClipScorer.
     """
+    run = _Run(
+        world=World.from_env(),
+        engine=engine,
+        ray_address=ray_address,
+        cpus_per_task=cpus_per_task,
+        rank_timeout=rank_timeout,
+        use_gpus=dict(scorer_options).get("device") != "cpu",
+    )
     config = ScoreConfig(shards=shards, output=output, caption=caption, batch_size=batch_size, num_workers=num_workers)
-    return _run(config, lambda: ClipScorer(model, **scorer_options))
+    return run(config, lambda: ClipScorer(model, **scorer_options))
 
 
 def table(
@@ -140,7 +175,7 @@ def table(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    _refuse_ranks()
+    _refuse_ranks(World.from_env())
     process_table(config, lambda: ClipScorer(model, **scorer_options))
     return ALL_DONE
 
@@ -162,18 +197,42 @@ def report(
         threshold: Where the slider begins; by default the threshold of the run.
         thumbnails: How many samples to show, at most 200.
     """
-    _refuse_ranks()
+    _refuse_ranks(World.from_env())
     write_report(ReportConfig(scores=scores, shards=shards, output=output, threshold=threshold, thumbnails=thumbnails))
     return ALL_DONE
 
 
-def _run(config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
-    _refuse_ranks()
-    return SOME_FAILED if run_with_progress(config, load).failed else ALL_DONE
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Where and how the shards of a command are done."""
+
+    world: World
+    engine: str
+    ray_address: str | None
+    cpus_per_task: int | None
+    rank_timeout: float
+    use_gpus: bool
+
+    def __post_init__(self) -> None:
+        if self.engine == "ray":
+            _refuse_ranks(self.world)
+        elif self.ray_address is not None or self.cpus_per_task is not None:
+            raise ValueError("ray_address and cpus_per_task are for --engine ray")
+
+    def __call__(self, config: ScoreConfig, load: Callable[[], ClipScorer]) -> int:
+        if self.engine == "ray":
+            with RayEngine(
+                load, address=self.ray_address, cpus_per_task=self.cpus_per_task, use_gpus=self.use_gpus
+            ) as engine:
+                failed = run_with_progress(config, load, engine=engine).failed
+        else:
+            self.world.claim_gpu()
+            failed = run_with_progress(config, load, world=self.world, rank_timeout=self.rank_timeout).failed
+        # Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
+        return SOME_FAILED if failed and self.world.rank == 0 else ALL_DONE
 
 
-def _refuse_ranks() -> None:
-    world = World.from_env()
+def _refuse_ranks(world: World) -> None:
     if world.world_size > 1:
         raise ValueError(f"this is rank {world.rank} of {world.world_size}; start the command once, as one process")
 

@@ -33,6 +33,11 @@ class RemotePath:
         return RemotePath(f"{self.url}/{name}")
 
     @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rpartition("/")[2]
+
+    @property
     def parent(self) -> "RemotePath":
         """The folder."""
         return RemotePath(self.url.rpartition("/")[0])
@@ -88,7 +93,10 @@ class RemotePath:
         """The files of this folder, and of those in it, whose name matches."""
 
         def find(fs: AbstractFileSystem, path: str) -> list[str]:
-            return [name[len(path) :] for name in fs.find(path)]
+            try:
+                return [name[len(path) :] for name in fs.find(path)]
+            except FileNotFoundError:
+                return []
 
         for name in self._request("list", find):
             if fnmatchcase(name.rpartition("/")[2], pattern):

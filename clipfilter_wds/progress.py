@@ -11,25 +11,40 @@ from rich.table import Table
 from transformers.utils import logging
 
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, Tally, process_shards
+from clipfilter_wds.rewrite.engine import Engine
+from clipfilter_wds.rewrite.ranks import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.terminal import plain
+from clipfilter_wds.world import World
 
 #: Seconds between two lines when nobody watches a bar.
 _LINE_SECONDS = 10.0
 _MAX_SHOWN_FAILURES = 10
 
 
-def run_with_progress(config: ScoreConfig, load_scorer: Callable[[], ClipScorer]) -> Tally:
-    """Load the model, if one is needed, process the shards, and show what is going on and what came out."""
+def run_with_progress(
+    config: ScoreConfig,
+    load_scorer: Callable[[], ClipScorer],
+    *,
+    engine: Engine | None = None,
+    world: World | None = None,
+    rank_timeout: float = DEFAULT_RANK_TIMEOUT,
+) -> Tally:
+    """Load the model, if one is needed, process the shards, and show what is going on and what came out.
+
+    An engine loads the model itself. Of several ranks, only rank zero shows anything.
+    """
     logging.disable_progress_bar()
-    console = Console(stderr=True)
-    scorer = None
-    if not (isinstance(config, RewriteConfig) and config.scores):
+    is_first = world is None or world.rank == 0
+    console = Console(stderr=True, quiet=not is_first)
+    scorer: ClipScorer | Engine | None = engine
+    if engine is None and not (isinstance(config, RewriteConfig) and config.scores):
         with console.status("loading the model"):
             scorer = load_scorer()
     with show_progress(console) as update:
-        tally = process_shards(config, scorer, on_progress=update)
-    print_summary(Console(), tally, scored_only=not isinstance(config, RewriteConfig))
+        tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=update)
+    if is_first:
+        print_summary(Console(), tally, scored_only=not isinstance(config, RewriteConfig))
     return tally
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _CHECKED_AT_ONCE = 1 << 20
 class Subset:
     """The samples that a file lists.
 
-    Pickled, it is the path only; each process opens the file for itself.
+    Pickled, it is the path only; each process opens and checks the file for itself, once.
 
     Attributes:
         path: A ``.npy`` file as DataComp's subsets are: a sorted one-dimensional array of ``u8,u8``, the halves of
@@ -41,8 +41,8 @@ class Subset:
         except OSError as error:
             raise ValueError(f"can't read subset {str(self.path)!r}: {error.strerror or error}") from None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self.path,)
 
     @property
     def by_uid(self) -> bool:
@@ -105,3 +105,8 @@ def _check_sorted(uids: np.ndarray, path: Path) -> None:
             raise ValueError(
                 f"subset {str(path)!r} is not sorted from index {start + int(ascends.argmin())} on; np.sort it"
             )
+
+
+@cache
+def _opened(path: Path) -> Subset:
+    return Subset(path)

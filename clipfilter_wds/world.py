@@ -54,6 +54,11 @@ class World:
             )
         return cls()
 
+    def claim_gpu(self) -> None:
+        """Make ``cuda`` mean a GPU of this rank's own, where the machine's ranks have one each."""
+        if self.world_size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+
     @classmethod
     def current(cls) -> "World":
         """The world of ``torch.distributed`` where that is initialised, else that of the environment."""

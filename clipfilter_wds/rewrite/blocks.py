@@ -48,7 +48,8 @@ class BlockDataset(IterableDataset[Block]):
     """Streams shards as :class:`Block` s: read, decoded, resized and tokenized, but not yet scored.
 
     Args:
-        shards: Whatever :func:`~clipfilter_wds.shards.expand_shards` takes.
+        shards: A pattern for :func:`~clipfilter_wds.shards.expand_shards`, or a list of what it found, which is taken
+            as it is: a shard may have gone since.
         preprocess: The scorer's ``preprocess``.
         batch_size: Samples per batch; a shard's last batch may hold fewer.
         layout: Which members are image and caption.
@@ -71,7 +72,10 @@ class BlockDataset(IterableDataset[Block]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.urls = expand_shards(shards, allow_pipe=allow_pipe)
+        if isinstance(shards, (str, Path)):
+            self.urls = expand_shards(shards, allow_pipe=allow_pipe)
+        else:
+            self.urls = [str(url) for url in shards]
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.layout = layout or SampleLayout()

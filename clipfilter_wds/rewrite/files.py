@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,11 @@ def read_record(path: AnyPath) -> Record:
 
 def write_sizes(folder: AnyPath) -> None:
     """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    records = [read_record(path) for path in folder.rglob("*_stats.json")]
-    sizes = {record["shard"]: record["kept"] for record in records if record["kept"]}
-    publish_json(folder / "sizes.json", dict(sorted(sizes.items())))
+    with ThreadPoolExecutor(max_workers=32, thread_name_prefix="clipfilter-marks") as pool:  # it may be a million
+        sizes = dict(pool.map(_size_of, folder.rglob("*_stats.json")))
+    publish_json(folder / "sizes.json", {shard: sizes[shard] for shard in sorted(sizes) if sizes[shard]})
+
+
+def _size_of(mark: AnyPath) -> tuple[str, int]:
+    record = read_record(mark)
+    return record["shard"], record["kept"]

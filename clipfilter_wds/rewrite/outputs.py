@@ -25,6 +25,10 @@ class Marked(Protocol):
     def url(self) -> str:
         """The shard."""
 
+    @property
+    def mark(self) -> AnyPath:
+        """The file that is there when the outcome is."""
+
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
         """What an earlier run committed for this shard, None if that is nothing or the shard has changed since.
 
@@ -62,6 +66,11 @@ class TableOutput:
 
     url: str
     table: AnyPath
+
+    @property
+    def mark(self) -> AnyPath:
+        """The table."""
+        return self.table
 
     def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
         """See :class:`Marked`."""
@@ -114,6 +123,11 @@ class CopyOutput:
     choice: Choice
     cutoff: Cutoff | None
     layout: SampleLayout
+
+    @property
+    def mark(self) -> AnyPath:
+        """``NAME_stats.json``."""
+        return self.files.mark
 
     def __call__(self) -> ShardStats:
         """See :class:`Copy`."""

@@ -17,7 +17,7 @@ from clipfilter_wds.scores import Fingerprint, ShardScores
 from clipfilter_wds.subset import Subset
 
 #: Blocks that are looked through for usable samples to measure the error of the scores on.
-_MAX_MEASURED_BLOCKS = 4
+MAX_MEASURED_BLOCKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class ScoringOptions:
         num_workers: Processes that decode; None chooses by device and number of processors.
         threshold: Scores near it are computed in float32.
         subset: Decode and score only the samples that are listed.
+        measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
+            all who do shards of the run, now or when it goes on, so that all compute the same bits.
     """
 
     layout: SampleLayout
@@ -37,6 +39,7 @@ class ScoringOptions:
     num_workers: int | None
     threshold: float | None = None
     subset: Subset | None = None
+    measured_on: tuple[str, ...] = ()
 
     def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
         """What the scores depend on beside the shards."""
@@ -47,16 +50,17 @@ class ScoringOptions:
         }
 
 
-def measured_recheck(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions) -> Recheck:
-    """What scores shards, its error measured on the first samples of these.
-
-    Scores can be compared bit for bit between processes, and between runs, that give the same shards here.
-    """
+def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
+    """What scores shards, its error measured on the first samples of ``options.measured_on``."""
     recheck = Recheck(scorer, options.threshold)
     dataset = BlockDataset(
-        urls, scorer.preprocess, batch_size=NUM_MEASURED, layout=options.layout, subset=options.subset
+        options.measured_on,
+        scorer.preprocess,
+        batch_size=NUM_MEASURED,
+        layout=options.layout,
+        subset=options.subset,
     )
-    for block in islice(dataset, 0 if recheck.is_measured else _MAX_MEASURED_BLOCKS):
+    for block in islice(dataset, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
         recheck.measure(block.pixel_values, block.input_ids)
         if recheck.is_measured:
             break

@@ -1,0 +1,132 @@
+"""Who does the shards of a run: an engine. This one does them in this process and its DataLoader workers."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol
+
+from torch.utils.data import Dataset
+
+from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.rewrite.collect import FailedShard
+from clipfilter_wds.rewrite.outputs import Copy, Output
+from clipfilter_wds.rewrite.scoring import (
+    ScoringOptions,
+    default_num_workers,
+    measured_recheck,
+    num_processors,
+    score_shards,
+)
+from clipfilter_wds.rewrite.tally import ShardStats, Tally
+from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.scores import Fingerprint
+from clipfilter_wds.types import ShardError
+
+#: Scored shards that may wait for the disk before scoring waits for them.
+_MAX_WAITING_SHARDS = 2
+
+OnProgress = Callable[[Tally], None]
+
+
+class Engine(Protocol):
+    """Does shards, whatever their order; the tally says of each how it went."""
+
+    def fingerprint(self, options: ScoringOptions) -> Fingerprint:
+        """What the scores depend on beside the shards."""
+
+    def score(self, outputs: Sequence[Output], options: ScoringOptions, tally: Tally, on_progress: OnProgress) -> None:
+        """Score shards and write the outcome of each."""
+
+    def copy(self, outputs: Sequence[Copy], num_workers: int | None, tally: Tally, on_progress: OnProgress) -> None:
+        """Copy what is kept of shards that have been scored."""
+
+
+class LocalEngine:
+    """Does the shards in this process and its workers.
+
+    Args:
+        scorer: The model; None when there is nothing to score.
+        share: How many processes like this one have to share the machine's processors.
+    """
+
+    def __init__(self, scorer: ClipScorer | None, share: int = 1) -> None:
+        self._scorer, self._share = scorer, share
+
+    @property
+    def scorer(self) -> ClipScorer:
+        """The model.
+
+        Raises:
+            ValueError: When there is none.
+        """
+        if self._scorer is None:
+            raise ValueError("scorer is None; without score tables there must be a model")
+        return self._scorer
+
+    def fingerprint(self, options: ScoringOptions) -> Fingerprint:
+        """See :class:`Engine`."""
+        return options.fingerprint(self.scorer)
+
+    def score(self, outputs: Sequence[Output], options: ScoringOptions, tally: Tally, on_progress: OnProgress) -> None:
+        """See :class:`Engine`. One thread writes while this one scores, so that neither waits for the other."""
+
+        def on_batch(num_samples: int) -> None:
+            tally.num_scored += num_samples
+            on_progress(tally)
+
+        if options.num_workers is None:
+            num_workers = max(1, default_num_workers(self.scorer.device) // self._share)
+            options = replace(options, num_workers=num_workers)
+        recheck = measured_recheck(self.scorer, options)
+        commits = {output.url: output.commit for output in outputs}
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-writer") as writer:
+            waiting: deque[tuple[str, Future[ShardStats]]] = deque()
+            for shard in score_shards(list(commits), recheck, options, on_batch=on_batch):
+                if isinstance(shard, FailedShard):
+                    tally.fail(shard.url, shard.why)
+                else:
+                    url, scores = shard
+                    waiting.append((url, writer.submit(commits[url], scores)))
+                while len(waiting) > _MAX_WAITING_SHARDS or (waiting and waiting[0][1].done()):
+                    _settle(*waiting.popleft(), tally)
+                on_progress(tally)
+            while waiting:
+                _settle(*waiting.popleft(), tally)
+                on_progress(tally)
+
+    def copy(self, outputs: Sequence[Copy], num_workers: int | None, tally: Tally, on_progress: OnProgress) -> None:
+        """See :class:`Engine`. ``num_workers`` at a time."""
+        usual = max(1, min(len(outputs), num_processors() // self._share))
+        processes = usual if num_workers is None else num_workers
+        for url, stats in worker_loader(_Copies(outputs), num_workers=processes, in_order=False):
+            if isinstance(stats, ShardStats):
+                tally.num_copied += stats.counts.seen
+                tally.add(stats)
+            else:
+                tally.fail(url, stats)
+            on_progress(tally)
+
+
+def _settle(url: str, commit: "Future[ShardStats]", tally: Tally) -> None:
+    try:
+        tally.add(commit.result())
+    except ShardError as error:
+        tally.fail(url, str(error))
+
+
+class _Copies(Dataset[tuple[str, ShardStats | str]]):
+    """Does a copy when it is asked for; then its URL, and the outcome or why there is none."""
+
+    def __init__(self, outputs: Sequence[Copy]) -> None:
+        self._outputs = outputs
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def __getitem__(self, index: int) -> tuple[str, ShardStats | str]:
+        output = self._outputs[index]
+        try:
+            return output.url, output()
+        except ShardError as error:
+            return output.url, str(error)
