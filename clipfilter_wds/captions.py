@@ -62,8 +62,9 @@ class CaptionTokenizer:
         """SHA-256 of vocabulary, rules and limits."""
         return self._encode.fingerprint()
 
-    def __call__(self, captions: Sequence[Sequence[str]]) -> Tokens:
+    def __call__(self, batch: Sequence[str | Sequence[str]]) -> Tokens:
         """Tokenize the captions of a batch of images, one or more of each; ``[]`` gives ``[0, 0]`` ids."""
+        captions = [[of_image] if isinstance(of_image, str) else of_image for of_image in batch]
         flat = [_bounded(caption) for of_image in captions for caption in of_image]
         ids, num_tokens = self._encode(flat)
         length = self.max_length if self.pads_to_max else max(map(len, ids), default=0)

@@ -29,9 +29,10 @@ Reduce = Literal["max", "mean", "min"]
 #: 2.5 at 256), and that little is lost in rechecking.
 _NARROW = 256
 
-#: Rows of a float32 batch, by device. Batches are cut into these and filled up to them, so that a sample's score in
-#: float32 does not hang on which samples, or how many, it is scored with: kernels are chosen by shape.
-_FP32_ROWS = {"cpu": 8, "cuda": 64}
+#: Float32 batches are filled up to a multiple of so many rows, and those of wide models on a processor cut into such
+#: pieces (as fast, and less memory), the others into the larger ones. Kernels are chosen by shape: so a sample's score
+#: in float32 does not hang on which samples, or how many, it is scored with.
+_FP32_ROWS, _MOST_FP32_ROWS = 8, 64
 
 #: Captions of a low-precision batch that are encoded together, in order of length: fewer pad less and cost more calls.
 _CAPTION_GROUP = {"cpu": 16, "cuda": 256}
@@ -55,7 +56,7 @@ class ClipScorer(nn.Module):
         reduce: Where an image has several captions, which of their similarities counts: the largest (max), the mean or
             the smallest (min).
         flip: Score the mirrored image too and take the mean: text that is painted into a picture then counts for less.
-        compile: Compile the model with torch.compile, which takes a minute or so at the start.
+        compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start.
 
     Raises:
         ModelError: When there is no such model, it is none of these, has no safetensors weights, or the hub can't be
@@ -100,7 +101,11 @@ class ClipScorer(nn.Module):
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
         self.register_buffer("pixel_std", _per_channel(encoder.std) * (1.0 / encoder.rescale))
+        cut_small = on_device.type == "cpu" and encoder.width >= _NARROW
+        self._fp32_rows = _FP32_ROWS if cut_small else _MOST_FP32_ROWS
         self.fast_model = self.model if self.precision == "fp32" else _low_precision(self.model, self.precision)
+        if compile and self.precision == "fp32":
+            raise ValueError("compile is for low precision; here precision is fp32")
         if compile:
             self.fast_model.compile(dynamic=True)
         self.requires_grad_(False).eval().to(on_device)
@@ -189,8 +194,8 @@ class ClipScorer(nn.Module):
         return self._in_equal_batches(lambda rows: self._text_features(self.model, rows), input_ids)
 
     def _in_equal_batches(self, encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        size, num_rows = _FP32_ROWS.get(self.device.type, 8), len(rows)
-        if missing := -num_rows % size:
+        size, num_rows = self._fp32_rows, len(rows)
+        if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
         rows = rows.to(self.device, non_blocking=True)
         return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
