@@ -64,7 +64,7 @@ def kill(process: multiprocessing.process.BaseProcess) -> bool:
 @pytest.mark.parametrize(
     ("choice", "num_kills"),
     [
-        ({"threshold": 0.12}, 5),
+        ({"threshold": 0.12}, 3),
         pytest.param({"threshold": 0.12}, 20, marks=pytest.mark.slow),
         pytest.param({"keep_fraction": 0.5, "samples_per_shard": 7}, 8, marks=pytest.mark.slow),
     ],
