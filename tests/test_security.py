@@ -15,8 +15,8 @@ from PIL import EpsImagePlugin, Image
 
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
 from clipfilter_wds.cli import main
-from clipfilter_wds.scorer import ModelError
 from clipfilter_wds.terminal import plain, printable
+from clipfilter_wds.towers import ModelError
 from tests.toys import encoded, pair, photo, tar_members, write_shard, write_tar
 
 
