@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 
 from clipfilter_wds.demo.run import demo
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT
 from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report import ReportConfig, check_page, write_report
@@ -39,6 +40,7 @@ def rewrite(
     report: str | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT,
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     cpus_per_task: int | None = None,
@@ -62,6 +64,7 @@ def rewrite(
         report: HTML file to write that shows what was kept and dropped.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
+        worker_timeout: Seconds that one sample may take to decode; 0 is for ever.
         engine: local does the shards in this process and its workers, ray on a Ray cluster; both write the same.
         ray_address: Of a running Ray cluster (auto: the one of this machine); by default Ray is started here.
         cpus_per_task: Processors of each Ray actor; by default shared out among the GPUs, and 1 without GPUs.
@@ -87,6 +90,7 @@ def rewrite(
         caption=caption,
         batch_size=batch_size,
         num_workers=num_workers,
+        worker_timeout=worker_timeout,
     )
     if report is not None:
         check_page(report, of=scores or output)
@@ -104,6 +108,7 @@ def score(
     caption: str = "txt",
     batch_size: int = 64,
     num_workers: int | None = None,
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT,
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     cpus_per_task: int | None = None,
@@ -120,6 +125,7 @@ def score(
             of these, separated by commas, are several captions of an image.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; by default as many as suit the device.
+        worker_timeout: Seconds that one sample may take to decode; 0 is for ever.
         engine: local does the shards in this process and its workers, ray on a Ray cluster; both write the same.
         ray_address: Of a running Ray cluster (auto: the one of this machine); by default Ray is started here.
         cpus_per_task: Processors of each Ray actor; by default shared out among the GPUs, and 1 without GPUs.
@@ -134,7 +140,14 @@ def score(
         rank_timeout=rank_timeout,
         use_gpus=dict(scorer_options).get("device") != "cpu",
     )
-    config = ScoreConfig(shards=shards, output=output, caption=caption, batch_size=batch_size, num_workers=num_workers)
+    config = ScoreConfig(
+        shards=shards,
+        output=output,
+        caption=caption,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_timeout=worker_timeout,
+    )
     return run(config, lambda: ClipScorer(model, **scorer_options))
 
 

@@ -1,19 +1,18 @@
 """Shards -> batches ready to score, decoded in DataLoader workers; each carries its own position."""
 
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from clipfilter_wds.captions import Tokens
 from clipfilter_wds.preprocess import ClipPreprocess, ImageView, OpenPair, UnusableError, decode_sample, read_uid
+from clipfilter_wds.processes import Trail, Whereabouts
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.stream import (
@@ -29,7 +28,6 @@ from clipfilter_wds.stream import (
 from clipfilter_wds.types import DropReason, Sample
 from clipfilter_wds.world import World
 
-T = TypeVar("T")
 ImageTransform = Callable[[Image.Image], Any]
 TextTransform = Callable[[str], Any]
 
@@ -166,6 +164,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         endless: Go on with the next epoch for ever.
         look_up: What is known of a shard before it is read. Samples known to be dropped are not read.
         view: How images are decoded; None for that of the dataset's ``preprocess``.
+        whereabouts: Where workers leave what they are at.
 
     Raises:
         ValueError: When there is neither ``view`` nor ``preprocess``.
@@ -184,6 +183,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         endless: bool = False,
         look_up: LookUp = know_nothing,
         view: ImageView | None = None,
+        whereabouts: Whereabouts | None = None,
     ) -> None:
         if view is None:
             if dataset.preprocess is None:
@@ -200,6 +200,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         self.endless = endless
         self.look_up = look_up
         self.view = view
+        self.whereabouts = whereabouts or Whereabouts(dataset.urls, num_workers)
 
     def __iter__(self) -> Iterator[StreamBatch]:
         """This worker's batches. Iterated again, as persistent workers are, they are those of the next epoch."""
@@ -216,10 +217,12 @@ class StreamWorker(IterableDataset[StreamBatch]):
             position = Position(epoch=position.epoch + 1)
 
     def _epoch(self, worker: int, start: Position) -> Iterator[StreamBatch]:
-        builder = _BatchBuilder(worker, self.dataset, self.view)
+        trail = self.whereabouts.trail()
+        builder = _BatchBuilder(worker, self.dataset, self.view, trail)
         layout, allow_pipe = self.dataset.layout, self.dataset.allow_pipe
+        items = read_stream(self.order, worker, start, layout, trail, look_up=self.look_up, allow_pipe=allow_pipe)
         after = start
-        for item in read_stream(self.order, worker, start, layout, look_up=self.look_up, allow_pipe=allow_pipe):
+        for item in items:
             if isinstance(item, PartEnd):
                 builder.ends.append(item)
                 continue
@@ -237,8 +240,8 @@ class StreamWorker(IterableDataset[StreamBatch]):
 class _BatchBuilder:
     """Gathers samples until they are made a batch of."""
 
-    def __init__(self, worker: int, dataset: ClipWebDataset, view: ImageView) -> None:
-        self._worker, self._dataset, self._view = worker, dataset, view
+    def __init__(self, worker: int, dataset: ClipWebDataset, view: ImageView, trail: Trail) -> None:
+        self._worker, self._dataset, self._view, self._trail = worker, dataset, view, trail
         self._clear()
 
     def _clear(self) -> None:
@@ -260,7 +263,8 @@ class _BatchBuilder:
         keep = item.known is None or item.known.keep
         if keep:
             try:
-                self._decode(item)
+                with self._trail.at(item.url, item.sample.index):
+                    self._decode(item)
             except UnusableError as unusable:
                 reason, keep = unusable.reason, False
                 if item.known is None:
@@ -341,44 +345,3 @@ def sample_rows(samples: Sequence[tuple[Sample, OpenPair | DropReason]], tokens:
         else SampleRow(sample.key, sample.index, opened, uid=read_uid(sample))
         for sample, opened in samples
     ]
-
-
-def worker_loader(
-    dataset: Dataset[T],
-    *,
-    num_workers: int,
-    pin_memory: bool = False,
-    requests: Iterable[Any] | None = None,
-    in_order: bool = True,
-    persistent_workers: bool = False,
-    multiprocessing_context: str | None = None,
-) -> DataLoader[T]:
-    """A DataLoader that hands the dataset's batches on as they are, in ``num_workers`` processes (0: in this one).
-
-    Args:
-        dataset: Yields batches; or makes one of whatever it is asked for, when there are ``requests``.
-        num_workers: Processes that run the dataset.
-        pin_memory: Put tensors in page-locked memory.
-        requests: Drawn in this process, a few ahead of the batches.
-        persistent_workers: Keep the processes when the loader is iterated again.
-        in_order: Take the workers' batches in turn, or in the order of the requests; else as they come.
-        multiprocessing_context: How processes are started: ``fork``, ``spawn``, ``forkserver``, None for the default.
-    """
-    return DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_init_worker if num_workers else None,
-        persistent_workers=persistent_workers,
-        prefetch_factor=2 if num_workers else None,
-        in_order=in_order,
-        multiprocessing_context=multiprocessing_context if num_workers else None,
-    )
-
-
-def _init_worker(worker: int) -> None:
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # a worker is one core's worth of work
-    # Ctrl-C goes to every process of a terminal; only the parent answers it, and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

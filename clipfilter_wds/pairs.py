@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clipfilter_wds.dataset import worker_loader
 from clipfilter_wds.images import check_protocol, is_remote, read_image
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes

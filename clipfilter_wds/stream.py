@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
+from clipfilter_wds.processes import Trail
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import OpenShard, ShardPart, open_shard, public_url, split_by_worker
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
@@ -141,6 +142,7 @@ def read_stream(
     worker: int,
     start: Position,
     layout: SampleLayout,
+    trail: Trail,
     *,
     look_up: LookUp = know_nothing,
     allow_pipe: bool = False,
@@ -156,7 +158,7 @@ def read_stream(
     """
     window = replace(start, offset=0)
     skip = start.offset
-    raw = _read_parts(order.parts(start.epoch, worker), window, layout, look_up, allow_pipe)
+    raw = _read_parts(order.parts(start.epoch, worker), window, layout, trail, look_up, allow_pipe)
     # Without shuffling a window is one sample, so that nothing is read ahead or again.
     ends: list[PartEnd] = []
     samples = _without_ends(raw, ends)
@@ -184,7 +186,12 @@ def _without_ends(
 
 
 def _read_parts(
-    parts: Sequence[ShardPart], start: Position, layout: SampleLayout, look_up: LookUp, allow_pipe: bool
+    parts: Sequence[ShardPart],
+    start: Position,
+    layout: SampleLayout,
+    trail: Trail,
+    look_up: LookUp,
+    allow_pipe: bool,
 ) -> Iterator[StreamSample | ShardFailure | PartEnd]:
     """The samples of a worker's shards as they lie there."""
     for number in range(start.shard, len(parts)):
@@ -192,6 +199,7 @@ def _read_parts(
         first = start.index if number == start.shard else 0
         end: ShardEnd | None = None
         try:
+            trail.begin_shard(part.url)
             with open_shard(part.url, allow_pipe=allow_pipe) as shard:
                 known = look_up(part.url)
                 for item in _read_part(shard, part, first, layout, known):
@@ -199,7 +207,8 @@ def _read_parts(
                         end = item
                     else:
                         after = Position(start.epoch, number, item.index + 1)
-                        yield StreamSample(part.url, shard.num_bytes, item, after, known.samples.get(item.index))
+                        sample = trail.checked(part.url, item)
+                        yield StreamSample(part.url, shard.num_bytes, sample, after, known.samples.get(item.index))
             # Only now, since closing the shard can still tell that reading it failed.
             if end is not None:
                 yield PartEnd(part.url, end)

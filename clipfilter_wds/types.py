@@ -17,6 +17,7 @@ class DropReason(StrEnum):
     MEMBER_TOO_LARGE = "member_too_large"
     TORN = "torn"
     NOT_FINITE = "not_finite"
+    DECODER_CRASH = "decoder_crash"
     NOT_IN_SUBSET = "not_in_subset"
 
 

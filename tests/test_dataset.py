@@ -6,7 +6,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from clipfilter_wds import preprocess
-from clipfilter_wds.dataset import ClipWebDataset, StreamWorker, worker_loader
+from clipfilter_wds.dataset import ClipWebDataset, StreamWorker
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.stream import Position
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.world import World

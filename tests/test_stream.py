@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipfilter_wds.processes import Whereabouts
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.stream import PartEnd, Position, ShardFailure, StreamOrder, StreamSample, read_stream
 from clipfilter_wds.world import World
@@ -28,7 +29,8 @@ def order(urls, *, shuffle=4, seed=0, rank=0, world_size=1, num_workers=1):
 
 def epoch_of(stream_order, *, epoch=0, worker=0, start=None):
     """One epoch, but for the ends of shards."""
-    items = read_stream(stream_order, worker, start or Position(epoch=epoch), SampleLayout())
+    trail = Whereabouts(stream_order.urls, 0).trail()
+    items = read_stream(stream_order, worker, start or Position(epoch=epoch), SampleLayout(), trail)
     return [item for item in items if not isinstance(item, PartEnd)]
 
 

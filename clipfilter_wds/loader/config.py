@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 
 End = Literal["sync", "repeat"]
+OnCrash = Literal["skip", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class LoaderConfig:
         record: Folder to record the scores of shards in. What it holds already is not scored again, nor are the later
             epochs; samples that were dropped are then not decoded either.
         starvation_limit: Samples in a row without one that is kept after which to raise an error.
+        worker_timeout: Seconds that one sample may take to decode and transform in a worker, before that counts as a
+            crash; 0 is for ever.
+        on_crash: What becomes of a sample that kills its worker. ``skip``: it is tried once more and then dropped as
+            ``decoder_crash``. ``raise``: a ``WorkerDiedError`` that names it.
         persistent_workers: Keep the workers from one epoch to the next (``end="sync"``).
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
 
@@ -41,6 +47,8 @@ class LoaderConfig:
     batches_per_epoch: int | None = None
     record: str | Path | None = None
     starvation_limit: int = 100_000
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
+    on_crash: OnCrash = "skip"
     persistent_workers: bool = False
     multiprocessing_context: str | None = None
 
@@ -50,6 +58,9 @@ class LoaderConfig:
         for name, lowest in (("batch_size", 1), ("score_batch_size", 1), ("num_workers", 0), ("starvation_limit", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        check_worker_timeout(self.worker_timeout)
+        if self.on_crash not in ("skip", "raise"):
+            raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
         if self.end not in ("sync", "repeat"):
             raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
         if self.persistent_workers and (self.num_workers == 0 or self.end == "repeat"):

@@ -16,6 +16,7 @@ from clipfilter_wds.loader.mark import Mark, Progress
 from clipfilter_wds.loader.record import Recorder
 from clipfilter_wds.loader.scored import Scored, score_columns, score_stream
 from clipfilter_wds.loader.workers import Workers
+from clipfilter_wds.processes import WorkerDiedError
 from clipfilter_wds.rebatch import Rebatcher, take
 from clipfilter_wds.selection import passes
 from clipfilter_wds.shards import public_url
@@ -47,6 +48,7 @@ class Run:
         has_scores: bool,
     ) -> None:
         self.world = world
+        self._dataset, self._recheck, self._workers = dataset, recheck, workers
         self._config, self._recorder, self._reported = config, recorder, reported
         self.begun_at = begin
         self.progress = begin.progress
@@ -57,18 +59,20 @@ class Run:
         self._rebatcher = Rebatcher(config.batch_size)
         self._waiting: deque[Progress] = deque()
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
-        self._feed: Feed[Any, Scored]
-        if isinstance(dataset, ClipWebDataset):
-            batches = workers.batches(dataset, world, begin)
-            self._feed = Feed(batches, partial(score_stream, recheck, recorder), keep=config.persistent_workers)
-        else:
-            self._feed = Feed(dataset, partial(score_columns, recheck))
+        self._feed = self._start(begin)
         self._scored = iter(self._feed)
+
+    def _start(self, begin: Mark) -> Feed[Any, Scored]:
+        if not isinstance(self._dataset, ClipWebDataset):
+            return Feed(self._dataset, partial(score_columns, self._recheck))
+        batches = self._workers.batches(self._dataset, self.world, begin)
+        score = partial(score_stream, self._recheck, self._recorder)
+        return Feed(batches, score, keep=self._config.persistent_workers)
 
     def next_batch(self) -> dict[str, Any] | None:
         """The next training batch, None when the epoch has no more."""
         while not self._rebatcher.is_ready:
-            scored = next(self._scored, None)
+            scored = self._next_scored()
             if scored is None:
                 break
             self._take_in(scored)
@@ -78,6 +82,20 @@ class Run:
         while len(self._waiting) > self._rebatcher.num_pieces:
             self._waiting.popleft()
         return batch
+
+    def _next_scored(self) -> Scored | None:
+        while True:
+            try:
+                scored = next(self._scored, None)
+            except WorkerDiedError as death:
+                self._feed.close()
+                self._workers.outlive(death)
+                # All batches before the death were taken in, so this goes on exactly behind them.
+                self._feed = self._start(Mark(progress=self.progress, epoch=self.begun_at.epoch))
+                self._scored = iter(self._feed)
+            else:
+                self._workers.outlived()
+                return scored
 
     def _take_in(self, scored: Scored) -> None:
         threshold = self._config.threshold

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
-from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker, worker_loader
+from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark
 from clipfilter_wds.preprocess import ImageView
+from clipfilter_wds.processes import Deaths, Whereabouts, WorkerDiedError, worker_loader
 from clipfilter_wds.stream import LookUp
 from clipfilter_wds.world import World
 
@@ -25,6 +26,7 @@ class Workers:
         self._config, self._look_up, self._view = config, look_up, view
         self._kept: Iterable[StreamBatch] | None = None
         self._kept_for: Mark | None = None
+        self._deaths = Deaths()
 
     def batches(self, dataset: ClipWebDataset, world: World, begin: Mark) -> Iterable[StreamBatch]:
         """The batches from a mark on, from the workers of the epoch before if these can give them."""
@@ -39,6 +41,9 @@ class Workers:
 
     def _start(self, dataset: ClipWebDataset, world: World, begin: Mark) -> Iterable[StreamBatch]:
         config = self._config
+        whereabouts = Whereabouts(
+            dataset.urls, config.num_workers, timeout=config.worker_timeout, left_out=self._deaths.left_out
+        )
         stream = StreamWorker(
             dataset,
             world=world,
@@ -50,6 +55,7 @@ class Workers:
             endless=config.end == "repeat",
             look_up=self._look_up,
             view=self._view,
+            whereabouts=whereabouts,
         )
         return worker_loader(
             stream,
@@ -57,4 +63,20 @@ class Workers:
             pin_memory=torch.cuda.is_available(),
             persistent_workers=config.persistent_workers,
             multiprocessing_context=config.multiprocessing_context,
+            whereabouts=whereabouts,
         )
+
+    def outlive(self, death: WorkerDiedError) -> None:
+        """Note the death of a worker, after which batches can be had from where the last one ended.
+
+        Raises:
+            WorkerDiedError: When they can't, or shall not.
+        """
+        self._kept = None
+        if self._config.on_crash == "raise":
+            raise death
+        self._deaths.add(death)
+
+    def outlived(self) -> None:
+        """Note that a batch has come."""
+        self._deaths.outlived()

@@ -1,7 +1,8 @@
 """Shards -> blocks of samples ready to score, for runs whose bits must not depend on how the work was shared out."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.dataset import SampleRow, sample_rows
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError, read_uid
+from clipfilter_wds.processes import Deaths, Trail, Whereabouts, WorkerDiedError, worker_loader
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by_worker
 from clipfilter_wds.subset import Subset
@@ -42,6 +44,22 @@ class Block:
         """The batch with its tensors in page-locked memory (called by DataLoader)."""
         pinned = {"pixel_values": self.pixel_values.pin_memory(), "input_ids": self.input_ids.pin_memory()}
         return Block(part=self.part, rows=self.rows, end=self.end, error=self.error, **pinned)
+
+
+@dataclass
+class BlockProgress:
+    """How much of each part of a shard has come: its first blocks, or all of it."""
+
+    num_blocks: Counter[ShardPart] = field(default_factory=Counter)
+    ended: set[ShardPart] = field(default_factory=set)
+
+    def add(self, block: Block) -> None:
+        """Count a block."""
+        if block.end is None and block.error is None:
+            self.num_blocks[block.part] += 1
+        else:
+            self.ended.add(block.part)
+            self.num_blocks.pop(block.part, None)
 
 
 class BlockDataset(IterableDataset[Block]):
@@ -81,26 +99,36 @@ class BlockDataset(IterableDataset[Block]):
         self.layout = layout or SampleLayout()
         self.subset = subset
         self.allow_pipe = allow_pipe
+        #: What has come of an earlier iteration, and is not read again.
+        self.progress = BlockProgress()
+        #: Where workers leave what they are at.
+        self.whereabouts = Whereabouts(self.urls, 0)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield this worker's share; the workers of one DataLoader together yield every sample exactly once."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        trail = self.whereabouts.trail()
         for part in split_by_worker(self.urls, worker, num_workers):
-            yield from self._read_part(part)
+            if part not in self.progress.ended:
+                yield from self._read_part(part, trail)
 
-    def _read_part(self, part: ShardPart) -> Iterator[Block]:
+    def _read_part(self, part: ShardPart, trail: Trail) -> Iterator[Block]:
+        num_done = self.progress.num_blocks[part]
+
         def wanted(index: int) -> bool:
-            return index // self.batch_size % part.num_parts == part.part
+            turn, whose = divmod(index // self.batch_size, part.num_parts)
+            return whose == part.part and turn >= num_done
 
-        builder, end = _BlockBuilder(part, self), None
+        builder, end = _BlockBuilder(part, self, trail), None
         try:
+            trail.begin_shard(part.url)
             with open_shard(part.url, allow_pipe=self.allow_pipe) as shard:
                 for item in read_samples(shard, self.layout, wanted=wanted, pair_only=True):
                     if isinstance(item, ShardEnd):
                         end = item
                         continue
-                    builder.add(item)
+                    builder.add(trail.checked(part.url, item))
                     if len(builder) == self.batch_size:
                         yield builder.build()
             # Only now, since closing the shard can still tell that reading it failed.
@@ -112,20 +140,21 @@ class BlockDataset(IterableDataset[Block]):
 class _BlockBuilder:
     """Gathers samples until they are made a batch of."""
 
-    def __init__(self, part: ShardPart, dataset: BlockDataset) -> None:
+    def __init__(self, part: ShardPart, dataset: BlockDataset, trail: Trail) -> None:
         self._part, self._preprocess, self._layout = part, dataset.preprocess, dataset.layout
-        self._subset = dataset.subset
+        self._subset, self._trail = dataset.subset, trail
         self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def add(self, sample: Sample) -> None:
-        try:
-            self._check_listed(sample)
-            self._samples.append((sample, self._preprocess.open_sample(sample, self._layout)))
-        except UnusableError as unusable:
-            self._samples.append((sample, unusable.reason))
+        with self._trail.at(self._part.url, sample.index):
+            try:
+                self._check_listed(sample)
+                self._samples.append((sample, self._preprocess.open_sample(sample, self._layout)))
+            except UnusableError as unusable:
+                self._samples.append((sample, unusable.reason))
 
     def _check_listed(self, sample: Sample) -> None:
         if self._subset is None or sample.problem is not None:
@@ -147,3 +176,44 @@ class _BlockBuilder:
             end=end,
             error=error,
         )
+
+
+def read_blocks(
+    dataset: BlockDataset, *, num_workers: int, worker_timeout: float = 0.0, pin_memory: bool = False
+) -> Generator[Block]:
+    """A dataset's blocks, from worker processes, in any order; goes on when a sample kills its worker.
+
+    A sample that does so twice comes as ``decoder_crash``.
+
+    Args:
+        dataset: What to read.
+        num_workers: Processes that decode; 0: this one, which a sample can kill.
+        worker_timeout: Seconds that one sample may take before its worker is killed; 0 is for ever.
+        pin_memory: Put tensors in page-locked memory.
+
+    Raises:
+        WorkerDiedError: When workers die at once, or one after another with no block in between.
+    """
+    deaths = Deaths()
+    dataset.progress = BlockProgress()
+    while True:
+        dataset.whereabouts = Whereabouts(dataset.urls, num_workers, timeout=worker_timeout, left_out=deaths.left_out)
+        loader = worker_loader(
+            dataset,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            in_order=False,
+            whereabouts=dataset.whereabouts,
+        )
+        blocks = iter(loader)
+        try:
+            for block in blocks:
+                dataset.progress.add(block)
+                deaths.outlived()
+                yield block
+            return
+        except WorkerDiedError as death:
+            deaths.add(death)
+        finally:
+            if num_workers:
+                blocks._shutdown_workers()  # type: ignore[attr-defined]  # a DataLoader's iterator has it

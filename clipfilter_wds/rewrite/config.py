@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from clipfilter_wds.fraction import Cutoff
 from clipfilter_wds.paths import AnyPath, any_path, folder_identity
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.rewrite.files import OutputFiles
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
 from clipfilter_wds.rewrite.scoring import ScoringOptions
@@ -32,6 +33,8 @@ class ScoreConfig:
         caption: Extension of the caption's member (``txt``), or ``json:FIELD``.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; None chooses by device and number of processors.
+        worker_timeout: Seconds that one sample may take to decode; 0 is for ever. One that takes longer, or kills the
+            process that decodes it, is tried once more and then dropped as ``decoder_crash``.
 
     Raises:
         ValueError: When one of them can't be used.
@@ -42,8 +45,10 @@ class ScoreConfig:
     caption: str = "txt"
     batch_size: int = 64
     num_workers: int | None = None
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
+        check_worker_timeout(self.worker_timeout)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_workers is not None and self.num_workers < 0:
@@ -75,7 +80,12 @@ class ScoreConfig:
     @property
     def scoring(self) -> ScoringOptions:
         """How shards are scored."""
-        return ScoringOptions(layout=self.layout, batch_size=self.batch_size, num_workers=self.num_workers)
+        return ScoringOptions(
+            layout=self.layout,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            worker_timeout=self.worker_timeout,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch.utils.data import Dataset
 
-from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.rewrite.collect import FailedShard
 from clipfilter_wds.rewrite.outputs import Copy, Output
 from clipfilter_wds.rewrite.scoring import (

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
-from clipfilter_wds.dataset import worker_loader
 from clipfilter_wds.recheck import NUM_MEASURED, Recheck
-from clipfilter_wds.rewrite.blocks import BlockDataset
+from clipfilter_wds.rewrite.blocks import BlockDataset, read_blocks
 from clipfilter_wds.rewrite.collect import FailedShard, collect_shards
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scorer import ClipScorer
@@ -29,6 +29,7 @@ class ScoringOptions:
         batch_size: Samples per forward pass.
         num_workers: Processes that decode; None chooses by device and number of processors.
         threshold: Scores near it are computed in float32.
+        worker_timeout: Seconds that one sample may take to decode; 0 is for ever.
         subset: Decode and score only the samples that are listed.
         measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
             all who do shards of the run, now or when it goes on, so that all compute the same bits.
@@ -37,6 +38,7 @@ class ScoringOptions:
     layout: SampleLayout
     batch_size: int
     num_workers: int | None
+    worker_timeout: float
     threshold: float | None = None
     subset: Subset | None = None
     measured_on: tuple[str, ...] = ()
@@ -60,10 +62,13 @@ def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
         layout=options.layout,
         subset=options.subset,
     )
-    for block in islice(dataset, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
-        recheck.measure(block.pixel_values, block.input_ids)
-        if recheck.is_measured:
-            break
+    # One worker gives the blocks in order; none of them is decoded here, where it could kill the run.
+    num_workers = 0 if options.num_workers == 0 else 1
+    with closing(read_blocks(dataset, num_workers=num_workers, worker_timeout=options.worker_timeout)) as blocks:
+        for block in islice(blocks, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
+            recheck.measure(block.pixel_values, block.input_ids)
+            if recheck.is_measured:
+                break
     return recheck
 
 
@@ -87,8 +92,13 @@ def score_shards(
         urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout, subset=options.subset
     )
     num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
-    loader = worker_loader(dataset, num_workers=num_workers, pin_memory=scorer.device.type == "cuda", in_order=False)
-    return collect_shards(loader, recheck, options.fingerprint(scorer), on_batch)
+    blocks = read_blocks(
+        dataset,
+        num_workers=num_workers,
+        worker_timeout=options.worker_timeout,
+        pin_memory=scorer.device.type == "cuda",
+    )
+    return collect_shards(blocks, recheck, options.fingerprint(scorer), on_batch)
 
 
 def default_num_workers(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from clipfilter_wds.dataset import worker_loader
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.rewrite.blocks import Block, BlockDataset
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.types import DropReason
