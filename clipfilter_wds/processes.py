@@ -3,11 +3,13 @@
 import logging
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import RawArray
+from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from torch._C import _remove_worker_pids
@@ -225,6 +227,13 @@ def _init_worker(worker: int) -> None:
     # Ctrl-C goes to every process of a terminal; only the parent answers it, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
+    sys.excepthook = _tell_unless_parent_went
+
+
+def _tell_unless_parent_went(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Keep quiet when the parent is stopped while a worker hands it a tensor, in a thread of multiprocessing's."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 # --- watching them ---
