@@ -174,7 +174,7 @@ def test_ctrl_c_stops_soon_says_how_to_go_on_and_leaves_no_process(clip_folder, 
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 15  # a second or two, where no other test runs beside it
+    assert time.monotonic() - began < 15  # seconds; other tests run beside it
     assert process.returncode == 130
     assert "start the same command again to go on" in err
     assert "Traceback" not in err
