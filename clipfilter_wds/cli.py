@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 
 from clipfilter_wds.demo.run import demo
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
 from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report import ReportConfig, check_page, write_report
@@ -162,6 +162,7 @@ def table(
     model: str = DEFAULT_MODEL,
     batch_size: int = 64,
     num_workers: int | None = None,
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT,
     **scorer_options: Any,
 ) -> int:
     """Write the rows of a table whose caption describes the image.
@@ -176,6 +177,7 @@ def table(
         model: Hugging Face hub id of a CLIP or SigLIP, a folder, open_clip:..., or demo-tiny (knows drawn scenes only).
         batch_size: Rows per forward pass.
         num_workers: Processes that open images; by default as many as suit the device.
+        worker_timeout: Seconds that one image may take to be read and decoded; 0 is for ever.
         scorer_options: As of ClipScorer.
     """
     config = TableConfig(
@@ -187,6 +189,7 @@ def table(
         score_key=score_key,
         batch_size=batch_size,
         num_workers=num_workers,
+        worker_timeout=worker_timeout,
     )
     _refuse_ranks(World.from_env())
     process_table(config, lambda: ClipScorer(model, **scorer_options))
@@ -265,7 +268,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         code = auto_cli([demo, rewrite, score, report, table], args=args, parser_class=_Parser, prog="clipfilter-wds")
     except ValueError as error:
         code = _complain(str(error), UNUSABLE)
-    except OSError as error:
+    except (OSError, WorkerDiedError) as error:
         code = _complain(f"{error}. What was finished is whole; start the same command again to go on", SOME_FAILED)
     except KeyboardInterrupt:
         code = _complain("stopped. What was finished is whole; start the same command again to go on", INTERRUPTED)

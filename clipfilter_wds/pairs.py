@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from clipfilter_wds.images import check_protocol, is_remote, read_image
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
-from clipfilter_wds.processes import worker_loader
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, Deaths, Trail, Whereabouts, WorkerDiedError, worker_loader
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
@@ -79,33 +79,41 @@ class PairScores:
 
 
 def score_pairs(
-    batches: Iterable[tuple[T, Sequence[Pair]]], recheck: Recheck, *, folder: Path, num_workers: int
+    batches: Iterable[tuple[T, Sequence[Pair]]],
+    recheck: Recheck,
+    *,
+    folder: Path,
+    num_workers: int,
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT,
+    table: str = "table",
 ) -> Iterator[tuple[T, PairScores]]:
     """Score batches of pairs in order. A few batches ahead of the one scored are drawn from ``batches`` and opened.
+
+    A pair that twice kills the worker that opens it has the reason ``decoder_crash``.
 
     Args:
         batches: Pairs, each batch with whatever it shall come back with.
         recheck: The model; a batch is one forward pass.
         folder: Where relative image paths begin.
-        num_workers: Processes that open images (0: this one).
+        num_workers: Processes that open images (0: this one, which an image can kill).
+        worker_timeout: Seconds that one image may take to be read and decoded; 0 is for ever.
+        table: What the pairs are of, for messages.
+
+    Raises:
+        WorkerDiedError: When workers die at once, or one after another with no batch in between.
     """
-    waiting: deque[T] = deque()
-
-    def requests() -> Iterator[Sequence[Pair]]:
-        for companion, pairs in batches:
-            waiting.append(companion)
-            yield pairs
-
-    opener = _PairOpener(recheck.scorer.preprocess, folder)
+    opener = _PairOpener(recheck.scorer.preprocess, folder, table)
     pin_memory = recheck.scorer.device.type == "cuda"
-    loader = worker_loader(opener, num_workers=num_workers, pin_memory=pin_memory, requests=requests())
-    for opened, scored in recheck.map(loader, lambda opened: (opened.pixel_values, opened.input_ids)):
-        yield waiting.popleft(), _pair_scores(opened, scored.scores)
+    opened_batches = _open_batches(batches, opener, num_workers, worker_timeout, pin_memory)
+    for (companion, opened), scored in recheck.map(
+        opened_batches, lambda each: (each[1].pixel_values, each[1].input_ids)
+    ):
+        yield companion, _pair_scores(opened, scored.scores)
 
 
 def score_pair_fp32(pair: Pair, scorer: ClipScorer, *, folder: Path) -> PairScores:
     """Score one pair in float32, in this process."""
-    opened = _PairOpener(scorer.preprocess, folder)[[pair]]
+    opened = _PairOpener(scorer.preprocess, folder)[_Request(0, [pair])]
     return _pair_scores(opened, scorer.score_fp32(opened.pixel_values, opened.input_ids).cpu().numpy())
 
 
@@ -116,6 +124,63 @@ def _pair_scores(opened: "_OpenedBatch", cosines: np.ndarray) -> PairScores:
     reasons = [reason if ok else DropReason.NOT_FINITE for reason, ok in zip(opened.reasons, finite, strict=True)]
     similarity = np.where(finite, np.clip(similarity, 0.0, 1.0), np.float32(0.0))
     return PairScores(similarity=similarity, reasons=reasons, num_truncated=opened.num_truncated)
+
+
+# --- opening ---
+
+
+class _Request(NamedTuple):
+    """Pairs to open, and the row of the first of them."""
+
+    start: int
+    pairs: Sequence[Pair]
+
+
+def _open_batches(
+    batches: Iterable[tuple[T, Sequence[Pair]]],
+    opener: "_PairOpener",
+    num_workers: int,
+    worker_timeout: float,
+    pin_memory: bool,
+) -> Iterator[tuple[T, "_OpenedBatch"]]:
+    """Have batches opened, in order; those that were under way when a worker died are asked for once more."""
+    deaths = Deaths()
+    under_way: deque[tuple[T, _Request]] = deque()
+    numbered = _numbered(batches)
+
+    def requests() -> Iterator[_Request]:
+        yield from [request for _, request in under_way]
+        for item in numbered:
+            under_way.append(item)
+            yield item[1]
+
+    while True:
+        opener.whereabouts = Whereabouts([opener.table], num_workers, timeout=worker_timeout, left_out=deaths.left_out)
+        loader = worker_loader(
+            opener,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            requests=requests(),
+            whereabouts=opener.whereabouts,
+        )
+        opened_batches = iter(loader)
+        try:
+            for opened in opened_batches:
+                deaths.outlived()
+                yield under_way.popleft()[0], opened
+            return
+        except WorkerDiedError as death:
+            deaths.add(death)
+        finally:
+            if num_workers:
+                opened_batches._shutdown_workers()  # type: ignore[attr-defined]  # a DataLoader's iterator has it
+
+
+def _numbered(batches: Iterable[tuple[T, Sequence[Pair]]]) -> Iterator[tuple[T, _Request]]:
+    start = 0
+    for companion, pairs in batches:
+        yield companion, _Request(start, pairs)
+        start += len(pairs)
 
 
 # --- in the workers ---
@@ -140,14 +205,19 @@ class _OpenedBatch:
 class _PairOpener(Dataset[_OpenedBatch]):
     """A batch of pairs -> what the scorer takes, and the reasons of those that it can't take."""
 
-    def __init__(self, preprocess: ClipPreprocess, folder: Path) -> None:
-        self._preprocess, self._folder = preprocess, folder
+    def __init__(self, preprocess: ClipPreprocess, folder: Path, table: str = "table") -> None:
+        self._preprocess, self._folder, self.table = preprocess, folder, table
+        #: Where workers leave what they are at.
+        self.whereabouts = Whereabouts([table], 0)
 
-    def __getitem__(self, pairs: Sequence[Pair]) -> _OpenedBatch:
+    def __getitem__(self, request: _Request) -> _OpenedBatch:
+        trail = self.whereabouts.trail()
         # Files are read one after another, so that one is in memory at a time; what comes over a network, side by side.
         with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="clipfilter-fetch") as fetchers:
+            readers = [self._reader(pair, fetchers) for pair in request.pairs]
             outcomes = [
-                self._open(pair, read) for pair, read in [(pair, self._reader(pair, fetchers)) for pair in pairs]
+                self._open(row, pair, read, trail)
+                for row, (pair, read) in enumerate(zip(request.pairs, readers, strict=True), request.start)
             ]
         opened = [outcome for outcome in outcomes if isinstance(outcome, OpenPair)]
         pixel_values, tokens = self._preprocess.collate(opened)
@@ -163,13 +233,16 @@ class _PairOpener(Dataset[_OpenedBatch]):
         is_fetched = pair.caption is not None and pair.image is not None and is_remote(pair.image)
         return fetchers.submit(read).result if is_fetched else read
 
-    def _open(self, pair: Pair, read: Callable[[], bytes]) -> OpenPair | DropReason:
+    def _open(self, row: int, pair: Pair, read: Callable[[], bytes], trail: Trail) -> OpenPair | DropReason:
         if pair.caption is None:
             return DropReason.BLANK_CAPTION
         if pair.image is None:
             return DropReason.MISSING_IMAGE
+        if trail.is_left_out(self.table, row):
+            return DropReason.DECODER_CRASH
         try:
-            return self._preprocess.open_pair(read(), pair.caption)
+            with trail.at(self.table, row):
+                return self._preprocess.open_pair(read(), pair.caption)
         except UnusableError as unusable:
             return unusable.reason
 

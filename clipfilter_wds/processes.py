@@ -155,9 +155,13 @@ class Trail:
 
     def checked(self, url: str, sample: Sample) -> Sample:
         """The sample; without its members and with the problem ``decoder_crash`` if it has killed workers before."""
-        if self._left_out and sample.problem is None and Place(url, sample.index) in self._left_out:
+        if sample.problem is None and self.is_left_out(url, sample.index):
             return replace(sample, members=(), problem=DropReason.DECODER_CRASH)
         return sample
+
+    def is_left_out(self, url: str, index: int) -> bool:
+        """Whether a sample has killed workers before."""
+        return bool(self._left_out) and Place(url, index) in self._left_out
 
     def at(self, url: str, index: int) -> Self:
         """``with trail.at(url, index):`` around whatever a sample's bytes may do harm to."""

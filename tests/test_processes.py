@@ -1,6 +1,7 @@
 """Decoders that really end their process, or never end: the sample is named, tried again, and left out."""
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -12,15 +13,18 @@ import pytest
 from PIL import Image, PpmImagePlugin
 from torch.utils.data import get_worker_info
 
+from clipfilter_wds.cli import main
+from clipfilter_wds.pairs import PairTally
 from clipfilter_wds.processes import WorkerDiedError
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import ScoreTable, ShardScores
 from clipfilter_wds.shards import expand_shards
+from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.types import DropReason
 from tests.restore import Recipe, image_number, keys, load_scorer, text_number, write_numbered
 from tests.rewrite.test_rewrite import bits, check_accounting
-from tests.toys import pair, write_shard
+from tests.toys import encoded, pair, photo, write_shard
 
 
 def segfault() -> None:
@@ -344,3 +348,96 @@ def test_a_loader_with_a_table_goes_on_without_what_kills(deadly, tmp_path):
 def test_an_unknown_way_to_take_a_crash_is_refused(deadly, on_crash):
     with pytest.raises(ValueError, match=r"on_crash is .*; use 'skip' or 'raise'"):
         deadly.build(on_crash=on_crash)
+
+
+# --- tables ---
+
+
+def write_table(folder: Path, evil: set[int], num_rows: int = 30) -> Path:
+    """Rows of pairs, some images of which are evil."""
+    folder.mkdir()
+    for row in range(num_rows):
+        image = EVIL % row if row in evil else encoded(photo(row))
+        (folder / f"{row}.image").write_bytes(image)
+    rows = [{"image": f"{row}.image", "caption": f"photo number {row}"} for row in range(num_rows)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def filter_table(table: Path, scorer: ClipScorer, **options: object) -> tuple[PairTally, list[tuple[str, float]]]:
+    """How the rows fared, and the image and score of those that were written; by default, all."""
+    output = table.with_name("kept.jsonl")
+    options = {"threshold": 0.0, "score_key": "score", "batch_size": 4, "num_workers": 2, **options}
+    tally = process_table(TableConfig(input=table, output=output, **options), lambda: scorer)
+    return tally, [(row["image"], row["score"]) for row in map(json.loads, output.read_text().splitlines())]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [segfault, loop_in_c, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (out_of_memory, leave))],
+    ids=lambda harm: harm.__name__,
+)
+def test_a_row_of_a_table_whose_image_kills_twice_scores_as_an_unreadable_one(
+    scorer, evil, monkeypatch, tmp_path, caplog, harm
+):
+    monkeypatch.setattr(evil, "harm", staticmethod(harm))
+    table = write_table(tmp_path / "in", {7})
+    tally, rows = filter_table(table, scorer, worker_timeout=0.5)
+    assert (tally.counts.seen, tally.counts.kept) == (30, 30)
+    assert tally.unusable == {DropReason.DECODER_CRASH: 1}
+    assert tally.first == {DropReason.DECODER_CRASH: (7, "7.image")}
+    assert (tmp_path / "tries").read_text() == "xx"
+    first, second = [record.getMessage() for record in caplog.records if "died" in record.getMessage()]
+    assert DEATHS[harm] in first
+    assert f"at sample 7 of '{table}'" in first
+    assert first.endswith("trying once more")
+    assert second.endswith("that is left out")
+
+    # All scores are those of the table in which that image is unreadable and kills nobody.
+    (table.parent / "7.image").write_bytes(b"no image")
+    plain, expected = filter_table(table, scorer, num_workers=0)
+    assert plain.unusable == {DropReason.UNREADABLE_IMAGE: 1}
+    assert rows == expected
+    assert rows[7] == ("7.image", 0.0)
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(3, 2), pytest.param(64, 1, marks=pytest.mark.slow)], ids=str)
+def test_rows_that_kill_are_dropped_and_all_others_stay_in_order(scorer, evil, tmp_path, batch_size, num_workers):
+    evil_rows = {1, 2, 29}
+    table = write_table(tmp_path / "in", evil_rows)
+    tally, kept = filter_table(table, scorer, batch_size=batch_size, num_workers=num_workers, threshold=0.1)
+    assert tally.counts.dropped[DropReason.DECODER_CRASH] == 3
+    for row in evil_rows:
+        (table.parent / f"{row}.image").write_bytes(b"no image")
+    plain, expected = filter_table(table, scorer, batch_size=batch_size, num_workers=0, threshold=0.1)
+    assert plain.counts.dropped[DropReason.BELOW_THRESHOLD] > 0
+    assert kept == expected
+
+
+def test_an_image_that_kills_once_costs_no_row(scorer, evil, monkeypatch, tmp_path):
+    def only_first() -> None:
+        if (tmp_path / "tries").read_text() == "x":
+            out_of_memory()
+
+    monkeypatch.setattr(evil, "harm", staticmethod(only_first))
+    tally, rows = filter_table(write_table(tmp_path / "in", {7}), scorer)
+    assert not tally.unusable
+    assert [image for image, _ in rows] == [f"{row}.image" for row in range(30)]
+
+
+@pytest.mark.slow
+def test_when_every_image_of_a_table_kills_the_command_fails_in_a_line_and_writes_nothing(
+    clip_folder, evil, tmp_path, capsys
+):
+    table = write_table(tmp_path / "in", set(range(30)))
+    with pytest.raises(SystemExit) as raised:
+        main(["table", str(table), "--output", str(tmp_path / "kept.jsonl"), "--model", str(clip_folder)])
+    assert raised.value.code == 1
+    assert f"clipfilter-wds: a worker process died (SIGSEGV) at sample 16 of '{table}'." in capsys.readouterr().err
+    assert not list(tmp_path.glob("*kept*"))
+
+
+def test_a_tables_timeout_that_is_no_time_is_refused(tmp_path):
+    table = write_table(tmp_path / "in", set(), num_rows=1)
+    with pytest.raises(ValueError, match="worker_timeout is -1; it is a number of seconds"):
+        TableConfig(input=table, output=tmp_path / "kept.jsonl", worker_timeout=-1)

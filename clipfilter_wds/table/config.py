@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.table.files import SUFFIXES
 
@@ -22,7 +23,10 @@ class TableConfig:
         threshold: Keep a row when its score is at least this.
         score_key: Name of a column to add for the score, None for no such column.
         batch_size: Rows per forward pass.
-        num_workers: Processes that open images; None chooses by device and number of processors.
+        num_workers: Processes that open images; None chooses by device and number of processors. With 0, this process
+            opens them, and an image that crashes its decoder ends it.
+        worker_timeout: Seconds that one image may take to be read and decoded; 0 is for ever. One that takes longer, or
+            kills the process that it is decoded in, is tried once more, and then has the reason ``decoder_crash``.
 
     Raises:
         ValueError: When one of them can't be used.
@@ -36,9 +40,11 @@ class TableConfig:
     score_key: str | None = None
     batch_size: int = 64
     num_workers: int | None = None
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
+        check_worker_timeout(self.worker_timeout)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_workers is not None and self.num_workers < 0:

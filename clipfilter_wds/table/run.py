@@ -32,6 +32,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
     Raises:
         ValueError: When the table can't be read or lacks a column.
         OSError: When the output can't be written.
+        WorkerDiedError: When worker processes die one after another.
     """
     logging.disable_progress_bar()
     console = Console(stderr=True)
@@ -54,7 +55,14 @@ def _filter_rows(reader: TableReader, config: TableConfig, scorer: ClipScorer, u
     tally = PairTally()
     num_workers = default_num_workers(scorer.device) if config.num_workers is None else config.num_workers
     recheck = Recheck(scorer, config.threshold)
-    scored = score_pairs(_with_pairs(reader), recheck, folder=config.source.parent, num_workers=num_workers)
+    scored = score_pairs(
+        _with_pairs(reader),
+        recheck,
+        folder=config.source.parent,
+        num_workers=num_workers,
+        worker_timeout=config.worker_timeout,
+        table=str(config.source),
+    )
     remove_leftovers_of(config.target)
     with publish(config.target) as file:
         writer = reader.writer(file)
