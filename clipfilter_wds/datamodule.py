@@ -31,6 +31,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         model: The CLIP that filters: a Hugging Face hub id, a local folder, or ``demo-tiny``.
         revision: Branch, tag or commit of a hub model.
         precision: Arithmetic of its forward pass; ``auto`` is the fastest whose decisions equal fp32's.
+        fast_decode: Decode large JPEGs for it at a fraction of their size; in full for ``image_transform``.
         threshold: Keep a pair when its cosine, clipped to [0, 1], is at least this. ``null`` keeps all and adds scores.
         filter_train: Whether to filter training samples.
         filter_val: Whether to filter validation samples.
@@ -59,6 +60,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         model: str = DEFAULT_MODEL,
         revision: str | None = None,
         precision: Precision = "auto",
+        fast_decode: bool = False,
         threshold: float | None = DEFAULT_THRESHOLD,
         filter_train: bool = True,
         filter_val: bool = False,
@@ -95,6 +97,7 @@ class ClipFilterDataModule(L.LightningDataModule):
                 revision=options["revision"],
                 device=str(self._trainer.strategy.root_device),
                 precision=options["precision"],
+                fast_decode=options["fast_decode"],
             )
 
     def train_dataloader(self) -> "_EpochLoader":

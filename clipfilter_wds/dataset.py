@@ -1,7 +1,7 @@
 """Shards -> batches ready to score, decoded in DataLoader workers; each carries its own position."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         shards: Whatever :func:`~clipfilter_wds.shards.expand_shards` takes.
         preprocess: The scorer's ``preprocess``. None for a loader that takes all scores from a table.
         image_transform: RGB image -> the training view of it. The image is the one that CLIP's view was made from, so
-            it is decoded once. None gives CLIP's own view, uint8 ``[3, H, W]``.
+            it is decoded once, except that one which ``fast_decode`` reduced is decoded again in full. None gives
+            CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> its training view; None gives the caption. Of an image with several,
             the list of them.
         shuffle: Shuffle the shards, and the samples within windows of this many; 0 keeps the order.
@@ -242,6 +243,8 @@ class _BatchBuilder:
 
     def __init__(self, worker: int, dataset: ClipWebDataset, view: ImageView, trail: Trail) -> None:
         self._worker, self._dataset, self._view, self._trail = worker, dataset, view, trail
+        #: How images are decoded for training's own transform, which gets none at a reduced size.
+        self._whole = replace(view, fast_decode=False)
         self._clear()
 
     def _clear(self) -> None:
@@ -274,18 +277,22 @@ class _BatchBuilder:
         self._has_views.append(keep)
 
     def _decode(self, item: StreamSample) -> None:
-        dataset = self._dataset
-        image, captions = decode_sample(item.sample, dataset.layout, self._view)
+        dataset, sample, transform = self._dataset, item.sample, self._dataset.image_transform
+        only_training = transform is not None and item.known is not None
+        rgb, captions = decode_sample(sample, dataset.layout, self._whole if only_training else self._view)
+        whole = rgb
+        if transform is not None and rgb.is_reduced:
+            whole, _ = decode_sample(sample, dataset.layout, self._whole)
         view = None
         if item.known is None:
             if dataset.preprocess is None:
                 raise ValueError("the dataset has no preprocess, so it can't be scored")
-            pair = dataset.preprocess.prepare(image, captions)
-            self._fresh.append((item.sample, pair))
+            pair = dataset.preprocess.prepare(rgb, captions)
+            self._fresh.append((sample, pair))
             view = pair.pixels
-        if dataset.image_transform is not None:
-            view = dataset.image_transform(image)
-        self._images.append(self._view(image) if view is None else view)
+        if transform is not None:
+            view = transform(whole.image)
+        self._images.append(self._view(rgb) if view is None else view)
         self._texts.append(captions[0] if len(captions) == 1 else captions)
 
     def build(self, after: Position) -> StreamBatch:

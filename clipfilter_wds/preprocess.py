@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Literal, NamedTuple, Self
 
@@ -70,11 +70,30 @@ _without_warnings = _WithoutWarnings()
 os.register_at_fork(after_in_child=_without_warnings.__init__)  # type: ignore[misc]  # as if it were new
 
 
+class RgbImage(NamedTuple):
+    """An RGB image, and its width and height as stored, in pixels; ``fast_decode`` makes it smaller than that."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Self:
+        """An image that was decoded elsewhere."""
+        return cls(_to_rgb(image), *image.size)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it was decoded at less than its size."""
+        return self.image.size != (self.width, self.height)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageView:
     """How an image becomes the model's input: resized and centre cropped, both in uint8.
 
-    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or its likes) before it rescales and normalises.
+    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or its likes) before it rescales and normalises,
+    unless ``fast_decode`` is on.
 
     Attributes:
         resize: Length of the shortest edge after resizing, in pixels; or height and width, whatever the image's own.
@@ -82,6 +101,7 @@ class ImageView:
         interpolation: torchvision's name of the resampling; antialiased.
         resampler: Whose pixels: ``torchvision``'s on tensors, as in transformers, or ``pillow``'s, as in open_clip.
         max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
+        fast_decode: Decode a JPEG at a half, a quarter or an eighth of its size where that is not below ``resize``.
     """
 
     resize: int | tuple[int, int]
@@ -89,6 +109,7 @@ class ImageView:
     interpolation: str = "bicubic"
     resampler: Literal["torchvision", "pillow"] = "torchvision"
     max_pixels: int = 89_478_485  # Pillow's own limit
+    fast_decode: bool = False
 
     @classmethod
     def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Self:
@@ -100,9 +121,10 @@ class ImageView:
             interpolation=fingerprint["interpolation"],
             resampler=fingerprint["resampler"],
             max_pixels=fingerprint["max_pixels"],
+            fast_decode=fingerprint["fast_decode"],
         )
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> RgbImage:
         """The first frame of an encoded image, as RGB.
 
         Raises:
@@ -111,8 +133,11 @@ class ImageView:
         try:
             with _without_warnings:
                 image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-                self._check_size(*image.size)
-                return _to_rgb(image)
+                width, height = image.size
+                self._check_size(width, height)
+                if self.fast_decode:
+                    image.draft(None, self._smallest)  # changes nothing but JPEGs
+                return RgbImage(_to_rgb(image), width, height)
         except UnusableError:
             raise
         except Image.DecompressionBombError:
@@ -120,21 +145,24 @@ class ImageView:
         except Exception as error:  # decoders fail with any type there is
             raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Resize and crop an RGB image to uint8 ``[3, crop_height, crop_width]``."""
-        size = self._resized(*image.size)
-        # Channels-last is the layout that Pillow gives and that the antialiasing kernel is fastest on.
+    def __call__(self, rgb: RgbImage) -> torch.Tensor:
+        """Resize and crop to uint8 ``[3, crop_height, crop_width]``."""
+        size = self._resized(rgb.width, rgb.height)
         if self.resampler == "pillow":
-            resized = image.resize(size[::-1], Image.Resampling[self.interpolation.upper()])
-            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+            pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()]))
         else:
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            pixels = tvf.resize(pixels, list(size), InterpolationMode(self.interpolation), antialias=True)
+            interpolation = InterpolationMode(self.interpolation)
+            pixels = tvf.resize(_pixels(rgb.image), list(size), interpolation, antialias=True)
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
         whole = round if self.resampler == "pillow" else int
         top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
         view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop).contiguous()
         return view
+
+    @property
+    def _smallest(self) -> tuple[int, int]:
+        """The width and height below which no image is decoded."""
+        return self.resize[::-1] if isinstance(self.resize, tuple) else (self.resize, self.resize)
 
     def _check_size(self, width: int, height: int) -> None:
         resized_height, resized_width = self._resized(width, height)
@@ -147,6 +175,11 @@ class ImageView:
             return self.resize
         long = int(self.resize * max(width, height) / min(width, height))
         return (long, self.resize) if width <= height else (self.resize, long)
+
+
+def _pixels(rgb: Image.Image) -> torch.Tensor:
+    # Channels-last is the layout that Pillow gives and that the antialiasing kernel is fastest on.
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -181,6 +214,10 @@ class ClipPreprocess:
     view: ImageView
     tokenize: CaptionTokenizer
 
+    def with_view(self, **changes: Any) -> Self:
+        """The same, but for these fields of the view."""
+        return replace(self, view=replace(self.view, **changes))
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on in this file. JSON-ready."""
@@ -190,6 +227,7 @@ class ClipPreprocess:
             "interpolation": self.view.interpolation,
             "resampler": self.view.resampler,
             "max_pixels": self.view.max_pixels,
+            "fast_decode": self.view.fast_decode,
             "tokenizer": self.tokenize.fingerprint(),
             "max_tokens": self.tokenize.max_length,
             "pads_to_max": self.tokenize.pads_to_max,
@@ -209,8 +247,8 @@ class ClipPreprocess:
         """
         reason = ""
         try:
-            image, captions = _decode_members(sample, layout, self.view)
-            pixels = self.view(image)
+            rgb, captions = _decode_members(sample, layout, self.view)
+            pixels = self.view(rgb)
         except UnusableError as unusable:
             captions, pixels, reason = [""], torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
         ids = self.tokenize([captions]).input_ids[0]
@@ -234,9 +272,9 @@ class ClipPreprocess:
         """
         return self.prepare(*_decode_pair(encoded, [caption], self.view))
 
-    def prepare(self, image: Image.Image, captions: list[str]) -> OpenPair:
-        """Prepare the view of an RGB image."""
-        return OpenPair(self.view(image), captions, *image.size)
+    def prepare(self, rgb: RgbImage, captions: list[str]) -> OpenPair:
+        """Prepare the view of a decoded image."""
+        return OpenPair(self.view(rgb), captions, rgb.width, rgb.height)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
         """Pairs -> what :class:`~clipfilter_wds.scorer.ClipScorer` scores: uint8 ``[N, 3, H, W]``, and tokens."""
@@ -245,8 +283,8 @@ class ClipPreprocess:
         return pixel_values, self.tokenize([pair.captions for pair in pairs])
 
 
-def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[Image.Image, list[str]]:
-    """Read image (as RGB) and captions of a sample, one at least.
+def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
+    """Read image and captions of a sample, one at least.
 
     Raises:
         UnusableError: With the reason that the sample is dropped for.
@@ -256,15 +294,15 @@ def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tupl
     return _decode_members({member.extension: member.data for member in sample.members}, layout, view)
 
 
-def _decode_members(members: Mapping[str, Any], layout: SampleLayout, view: ImageView) -> tuple[Image.Image, list[str]]:
+def _decode_members(members: Mapping[str, Any], layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
     return _decode_pair(first_image(members), read_captions(members, layout), view)
 
 
-def _decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[Image.Image, list[str]]:
+def _decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[RgbImage, list[str]]:
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise UnusableError(DropReason.BLANK_CAPTION)
-    return _to_rgb(image) if isinstance(image, Image.Image) else view.decode(image), captions
+    return RgbImage.of(image) if isinstance(image, Image.Image) else view.decode(image), captions
 
 
 def first_image(data: Mapping[str, Any]) -> Any:

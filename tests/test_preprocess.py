@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as tvf
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
-from clipfilter_wds.preprocess import IMAGE_FORMATS, ImageView, UnusableError, read_captions
+from clipfilter_wds.preprocess import IMAGE_FORMATS, ImageView, RgbImage, UnusableError, read_captions
 from clipfilter_wds.samples import IMAGE_EXTENSIONS, SampleLayout
 from clipfilter_wds.types import DropReason, Member, Sample
 from tests.toys import encoded, pair, photo
@@ -50,7 +50,7 @@ def reference_view(image: Image.Image, view: ImageView) -> torch.Tensor:
 
 
 def check_view(image: Image.Image, view: ImageView) -> None:
-    found = view(image)
+    found = view(RgbImage.of(image))
     assert found.dtype == torch.uint8
     assert found.is_contiguous()
     assert torch.equal(found, reference_view(image, view).to(torch.uint8))
@@ -101,6 +101,14 @@ def test_pixels_equal_those_of_the_image_processor_at_the_size_of_real_models():
     check_view(photo(3, (512, 384)), ImageView(resize=224, crop=(224, 224)))
 
 
+@pytest.mark.parametrize("resampler", ["torchvision", "pillow"])
+def test_pixels_equal_those_of_the_image_processor_of_an_image_in_several_pieces_of_memory(resampler):
+    image = photo(4, (2300, 1900))
+    with pytest.raises(ValueError, match="contiguous"):
+        image.__arrow_c_array__()
+    check_view(image, ImageView(resize=32, crop=(32, 32), resampler=resampler))
+
+
 def with_alpha(mode: str) -> Image.Image:
     image = photo(1)
     image.putalpha(photo(2).convert("L"))
@@ -132,10 +140,10 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_the_rgb_that_the_reference_makes_of_it(mode):
-    image = VIEW.decode(MODES[mode])
+    image = VIEW.decode(MODES[mode]).image
     assert image.mode == "RGB"
     reference = Image.open(io.BytesIO(MODES[mode])).convert("RGB")
-    assert torch.equal(VIEW(image), reference_view(reference, VIEW).to(torch.uint8))
+    assert torch.equal(VIEW(RgbImage.of(image)), reference_view(reference, VIEW).to(torch.uint8))
 
 
 LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "PPM": {}, "WEBP": {"lossless": True}, "JPEG2000": {}, "DIB": {}}
@@ -143,7 +151,7 @@ LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "PPM": {}, "WEBP": {"lossless": Tr
 
 @pytest.mark.parametrize("image_format", [*LOSSLESS, "JPEG", "GIF", "AVIF"])
 def test_every_allowed_format_is_decoded(image_format):
-    image = VIEW.decode(encoded(photo(1), image_format, **LOSSLESS.get(image_format, {})))
+    image = VIEW.decode(encoded(photo(1), image_format, **LOSSLESS.get(image_format, {}))).image
     error = np.abs(np.asarray(image).astype(int) - np.asarray(photo(1)))
     assert error.mean() < 12
     if image_format in LOSSLESS:
@@ -157,7 +165,7 @@ def test_every_allowed_format_is_decoded(image_format):
 def test_16_bit_grey_is_scaled_to_8_bits_and_not_saturated(image_format, byte_order):
     levels = np.linspace(0, 65535, 48 * 40).astype(np.uint16).reshape(40, 48)
     image = Image.frombytes(f"I;16{'B' if byte_order == '>' else ''}", (48, 40), levels.astype(f"{byte_order}u2"))
-    decoded = np.asarray(VIEW.decode(encoded(image, image_format)))
+    decoded = np.asarray(VIEW.decode(encoded(image, image_format)).image)
     expected = np.round(levels / 257).astype(np.uint8)
     assert np.array_equal(decoded, np.stack([expected] * 3, axis=-1))
 
@@ -167,7 +175,7 @@ def test_the_first_frame_of_an_animation_is_seen(image_format):
     red, blue = Image.new("RGB", (48, 40), "red"), Image.new("RGB", (48, 40), "blue")
     data = encoded(red, image_format, save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(data)).n_frames == 2
-    pixel = VIEW.decode(data).getpixel((20, 20))
+    pixel = VIEW.decode(data).image.getpixel((20, 20))
     assert pixel[0] > 240 > 15 > pixel[2]
 
 
@@ -175,9 +183,9 @@ def test_the_first_frame_of_an_animation_is_seen(image_format):
 def test_exif_orientation_is_ignored(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = VIEW.decode(encoded(photo(1), quality=90, exif=exif))
+    turned = VIEW.decode(encoded(photo(1), quality=90, exif=exif)).image
     assert turned.size == (48, 40)
-    assert turned.tobytes() == VIEW.decode(encoded(photo(1), quality=90)).tobytes()
+    assert turned.tobytes() == VIEW.decode(encoded(photo(1), quality=90)).image.tobytes()
 
 
 # --- unreadable and too large ---
@@ -267,7 +275,7 @@ def test_an_image_that_declares_too_many_pixels_is_too_large_and_not_decoded(dat
 def test_the_cap_on_pixels_counts_width_times_height(image_format):
     data = encoded(photo(1, (48, 40)), image_format)
     at_cap = ImageView(resize=32, crop=(32, 32), max_pixels=48 * 40)
-    assert at_cap.decode(data).size == (48, 40)
+    assert at_cap.decode(data).image.size == (48, 40)
     below = ImageView(resize=32, crop=(32, 32), max_pixels=48 * 40 - 1)
     assert reason_of(below.decode, data) is DropReason.IMAGE_TOO_LARGE
 
@@ -285,7 +293,7 @@ def test_a_damaged_image_is_rgb_or_has_a_reason_and_never_another_exception(numb
     for share, value in changes:
         data[int(share * len(data))] = value
     try:
-        image = VIEW.decode(bytes(data))
+        image = VIEW.decode(bytes(data)).image
     except UnusableError as unusable:
         assert unusable.reason in (DropReason.UNREADABLE_IMAGE, DropReason.IMAGE_TOO_LARGE)  # noqa: PT017
     else:
@@ -450,7 +458,14 @@ def test_threads_give_what_one_thread_gives(scorer):
 
 @pytest.mark.parametrize(
     "change",
-    [{"resize": 33}, {"crop": (32, 31)}, {"interpolation": "bilinear"}, {"max_pixels": 10}, {"resampler": "pillow"}],
+    [
+        {"resize": 33},
+        {"crop": (32, 31)},
+        {"interpolation": "bilinear"},
+        {"max_pixels": 10},
+        {"resampler": "pillow"},
+        {"fast_decode": True},
+    ],
     ids=str,
 )
 def test_the_fingerprint_tells_every_setting_of_the_view(scorer, change):

@@ -93,9 +93,9 @@ def test_scores_and_decisions_equal_the_plain_loop_for_odd_images_and_captions(m
 def test_pixels_equal_those_of_the_image_processor(model):
     reference, scorer = Reference(model), ClipScorer(model, device="cpu")
     for data in odd_images().values():
-        image = scorer.preprocess.view.decode(data)
-        pixels = (scorer.preprocess.view(image)[None].float() - scorer.pixel_mean) / scorer.pixel_std
-        expected = reference.processor.image_processor(image, return_tensors="pt").pixel_values
+        rgb = scorer.preprocess.view.decode(data)
+        pixels = (scorer.preprocess.view(rgb)[None].float() - scorer.pixel_mean) / scorer.pixel_std
+        expected = reference.processor.image_processor(rgb.image, return_tensors="pt").pixel_values
         torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 
 

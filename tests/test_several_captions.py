@@ -11,6 +11,7 @@ from clipfilter_wds.captions import NO_CAPTION
 from clipfilter_wds.cli import main
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
+from clipfilter_wds.preprocess import RgbImage
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.scorer import ClipScorer
@@ -89,7 +90,10 @@ def test_each_image_is_encoded_once(as_json_list, clip_folder, monkeypatch):
 def test_low_precision_decides_as_float32_does(tmp_path):
     folder = make_clip(tmp_path, image_size=64, width=256, seed=3)
     fast, exact = (ClipScorer(folder, device="cpu", precision=precision) for precision in ("bf16", "fp32"))
-    pairs = [fast.preprocess.prepare(photo(seed), [f"{seed}", "x " * seed][: 1 + seed % 2]) for seed in range(40)]
+    pairs = [
+        fast.preprocess.prepare(RgbImage.of(photo(seed)), [f"{seed}", "x " * seed][: 1 + seed % 2])
+        for seed in range(40)
+    ]
     pixel_values, tokens = fast.preprocess.collate(pairs)
     assert tokens.input_ids.shape[:2] == (40, 2)
     assert (tokens.input_ids[0, 1] == NO_CAPTION).all()
@@ -101,8 +105,11 @@ def test_low_precision_decides_as_float32_does(tmp_path):
 
 def test_flip_is_the_mean_with_the_mirrored_image(clip_folder, images):
     plain, flipping = ClipScorer(clip_folder, device="cpu"), ClipScorer(clip_folder, device="cpu", flip=True)
-    upright = [plain.preprocess.prepare(photo(seed, (40, 40)), ["a caption"]) for seed in range(5)]
-    mirrored = [plain.preprocess.prepare(ImageOps.mirror(photo(seed, (40, 40))), ["a caption"]) for seed in range(5)]
+    upright = [plain.preprocess.prepare(RgbImage.of(photo(seed, (40, 40))), ["a caption"]) for seed in range(5)]
+    mirrored = [
+        plain.preprocess.prepare(RgbImage.of(ImageOps.mirror(photo(seed, (40, 40)))), ["a caption"])
+        for seed in range(5)
+    ]
     scores = [plain(pixels, tokens.input_ids) for pixels, tokens in map(plain.preprocess.collate, (upright, mirrored))]
     pixels, tokens = flipping.preprocess.collate(upright)
     torch.testing.assert_close(flipping(pixels, tokens.input_ids), sum(scores) / 2, rtol=0, atol=1e-5)

@@ -132,7 +132,7 @@ def thumbnail(encoded: bytes, *, max_pixels: int) -> str:
     Raises:
         UnusableError: ``unreadable_image`` or ``image_too_large``.
     """
-    image = ImageView(resize=_SIDE, crop=(_SIDE, _SIDE), max_pixels=max_pixels).decode(encoded)
+    image = ImageView(resize=_SIDE, crop=(_SIDE, _SIDE), max_pixels=max_pixels).decode(encoded).image
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     for quality in _QUALITIES:
         file = io.BytesIO()
