@@ -48,7 +48,16 @@ class OperatorLoop:
 
 
 class WebDatasetLoop:
-    """webdataset, a DataLoader and a batched ``CLIPModel``; it decides, and writes nothing."""
+    """webdataset, a DataLoader and a batched ``CLIPModel``; it decides, and writes nothing.
+
+    Args:
+        model: In the precision to compute in.
+        processor: Pixels and tokens.
+        options: Batch size and workers.
+        threshold: Of what is kept.
+        trimmed: Pad captions to the batch's longest instead of the model's 77 tokens, which is what the tokenizers of
+            CLIP and open_clip (and so clip-retrieval) do.
+    """
 
     def __init__(
         self,
@@ -57,8 +66,10 @@ class WebDatasetLoop:
         options: Options,
         *,
         threshold: float,
+        trimmed: bool = False,
     ) -> None:
         self._model, self._processor, self._threshold = model, processor, threshold
+        self._padding = "longest" if trimmed else "max_length"
         self._batch_size, self._num_workers = options.batch_size, options.workers
 
     def __call__(self, data: Data) -> Outcome:
@@ -73,7 +84,7 @@ class WebDatasetLoop:
         """Keys and similarities, in batches."""
         tokenizer, device = self._processor.tokenizer, self._model.device
         for keys, pixel_values, captions in self._loader(data):
-            tokens = tokenizer(captions, return_tensors="pt", padding=True, truncation=True).to(device)
+            tokens = tokenizer(captions, return_tensors="pt", padding=self._padding, truncation=True).to(device)
             pixels = pixel_values.to(device, self._model.dtype, non_blocking=True)
             images = self._model.get_image_features(pixels).pooler_output.float()
             texts = self._model.get_text_features(**tokens).pooler_output.float()

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from tokenizers import Tokenizer
+from torch.nn import functional
 
 #: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
 _MAX_CAPTION_CHARS = 1 << 16
@@ -91,6 +92,23 @@ class CaptionTokenizer:
         if self.pads_to_max or not input_ids.numel():
             return torch.full((len(input_ids),), length)
         return (last_places(input_ids, self.pad_id) + 1).clamp(max=length)
+
+    def fit(self, input_ids: torch.Tensor, length: int) -> torch.Tensor:
+        """int64 ``[..., L]`` -> ``[..., length]``, padded, or cut where no caption uses the columns."""
+        missing = length - input_ids.shape[-1]
+        return functional.pad(input_ids, (0, missing), value=self.pad_id)
+
+    def join(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of several batches, int64 ``[N, L]`` or ``[N, K, L]``, as one batch."""
+        length = max(batch.shape[-1] for batch in batches)
+        fitted = [self.fit(batch, length) for batch in batches]
+        if all(batch.ndim == 2 for batch in fitted):
+            return torch.cat(fitted)
+        tables = [batch if batch.ndim == 3 else batch[:, None] for batch in fitted]
+        most = max(table.shape[1] for table in tables)
+        return torch.cat(
+            [functional.pad(table, (0, 0, 0, most - table.shape[1]), value=NO_CAPTION) for table in tables]
+        )
 
 
 def last_places(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:

@@ -24,6 +24,9 @@ _WHOLE = 2.0
 #: Share of the samples outside the band that are scored in float32 as well, to see whether the band still holds.
 _AUDITED = 1 / 1024
 
+#: Batches that wait for those of their scores that are computed again.
+_MOST_WAITING = 8
+
 
 @dataclass(frozen=True, eq=False)
 class BatchScores:
@@ -31,6 +34,20 @@ class BatchScores:
 
     scores: np.ndarray
     num_rechecked: int = 0
+
+
+@dataclass(eq=False)
+class _Scored:
+    """A batch whose fast scores are there, and of the float32 ones as many as were asked for."""
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    fast: np.ndarray
+    is_audited: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.exact = np.full_like(self.fast, np.nan)
+        self.is_known = np.zeros(len(self.fast), dtype=bool)
 
 
 class Recheck:
@@ -68,26 +85,33 @@ class Recheck:
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
         """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
-        return self._start(pixel_values, input_ids)()
+        [(_, scores)] = self.map([None], lambda _: (pixel_values, input_ids))
+        return scores
 
     def map(
         self, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
     ) -> Iterator[tuple[T, BatchScores]]:
-        """Score batches one after another; a GPU is given the next batch before the scores of the last are awaited.
+        """Score batches one after another.
+
+        A GPU is given the next batch before the scores of the last are awaited. What has to be computed again waits
+        until it fills a batch of the float32 model, for at most :data:`_MOST_WAITING` batches.
 
         Args:
             batches: Anything that holds what is scored.
             inputs: Batch -> ``pixel_values`` and ``input_ids``.
         """
         num_ahead = 1 if self.scorer.device.type == "cuda" else 0
-        started: deque[tuple[T, Callable[[], BatchScores]]] = deque()
+        started: deque[tuple[T, Callable[[], _Scored]]] = deque()
+        waiting: deque[tuple[T, _Scored]] = deque()
         for batch in batches:
             started.append((batch, self._start(*inputs(batch))))
             if len(started) > num_ahead:
-                first, finish = started.popleft()
-                yield first, finish()
+                yield from self._settle(waiting, *started.popleft())
         for batch, finish in started:
-            yield batch, finish()
+            yield from self._settle(waiting, batch, finish)
+        while waiting:
+            self._recheck(waiting)
+            yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
         """Learn the error from the first of these samples, N images and N captions, unless it is known already."""
@@ -102,27 +126,58 @@ class Recheck:
         self._num_measured += len(pixel_values)
         self._learn((fast - exact).abs().cpu().numpy())
 
-    def _start(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], BatchScores]:
+    def _start(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
         self.measure(pixel_values, input_ids)
         fetch = _fetch(self.scorer(pixel_values, input_ids))
-        return lambda: self._finish(fetch(), pixel_values, input_ids)
+        audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
+        return lambda: _Scored(pixel_values, input_ids, fetch(), audited)
 
-    def _finish(self, scores: np.ndarray, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
-        if self.scorer.is_exact or not len(scores):
-            return BatchScores(scores)
-        fast, exact = scores, np.full_like(scores, np.nan)
-        known = np.zeros(len(scores), dtype=bool)
-        audited = self._random.random(len(scores)) < _AUDITED
-        # Once more when what is found widens the band.
-        while (todo := (self._is_near(fast) | audited) & ~known).any():
-            rows = torch.from_numpy(np.flatnonzero(todo))
-            again = self.scorer.score_fp32(pixel_values[rows], input_ids[rows])
-            exact[todo], known = again.cpu().numpy(), known | todo
-            self._learn(np.abs(fast[known] - exact[known]))
-        near = self._is_near(fast)
-        return BatchScores(np.where(near, exact, fast), int(near.sum()))
+    def _settle(
+        self, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
+    ) -> Iterator[tuple[T, BatchScores]]:
+        """Let a batch wait, and hand out those that need not."""
+        waiting.append((batch, finish()))
+        while len(waiting) > _MOST_WAITING or self._num_todo(waiting) >= self.scorer.fp32_rows:
+            self._recheck(waiting)
+            yield from self._decided(waiting)
+        yield from self._decided(waiting)
+
+    def _num_todo(self, waiting: deque[tuple[T, _Scored]]) -> int:
+        return sum(int(self._todo(scored).sum()) for _, scored in waiting)
+
+    def _recheck(self, waiting: deque[tuple[T, _Scored]]) -> None:
+        """Fill one batch of the float32 model with the first that have to be computed again."""
+        parts: list[tuple[_Scored, np.ndarray]] = []
+        room = self.scorer.fp32_rows
+        for _, scored in waiting:
+            rows = np.flatnonzero(self._todo(scored))[:room]
+            if len(rows):
+                parts.append((scored, rows))
+                room -= len(rows)
+        if not parts:
+            return
+        pixel_values = torch.cat([scored.pixel_values[torch.from_numpy(rows)] for scored, rows in parts])
+        input_ids = [scored.input_ids[torch.from_numpy(rows)] for scored, rows in parts]
+        exact = self.scorer.score_fp32(pixel_values, self.scorer.preprocess.tokenize.join(input_ids)).cpu().numpy()
+        for scored, rows in parts:
+            scored.exact[rows], exact = exact[: len(rows)], exact[len(rows) :]
+            scored.is_known[rows] = True
+            self._learn(np.abs(scored.fast[rows] - scored.exact[rows]))
+
+    def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
+        while waiting and not self._todo(waiting[0][1]).any():
+            batch, scored = waiting.popleft()
+            near = self._is_near(scored.fast)
+            yield batch, BatchScores(np.where(near, scored.exact, scored.fast), int(near.sum()))
+
+    def _todo(self, scored: _Scored) -> np.ndarray:
+        """Which scores are needed in float32 and not known; more than before, once the band is wider."""
+        todo: np.ndarray = (self._is_near(scored.fast) | scored.is_audited) & ~scored.is_known
+        return todo
 
     def _is_near(self, scores: np.ndarray) -> np.ndarray:
+        if self.scorer.is_exact:
+            return np.zeros(len(scores), dtype=bool)
         near: np.ndarray = ~np.isfinite(scores)
         if self._threshold is not None:
             near |= np.abs(scores.astype(np.float64) - self._threshold) <= self.band

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from transformers import AutoTokenizer
 
-from clipfilter_wds.captions import CaptionTokenizer, PythonEncoder, RustEncoder
+from clipfilter_wds.captions import NO_CAPTION, CaptionTokenizer, PythonEncoder, RustEncoder
 from clipfilter_wds.scorer import BUNDLED_MODELS
 
 
@@ -98,3 +98,17 @@ def test_captions_are_padded_to_the_longest_or_to_the_limit():
     tokens = CaptionTokenizer(encode, max_length=4, pad_id=9)([["abc"], ["abcd"]])
     assert tokens.input_ids.tolist() == [[97, 98, 99, 0]] * 2
     assert (tokens.num_tokens, tokens.truncated) == ([4, 5], [False, True])
+
+
+def test_batches_of_different_lengths_are_joined(tokenizers):
+    _, ours, _ = tokenizers
+    first, second = ours(["a", "two blue squares"]).input_ids, ours(["three small green triangles on white"]).input_ids
+    assert torch.equal(
+        ours.join([first, second]), ours(["a", "two blue squares", "three small green triangles on white"]).input_ids
+    )
+    several = ours([["a", "b"], ["c"]]).input_ids
+    joined = ours.join([several, second])
+    assert joined.shape == (3, 2, second.shape[1])
+    assert torch.equal(joined[2, 0], second[0])
+    assert (joined[2, 1] == NO_CAPTION).all()
+    assert torch.equal(ours.join([several]), several)

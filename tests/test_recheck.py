@@ -104,9 +104,34 @@ def test_an_audit_that_finds_a_larger_error_widens_the_band(bf16, exact, inputs,
     scores = recheck(*inputs)
     errors = np.abs(bf16(*inputs).numpy() - exact(*inputs).numpy())
     assert errors.max() > narrow
-    assert recheck.band == pytest.approx(2 * errors.max())
+    assert errors.max() <= 0.75 * recheck.band
     assert scores.num_rechecked == 0
     np.testing.assert_array_equal(scores.scores, bf16(*inputs).numpy())  # an audit changes no score
+
+
+def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact, inputs, monkeypatch):
+    monkeypatch.setattr(recheck_module, "_MARGIN", 20.0)  # so that there is much to recheck
+    threshold = float(np.sort(exact(*inputs).numpy())[48])
+    recheck = Recheck(bf16, threshold)
+    recheck.measure(*inputs)
+    rechecked = []
+    score_fp32 = bf16.score_fp32
+    monkeypatch.setattr(
+        bf16, "score_fp32", lambda pixels, ids: rechecked.append(len(pixels)) or score_fp32(pixels, ids)
+    )
+    monkeypatch.setattr(bf16, "fp32_rows", 8)
+    taken = []
+    batches = (taken.append(number) or batch for number, batch in enumerate(batches_of(inputs, 6)))
+    decided, waited = [], []
+    for batch, scores in recheck.map(batches, lambda batch: batch):
+        decided.append((batch[0], scores))
+        waited.append(len(taken) - len(decided))
+    assert torch.equal(torch.cat([pixels for pixels, _ in decided]), inputs[0])
+    assert sum(rechecked) >= sum(scores.num_rechecked for _, scores in decided) > 16
+    assert set(rechecked[:-1]) == {8}
+    assert 0 < max(waited) <= recheck_module._MOST_WAITING
+    decisions = np.concatenate([scores.scores for _, scores in decided]) >= threshold
+    np.testing.assert_array_equal(decisions, exact(*inputs).numpy() >= threshold)
 
 
 def test_float32_has_no_band_and_rechecks_nothing(exact, inputs):
