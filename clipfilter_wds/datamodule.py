@@ -9,8 +9,9 @@ from torch import distributed
 
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader, End
+from clipfilter_wds.precision import Precision
 from clipfilter_wds.samples import SampleLayout
-from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer, Precision
+from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.scores import ScoreTable
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.world import World

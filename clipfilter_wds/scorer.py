@@ -1,6 +1,5 @@
 """Batches -> cosine similarities, with a CLIP model."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,15 @@ from torch.nn import functional
 from clipfilter_wds.captions import NO_CAPTION
 from clipfilter_wds.hugging_face import load_hugging_face
 from clipfilter_wds.open_clip_models import load_open_clip
+from clipfilter_wds.precision import (
+    DTYPES,
+    NARROW,
+    Precision,
+    fp32_products,
+    low_precision,
+    resolve_device,
+    resolve_precision,
+)
 from clipfilter_wds.towers import DualEncoder, Towers
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -22,12 +30,7 @@ BUNDLED_MODELS = {"demo-tiny": Path(__file__).parent / "demo" / "tiny_clip"}
 #: Before a hub id or a folder: a model of open_clip.
 _OPEN_CLIP = "open_clip:"
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Reduce = Literal["max", "mean", "min"]
-
-#: A model whose widest tower is narrower than this gains little from low precision (measured: 1.5 times at 128,
-#: 2.5 at 256), and that little is lost in rechecking.
-_NARROW = 256
 
 #: Float32 batches are filled up to a multiple of so many rows, and those of wide models on a processor cut into such
 #: pieces (as fast, and less memory), the others into the larger ones. Kernels are chosen by shape: so a sample's score
@@ -111,9 +114,10 @@ class ClipScorer(nn.Module):
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
         self.register_buffer("pixel_std", _per_channel(encoder.std) * (1.0 / encoder.rescale))
-        cut_small = on_device.type == "cpu" and encoder.width >= _NARROW
+        self._width = encoder.width
+        cut_small = on_device.type == "cpu" and encoder.width >= NARROW
         self.fp32_rows = _FP32_ROWS if cut_small else _MOST_FP32_ROWS
-        self.fast_model = self.model if self.precision == "fp32" else _low_precision(self.model, self.precision)
+        self.fast_model = self.model if self.precision == "fp32" else low_precision(self.model, self.precision)
         if compile and self.precision == "fp32":
             raise ValueError("compile is for low precision; here precision is fp32")
         if compile:
@@ -221,7 +225,8 @@ class ClipScorer(nn.Module):
         if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
         rows = rows.to(self.device, non_blocking=True)
-        return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
+        with fp32_products(self.device, self._width):
+            return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
     def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
         pixels = (pixel_values - self.pixel_mean) / self.pixel_std
@@ -237,61 +242,11 @@ class ClipScorer(nn.Module):
 
     def _low_precision(self) -> torch.autocast:
         # Nothing to cache: the weights are in low precision already.
-        return torch.autocast(self.device.type, _DTYPES[self.precision], cache_enabled=False)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device that ``device`` names; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ValueError: When it names a device that this machine does not have.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:1") from None
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return resolved
+        return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
 
 
 #: torch's names.
 _REDUCTIONS = {"max": "amax", "mean": "mean", "min": "amin"}
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_precision(precision: Precision, device: torch.device, width: int) -> Precision:
-    """What ``auto`` means for a device and a model whose wider tower has this width."""
-    if precision not in ("auto", "fp32", *_DTYPES):
-        raise ValueError(f"precision is {precision!r}; use auto, fp32, bf16 or fp16")
-    if precision != "auto":
-        return precision
-    if width < _NARROW:
-        return "fp32"
-    if device.type == "cuda":
-        return "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
-
-
-def _cpu_multiplies_bf16() -> bool:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
-def _low_precision(model: Towers, precision: Precision) -> Towers:
-    """A copy whose matrices are in low precision; norms, embeddings and what flows between the layers stay in float32.
-
-    Against a model that is low precision throughout, that halves the error of the scores at the same speed.
-    """
-    fast = copy.deepcopy(model)
-    for module in fast.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(_DTYPES[precision])
-    return fast
-
 
 # --- loading ---
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 from clipfilter_wds.demo.drawing import draw
 from clipfilter_wds.demo.scenes import random_scene
-from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer, resolve_device
+from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer
 from clipfilter_wds.towers import ModelError
 from tests.toys import Reference, encoded, make_clip, photo
 
@@ -169,10 +169,3 @@ class TestUnusableModels:
         )
         assert "ModelError: can't load 'some/clip-that-is-not-cached' from the Hugging Face hub" in done.stderr
         assert "--local-dir" in done.stderr.splitlines()[-1]
-
-
-def test_unknown_devices_are_refused():
-    with pytest.raises(ValueError, match="auto, cpu, cuda"):
-        resolve_device("gpu0")
-    with pytest.raises(ValueError, match="CUDA devices"):
-        resolve_device("cuda:99")

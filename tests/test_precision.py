@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from clipfilter_wds.precision import NARROW, fp32_products, low_precision, resolve_device, resolve_precision
+from clipfilter_wds.scorer import ClipScorer
+from tests.toys import make_clip
+
+CPU = torch.device("cpu")
+
+
+def test_float32_products_are_the_same_whoever_computes_them():
+    generator = torch.Generator().manual_seed(0)
+    features, weight, bias = (torch.randn(shape, generator=generator) for shape in ((8, 50, 96), (64, 96), (64,)))
+    with torch.inference_mode(), fp32_products(CPU, NARROW):
+        with_bias, without = functional.linear(features, weight, bias), functional.linear(features, weight, bias=None)
+        low = functional.linear(features.bfloat16(), weight.bfloat16())
+    torch.testing.assert_close(with_bias, functional.linear(features, weight, bias), atol=1e-5, rtol=0)
+    torch.testing.assert_close(without, functional.linear(features, weight), atol=1e-5, rtol=0)
+    assert torch.equal(low, functional.linear(features.bfloat16(), weight.bfloat16()))
+
+
+def test_the_last_projections_stay_in_float32(tmp_path):
+    scorer = ClipScorer(make_clip(tmp_path, image_size=64, patch_size=16, width=NARROW), device="cpu", precision="fp32")
+    fast = low_precision(scorer.model, "bf16")
+    types = {name: weight.dtype for name, weight in fast.named_parameters() if name.endswith("weight")}
+    projections = {name: dtype for name, dtype in types.items() if "projection" in name}
+    assert projections == {
+        "model.visual_projection.weight": torch.float32,
+        "model.text_projection.weight": torch.float32,
+    }
+    assert all(dtype == torch.bfloat16 for name, dtype in types.items() if "proj.weight" in name or ".fc" in name)
+    assert all(weight.dtype == torch.float32 for weight in scorer.model.parameters())
+
+
+def test_a_device_or_precision_that_is_not_there():
+    with pytest.raises(ValueError, match="use auto, cpu, cuda or cuda:1"):
+        resolve_device("gpu0")
+    with pytest.raises(ValueError, match="this machine has"):
+        resolve_device("cuda:99")
+    with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
+        resolve_precision("int8", CPU, NARROW)
+
+
+def test_auto_is_float32_for_narrow_models():
+    assert resolve_precision("auto", torch.device("cuda"), NARROW) == "fp16"
+    assert resolve_precision("auto", torch.device("cuda"), NARROW - 1) == "fp32"
+    assert resolve_precision("auto", CPU, NARROW - 1) == "fp32"
