@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 
 from clipfilter_wds.demo.run import demo
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
 from clipfilter_wds.progress import run_with_progress
 from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report import ReportConfig, check_page, write_report
@@ -21,6 +20,7 @@ from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
 from clipfilter_wds.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.terminal import plain
+from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
 from clipfilter_wds.world import World
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130

@@ -12,7 +12,6 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from clipfilter_wds.captions import Tokens
 from clipfilter_wds.preprocess import ClipPreprocess, ImageView, OpenPair, UnusableError, decode_sample, read_uid
-from clipfilter_wds.processes import Trail, Whereabouts
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.stream import (
@@ -26,6 +25,7 @@ from clipfilter_wds.stream import (
     read_stream,
 )
 from clipfilter_wds.types import DropReason, Sample
+from clipfilter_wds.whereabouts import Trail, Whereabouts
 from clipfilter_wds.world import World
 
 ImageTransform = Callable[[Image.Image], Any]

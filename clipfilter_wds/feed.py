@@ -1,12 +1,25 @@
 """Batches scored ahead, in a thread of their own, so that scoring and training overlap."""
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, TypeVar
+
+from clipfilter_wds.processes import WorkerIterator
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+#: Seconds until the thread notices that the program has come to its end, at most.
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class _End:
+    """Comes behind the last item, with what was raised, if anything."""
+
+    error: BaseException | None = None
 
 
 class Feed(Generic[T, S]):
@@ -26,31 +39,47 @@ class Feed(Generic[T, S]):
     ) -> None:
         self._iterator = iter(items)
         self._applied, self._keep = apply(self._iterator), keep
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-scorer")
-        self._ahead: deque[Future[S]] = deque(self._thread.submit(self._step) for _ in range(depth))
+        self._made: SimpleQueue[S | _End] = SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="clipfilter-scorer")
+        self._thread.start()
 
-    def _step(self) -> S:
-        return next(self._applied)
+    def _run(self) -> None:
+        end = _End()
+        try:
+            while self._wait_for_room():
+                self._made.put(next(self._applied))
+        except StopIteration:
+            pass
+        except BaseException as error:  # noqa: BLE001  # raised again where the item is taken
+            end = _End(error)
+        self._made.put(end)
+
+    def _wait_for_room(self) -> bool:
+        """Whether another item is wanted. A program that ends while this is open waits for the thread first."""
+        while not self._is_closed and threading.main_thread().is_alive():
+            if self._room.acquire(timeout=_POLL_SECONDS):
+                return not self._is_closed
+        return False
 
     def __iter__(self) -> Iterator[S]:
         """The fed items, until the iterable ends."""
-        while self._ahead:
-            future = self._ahead.popleft()
-            try:
-                item = future.result()
-            except StopIteration:
-                return
-            self._ahead.append(self._thread.submit(self._step))
+        while not isinstance(item := self._made.get(), _End):
+            self._room.release()
             yield item
+        if item.error is not None:
+            raise item.error
 
     def close(self) -> None:
-        """Stop, wait for the item that is being made, and let go of the iterable and its processes."""
-        for future in self._ahead:
-            future.cancel()
-        self._thread.shutdown(wait=True)
-        self._ahead.clear()
+        """Stop, wait for the item that is being scored, and let go of the iterable and its processes."""
+        self._is_closed = True
+        self._room.release()
+        iterator = self.__dict__.pop("_iterator", None)
+        if isinstance(iterator, WorkerIterator):
+            iterator.stop()  # what workers are at is not waited for
+        self._thread.join()
         # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
         self.__dict__.pop("_applied", None)
-        iterator = self.__dict__.pop("_iterator", None)
         if not self._keep and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 
 from clipfilter_wds.images import check_protocol, is_remote, read_image
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, Deaths, Trail, Whereabouts, WorkerDiedError, worker_loader
+from clipfilter_wds.processes import iterating, worker_loader
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.selection import passes
 from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, Deaths, Trail, Whereabouts, WorkerDiedError
 
 #: Images of one batch that are fetched at a time, in each worker.
 _NUM_FETCHERS = 16
@@ -163,17 +164,14 @@ def _open_batches(
             requests=requests(),
             whereabouts=opener.whereabouts,
         )
-        opened_batches = iter(loader)
         try:
-            for opened in opened_batches:
-                deaths.outlived()
-                yield under_way.popleft()[0], opened
+            with iterating(loader) as opened_batches:
+                for opened in opened_batches:
+                    deaths.outlived()
+                    yield under_way.popleft()[0], opened
             return
         except WorkerDiedError as death:
             deaths.add(death)
-        finally:
-            if num_workers:
-                opened_batches._shutdown_workers()  # type: ignore[attr-defined]  # a DataLoader's iterator has it
 
 
 def _numbered(batches: Iterable[tuple[T, Sequence[Pair]]]) -> Iterator[tuple[T, _Request]]:

@@ -1,187 +1,35 @@
-"""Processes that read and decode for this one: start them, and know what one was at when it died."""
+"""Processes that read and decode for this one: start them, know when one dies, and end them soon."""
 
-import logging
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.sharedctypes import RawArray
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, TypeVar
 
 from torch._C import _remove_worker_pids
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from clipfilter_wds.shards import public_url
-from clipfilter_wds.types import DropReason, Sample, ShardError
+from clipfilter_wds.whereabouts import Whereabouts, WorkerDiedError
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
-
-#: Seconds that a sample may take to decode.
-DEFAULT_WORKER_TIMEOUT = 120.0
-#: Seconds until a death is noticed, at most.
+#: Seconds until it is noticed that a worker died, or that nobody waits for a batch any more; at most.
 _POLL_SECONDS = 0.25
-#: Deaths with no batch in between after which it is not a sample's fault.
-_MAX_DEATHS_IN_A_ROW = 32
+#: Seconds that workers have to end by themselves, and again when they are told to by a signal.
+_GRACE_SECONDS = 0.5
+#: Seconds until a worker notices that its parent is gone.
+_PARENT_SECONDS = 1.0
 
 
-def check_worker_timeout(seconds: float) -> None:
-    """Refuse what is no time.
-
-    Raises:
-        ValueError: When it is negative or not finite.
-    """
-    if not 0.0 <= seconds < float("inf"):
-        raise ValueError(f"worker_timeout is {seconds:g}; it is a number of seconds, or 0 for no limit")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A sample, or with no index the reading of its shard."""
-
-    url: str
-    index: int | None
-
-    def __str__(self) -> str:
-        url = repr(public_url(self.url))  # quoted, since a name may hold escape codes
-        return f"reading {url}" if self.index is None else f"sample {self.index} of {url}"
-
-
-class WorkerDiedError(RuntimeError):
-    """A worker process died; the message says of what, and at which sample."""
-
-    def __init__(self, place: Place | None, exit_code: int | None) -> None:
-        super().__init__(place, exit_code)  # as they are, so that it can be pickled
-        self.place, self.exit_code = place, exit_code
-
-    def __str__(self) -> str:
-        return f"a worker process died ({_cause(self.exit_code)}) at {self.place or 'its start'}"
-
-
-def _cause(exit_code: int | None) -> str:
-    if exit_code == -signal.SIGALRM:
-        return "it took longer than worker_timeout"
-    if exit_code == -signal.SIGKILL:
-        return "SIGKILL, as the system sends when memory runs out"
-    if exit_code is None or exit_code >= 0:
-        return f"exit code {exit_code}"
-    return signal.Signals(-exit_code).name
-
-
-class Deaths:
-    """What workers died of. What kills one twice is left out from then on: a sample, or a whole shard."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[Place] = Counter()
-        self._in_a_row = 0
-        self.left_out: set[Place] = set()
-
-    def add(self, death: WorkerDiedError) -> None:
-        """Count a death after which reading goes on.
-
-        Raises:
-            WorkerDiedError: When that is of no use, because workers die at once or everywhere.
-        """
-        self._in_a_row += 1
-        if death.place is None or self._in_a_row > _MAX_DEATHS_IN_A_ROW:
-            raise death
-        self._counts[death.place] += 1
-        if self._counts[death.place] > 1:
-            self.left_out.add(death.place)
-        _log.warning("%s; %s", death, "that is left out" if death.place in self.left_out else "trying once more")
-
-    def outlived(self) -> None:
-        """Note that a batch has come."""
-        self._in_a_row = 0
-
-
-class Whereabouts:
-    """What each worker is at, in memory that outlives the worker.
-
-    Args:
-        urls: All shards that the workers read.
-        num_workers: Processes that are watched; with 0, each keeps to itself what it is at.
-        timeout: Seconds that one sample may take in a worker before its process is killed; 0 is for ever.
-        left_out: What has killed workers before.
-    """
-
-    def __init__(
-        self, urls: Sequence[str], num_workers: int, *, timeout: float = 0.0, left_out: Iterable[Place] = ()
-    ) -> None:
-        self._urls = list(urls)
-        self._timeout = timeout
-        self._left_out = frozenset(left_out)
-        # Per worker the shard, counting from 1, and the sample, likewise; 0 where there is none.
-        self._cells = RawArray("q", 2 * num_workers) if num_workers else [0, 0]
-        self._num_workers = num_workers
-
-    def place(self, worker: int) -> Place | None:
-        """Where a worker is, or was when it died."""
-        shard, sample = self._cells[2 * worker : 2 * worker + 2]
-        return Place(self._urls[shard - 1], sample - 1 if sample else None) if shard else None
-
-    def trail(self) -> "Trail":
-        """For the process that calls it: where to leave what it is at."""
-        info = get_worker_info()
-        worker, timeout = (info.id, self._timeout) if info and self._num_workers else (0, 0.0)
-        numbers = {url: number for number, url in enumerate(self._urls, start=1)}
-        return Trail(self._cells, worker, numbers, timeout, self._left_out)
-
-
-class Trail:
-    """Where one worker leaves what it is at."""
-
-    def __init__(
-        self, cells: Any, worker: int, numbers: dict[str, int], timeout: float, left_out: frozenset[Place]
-    ) -> None:
-        self._cells, self._at, self._numbers, self._timeout = cells, 2 * worker, numbers, timeout
-        self._left_out = left_out
-        self._reading = 0
-
-    def begin_shard(self, url: str) -> None:
-        """Note that a shard is being read.
-
-        Raises:
-            ShardError: When that has killed workers before.
-        """
-        self._cells[self._at] = self._reading = self._numbers[url]
-        if Place(url, None) in self._left_out:
-            raise ShardError("reading it killed two worker processes")
-
-    def checked(self, url: str, sample: Sample) -> Sample:
-        """The sample; without its members and with the problem ``decoder_crash`` if it has killed workers before."""
-        if sample.problem is None and self.is_left_out(url, sample.index):
-            return replace(sample, members=(), problem=DropReason.DECODER_CRASH)
-        return sample
-
-    def is_left_out(self, url: str, index: int) -> bool:
-        """Whether a sample has killed workers before."""
-        return bool(self._left_out) and Place(url, index) in self._left_out
-
-    def at(self, url: str, index: int) -> Self:
-        """``with trail.at(url, index):`` around whatever a sample's bytes may do harm to."""
-        self._cells[self._at] = self._numbers[url]
-        self._cells[self._at + 1] = index + 1
-        if self._timeout:
-            signal.setitimer(signal.ITIMER_REAL, self._timeout)  # the kernel's: it also ends a decoder stuck in C
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        if self._timeout:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        self._cells[self._at + 1] = 0
-        self._cells[self._at] = self._reading  # of a shuffled stream, by now another one
-
-
-# --- starting them ---
+class WorkersStoppedError(RuntimeError):
+    """Nobody waits for the batch any more."""
 
 
 def worker_loader(
@@ -206,10 +54,10 @@ def worker_loader(
         in_order: Take the workers' batches in turn, or in the order of the requests; else as they come.
         multiprocessing_context: How processes are started: ``fork``, ``spawn``, ``forkserver``, None for the default.
         whereabouts: What the dataset's workers write what they are at to. A worker's death is then a
-            :class:`WorkerDiedError`.
+            :class:`~clipfilter_wds.whereabouts.WorkerDiedError`.
     """
-    is_watched = whereabouts is not None and num_workers > 0
-    loader: DataLoader[T] = DataLoader(
+    return _Loader(
+        whereabouts,
         dataset,
         sampler=requests,
         batch_size=None,
@@ -220,10 +68,33 @@ def worker_loader(
         prefetch_factor=2 if num_workers else None,
         in_order=in_order,
         multiprocessing_context=multiprocessing_context if num_workers else None,
-        # When it is iterated again, persistent workers may take their time to answer.
-        timeout=_POLL_SECONDS if is_watched and not persistent_workers else 0,
     )
-    return _WatchedLoader(loader, whereabouts) if is_watched and whereabouts else loader
+
+
+class _Loader(DataLoader[T]):
+    def __init__(self, whereabouts: Whereabouts | None, dataset: Dataset[T], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.whereabouts = whereabouts
+
+    def _get_iterator(self) -> Any:
+        return WorkerIterator(self) if self.num_workers else super()._get_iterator()
+
+
+@contextmanager
+def iterating(batches: Iterable[T]) -> Iterator[Iterator[T]]:
+    """The iterator of a :func:`worker_loader`, whose processes are gone when the block ends.
+
+    Without it they would be when the iterator is let go of, but an exception's traceback may hold it for long.
+    """
+    iterator = iter(batches)
+    try:
+        yield iterator
+    finally:
+        if isinstance(iterator, WorkerIterator):
+            iterator.close()
+
+
+# --- in the workers ---
 
 
 def _init_worker(worker: int) -> None:
@@ -232,6 +103,20 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
     sys.excepthook = _tell_unless_parent_went
+    threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, whatever it is at.
+
+    torch's own look at the parent comes between two batches only, and a process that has more to hand over than its
+    pipe holds then waits for ever, since the other workers have the pipe's other end as well.
+    """
+    parent, starter = multiprocessing.parent_process(), os.getppid()
+    # The starter may be a fork server, or already be gone; but the parent of forked workers is told late to be dead.
+    while os.getppid() == starter and (parent is None or parent.is_alive()):
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
 
 
 def _tell_unless_parent_went(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -240,40 +125,49 @@ def _tell_unless_parent_went(kind: type[BaseException], error: BaseException, tr
         sys.__excepthook__(kind, error, trace)
 
 
-# --- watching them ---
+# --- in the parent ---
 
 
-@dataclass(frozen=True)
-class _WatchedLoader(Generic[T]):
-    """A DataLoader that says what a worker was at when it died."""
+class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
+    """A DataLoader's iterator that says what a worker was at when it died, and that can be stopped at any time."""
 
-    loader: DataLoader[T]
-    whereabouts: Whereabouts
-
-    def __iter__(self) -> "_WatchedIterator[T]":
-        return _WatchedIterator(iter(self.loader), self.whereabouts)
-
-
-class _WatchedIterator(Iterator[T]):
-    def __init__(self, batches: Any, whereabouts: Whereabouts) -> None:
-        self._batches, self._whereabouts = batches, whereabouts
-        if batches._worker_pids_set:
+    def __init__(self, loader: _Loader[Any]) -> None:
+        self._whereabouts = loader.whereabouts
+        self._is_stopped = False
+        super().__init__(loader)
+        if self._whereabouts is not None and self._worker_pids_set:
             # torch would raise from a signal handler, in whatever line the main thread happens to be.
-            _remove_worker_pids(id(batches))
-            batches._worker_pids_set = False
+            _remove_worker_pids(id(self))
+            self._worker_pids_set = False
 
-    def __next__(self) -> T:
-        while True:
+    def close(self) -> None:
+        """End the workers, now; it takes a second at most."""
+        self._shutdown_workers()
+
+    def stop(self) -> None:
+        """Let a thread that waits for a batch do so no longer. Persistent workers can be iterated again afterwards."""
+        self._is_stopped = True
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        self._is_stopped = False
+        super()._reset(loader, first_iter)
+
+    def _get_data(self) -> Any:
+        """Wait for what any of the workers sends, looking up often."""
+        # The end of the main thread is the end of the program, which waits for the other threads.
+        while not self._is_stopped and threading.main_thread().is_alive():
             try:
-                batch: T = next(self._batches)
+                has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]
             except (RuntimeError, OSError, EOFError) as error:
-                if (death := self._death(0.0 if isinstance(error, RuntimeError) else 1.0)) is not None:
-                    self._shutdown_workers()
-                    raise death from error
-                if not str(error).startswith("DataLoader timed out"):
+                if (death := self._death(0.0 if isinstance(error, RuntimeError) else 1.0)) is None:
                     raise
-            else:
-                return batch
+                self._shutdown_workers()
+                raise death from error
+            if has_come:
+                return data
+            if self._pin_memory and not self._pin_memory_thread.is_alive():
+                raise RuntimeError("the thread that puts batches in page-locked memory has ended")
+        raise WorkersStoppedError("the workers were stopped")
 
     def _death(self, seconds: float) -> WorkerDiedError | None:
         """A death, also of a worker that is about to die: what it has sent can't be received from then on."""
@@ -284,13 +178,32 @@ class _WatchedIterator(Iterator[T]):
 
     def _find_death(self) -> WorkerDiedError | None:
         """Of a worker that died, not of one that has ended because it was done."""
-        for worker, process in enumerate(self._batches._workers):
-            place = self._whereabouts.place(worker)
+        for worker, process in enumerate(self._workers if self._whereabouts else ()):
+            place = self._whereabouts.place(worker) if self._whereabouts else None
             at_sample = place is not None and place.index is not None
             if not process.is_alive() and (process.exitcode != 0 or at_sample):
                 return WorkerDiedError(place, process.exitcode)
         return None
 
     def _shutdown_workers(self) -> None:
-        """End the workers; called as a DataLoader's iterator calls it, since others end either kind."""
-        self._batches._shutdown_workers()
+        """End the workers; torch calls this at every end there is.
+
+        torch tells them, in an order that leaves none of its queues and threads hanging, then waits up to five seconds
+        for one worker after another. They are helped to end while it waits.
+        """
+        self._is_stopped = True
+        if self._shutdown or sys.is_finalizing():
+            return
+        ended = threading.Event()
+        helper = threading.Thread(target=_end_soon, args=(self._workers, ended), name="clipfilter-end", daemon=True)
+        helper.start()
+        super()._shutdown_workers()
+        ended.set()  # not reached when a second Ctrl-C strikes; the workers are ended all the same
+
+
+def _end_soon(workers: Sequence[BaseProcess], ended: threading.Event) -> None:
+    for end in (BaseProcess.terminate, BaseProcess.kill):
+        if ended.wait(_GRACE_SECONDS):
+            return
+        for worker in workers:
+            end(worker)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
-from clipfilter_wds.processes import Trail
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import OpenShard, ShardPart, open_shard, public_url, split_by_worker
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
+from clipfilter_wds.whereabouts import Trail
 from clipfilter_wds.world import World
 
 

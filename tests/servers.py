@@ -10,7 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import BinaryIO
 
 S3_SERVER = """
 import logging
@@ -158,3 +161,45 @@ def now_and_then(seed: int, **shares: float) -> Fault:
         return choice
 
     return fault
+
+
+class StallingServer:
+    """Serves the files of a folder over HTTP, from a moment on only their beginnings.
+
+    Args:
+        folder: What is served.
+        from_now: Whether the moment has come.
+
+    Attributes:
+        is_stalled: Whether somebody waits for the rest of a file.
+    """
+
+    def __init__(self, folder: Path, from_now: Callable[[], bool]) -> None:
+        self.is_stalled = False
+        self._done = done = threading.Event()
+        owner = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:
+                if not from_now():
+                    super().copyfile(source, outputfile)
+                    return
+                outputfile.write(source.read(10_000))
+                owner.is_stalled = True
+                done.wait()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "StallingServer":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._done.set()
+        self._server.shutdown()
+        self._server.server_close()

@@ -2,11 +2,8 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -156,42 +153,6 @@ class TestUnusableArguments:
         assert call("rewrite", f"{shards}/*.tar", "--output", tmp_path / "o", "--model", clip_folder)[0] == 0
         options = ("--output", tmp_path / "o", "--model", other)
         self.check(call, "rewrite", f"{shards}/*.tar", *options, says=f"model {clip_folder} there, {other} here")
-
-
-def test_ctrl_c_stops_soon_says_how_to_go_on_and_leaves_no_process(clip_folder, tmp_path):
-    write_shard(tmp_path / "in/0.tar", [pair(i, size=(1500, 1500)) for i in range(150)])
-    command = [*COMMAND, "rewrite", f"{tmp_path}/in/0.tar", "--output", tmp_path / "out", "--model", clip_folder]
-    process = subprocess.Popen(
-        [*map(str, command), "--batch_size", "1", "--num_workers", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while len(_children(process.pid)) < 2:  # both workers
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    began = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 15  # seconds; other tests run beside it
-    assert process.returncode == 130
-    assert "start the same command again to go on" in err
-    assert "Traceback" not in err
-    assert not _group_is_alive(process.pid)
-
-
-def _children(pid: int) -> list[str]:
-    tasks = Path(f"/proc/{pid}/task/{pid}/children")
-    return tasks.read_text().split() if tasks.exists() else []
-
-
-def _group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_does_not(shards, clip_folder, tmp_path):

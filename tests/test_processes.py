@@ -15,13 +15,13 @@ from torch.utils.data import get_worker_info
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.pairs import PairTally
-from clipfilter_wds.processes import WorkerDiedError
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import ScoreTable, ShardScores
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.types import DropReason
+from clipfilter_wds.whereabouts import WorkerDiedError
 from tests.restore import Recipe, image_number, keys, load_scorer, text_number, write_numbered
 from tests.rewrite.test_rewrite import bits, check_accounting
 from tests.toys import encoded, pair, photo, write_shard

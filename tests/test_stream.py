@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfilter_wds.processes import Whereabouts
 from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.stream import PartEnd, Position, ShardFailure, StreamOrder, StreamSample, read_stream
+from clipfilter_wds.whereabouts import Whereabouts
 from clipfilter_wds.world import World
 from tests.toys import write_shard, write_tar
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 End = Literal["sync", "repeat"]
 OnCrash = Literal["skip", "raise"]

@@ -16,13 +16,13 @@ from clipfilter_wds.loader.mark import Mark, Progress
 from clipfilter_wds.loader.record import Recorder
 from clipfilter_wds.loader.scored import Scored, score_columns, score_stream
 from clipfilter_wds.loader.workers import Workers
-from clipfilter_wds.processes import WorkerDiedError
 from clipfilter_wds.rebatch import Rebatcher, take
 from clipfilter_wds.selection import passes
 from clipfilter_wds.shards import public_url
 from clipfilter_wds.terminal import printable
 from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.watch import KeepRateWatch
+from clipfilter_wds.whereabouts import WorkerDiedError
 from clipfilter_wds.world import World
 
 if TYPE_CHECKING:  # importing models takes seconds, and a loader that takes its scores from a table has none

@@ -8,8 +8,9 @@ from clipfilter_wds.dataset import ClipWebDataset, StreamBatch, StreamWorker
 from clipfilter_wds.loader.config import LoaderConfig
 from clipfilter_wds.loader.mark import Mark
 from clipfilter_wds.preprocess import ImageView
-from clipfilter_wds.processes import Deaths, Whereabouts, WorkerDiedError, worker_loader
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.stream import LookUp
+from clipfilter_wds.whereabouts import Deaths, Whereabouts, WorkerDiedError
 from clipfilter_wds.world import World
 
 

@@ -10,11 +10,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.dataset import SampleRow, sample_rows
 from clipfilter_wds.preprocess import ClipPreprocess, OpenPair, UnusableError, read_uid
-from clipfilter_wds.processes import Deaths, Trail, Whereabouts, WorkerDiedError, worker_loader
+from clipfilter_wds.processes import iterating, worker_loader
 from clipfilter_wds.samples import SampleLayout, read_samples
 from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by_worker
 from clipfilter_wds.subset import Subset
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
+from clipfilter_wds.whereabouts import Deaths, Trail, Whereabouts, WorkerDiedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,15 +206,12 @@ def read_blocks(
             in_order=False,
             whereabouts=dataset.whereabouts,
         )
-        blocks = iter(loader)
         try:
-            for block in blocks:
-                dataset.progress.add(block)
-                deaths.outlived()
-                yield block
+            with iterating(loader) as blocks:
+                for block in blocks:
+                    dataset.progress.add(block)
+                    deaths.outlived()
+                    yield block
             return
         except WorkerDiedError as death:
             deaths.add(death)
-        finally:
-            if num_workers:
-                blocks._shutdown_workers()  # type: ignore[attr-defined]  # a DataLoader's iterator has it

@@ -10,7 +10,6 @@ from uuid import uuid4
 
 from clipfilter_wds.fraction import Cutoff
 from clipfilter_wds.paths import AnyPath, any_path, folder_identity
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.rewrite.files import OutputFiles
 from clipfilter_wds.rewrite.outputs import CopyOutput, Output, TableOutput
 from clipfilter_wds.rewrite.scoring import ScoringOptions
@@ -18,6 +17,7 @@ from clipfilter_wds.samples import SampleLayout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.shards import expand_shards, output_names, shard_folder
 from clipfilter_wds.subset import Subset
+from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.writer import publish
 
 

@@ -2,13 +2,16 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torch.utils.data import Dataset
 
-from clipfilter_wds.processes import worker_loader
+from clipfilter_wds.processes import iterating, worker_loader
+from clipfilter_wds.rewrite.background import Background
 from clipfilter_wds.rewrite.collect import FailedShard
 from clipfilter_wds.rewrite.outputs import Copy, Output
 from clipfilter_wds.rewrite.scoring import (
@@ -80,14 +83,17 @@ class LocalEngine:
             options = replace(options, num_workers=num_workers)
         recheck = measured_recheck(self.scorer, options)
         commits = {output.url: output.commit for output in outputs}
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipfilter-writer") as writer:
-            waiting: deque[tuple[str, Future[ShardStats]]] = deque()
-            for shard in score_shards(list(commits), recheck, options, on_batch=on_batch):
+        waiting: deque[tuple[str, Future[ShardStats]]] = deque()
+        with (
+            Background[ShardStats]("clipfilter-writer") as writer,
+            closing(score_shards(list(commits), recheck, options, on_batch=on_batch)) as shards,
+        ):
+            for shard in shards:
                 if isinstance(shard, FailedShard):
                     tally.fail(shard.url, shard.why)
                 else:
                     url, scores = shard
-                    waiting.append((url, writer.submit(commits[url], scores)))
+                    waiting.append((url, writer.submit(partial(commits[url], scores))))
                 while len(waiting) > _MAX_WAITING_SHARDS or (waiting and waiting[0][1].done()):
                     _settle(*waiting.popleft(), tally)
                 on_progress(tally)
@@ -99,13 +105,14 @@ class LocalEngine:
         """See :class:`Engine`. ``num_workers`` at a time."""
         usual = max(1, min(len(outputs), num_processors() // self._share))
         processes = usual if num_workers is None else num_workers
-        for url, stats in worker_loader(_Copies(outputs), num_workers=processes, in_order=False):
-            if isinstance(stats, ShardStats):
-                tally.num_copied += stats.counts.seen
-                tally.add(stats)
-            else:
-                tally.fail(url, stats)
-            on_progress(tally)
+        with iterating(worker_loader(_Copies(outputs), num_workers=processes, in_order=False)) as copies:
+            for url, stats in copies:
+                if isinstance(stats, ShardStats):
+                    tally.num_copied += stats.counts.seen
+                    tally.add(stats)
+                else:
+                    tally.fail(url, stats)
+                on_progress(tally)
 
 
 def _settle(url: str, commit: "Future[ShardStats]", tally: Tally) -> None:

@@ -1,7 +1,7 @@
 """Shards -> their scores. Everything that it takes is passed in, so that it can be done anywhere."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -78,7 +78,7 @@ def score_shards(
     options: ScoringOptions,
     *,
     on_batch: Callable[[int], None] = lambda num_samples: None,
-) -> Iterator[tuple[str, ShardScores] | FailedShard]:
+) -> Generator[tuple[str, ShardScores] | FailedShard]:
     """Score shards; each is yielded when it is complete. The scores of a shard don't depend on the others.
 
     Args:
@@ -98,7 +98,8 @@ def score_shards(
         worker_timeout=options.worker_timeout,
         pin_memory=scorer.device.type == "cuda",
     )
-    return collect_shards(blocks, recheck, options.fingerprint(scorer), on_batch)
+    with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
+        yield from collect_shards(blocks, recheck, options.fingerprint(scorer), on_batch)
 
 
 def default_num_workers(device: torch.device) -> int:

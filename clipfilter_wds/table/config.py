@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from clipfilter_wds.processes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.table.files import SUFFIXES
+from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 
 @dataclass(frozen=True, kw_only=True)

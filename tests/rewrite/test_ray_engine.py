@@ -131,7 +131,9 @@ def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 15  # seconds; other tests run beside it
+    seconds = time.monotonic() - began
+    print(f"stopped within {seconds:.2f} s")
+    assert seconds < 5
     assert process.returncode == 130
     assert "start the same command again to go on" in err
     assert "Traceback" not in err
