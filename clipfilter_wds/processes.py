@@ -1,5 +1,6 @@
 """Processes that read and decode for this one: start them, know when one dies, and end them soon."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -103,6 +104,7 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
     sys.excepthook = _tell_unless_parent_went
+    gc.freeze()  # a collection would write to all that was there before the fork, and so copy it
     threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()
 
 

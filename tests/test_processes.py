@@ -1,6 +1,7 @@
 """Decoders that really end their process, or never end: the sample is named, tried again, and left out."""
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, PpmImagePlugin
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.pairs import PairTally
+from clipfilter_wds.processes import worker_loader
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import ScoreTable, ShardScores
@@ -441,3 +443,27 @@ def test_a_tables_timeout_that_is_no_time_is_refused(tmp_path):
     table = write_table(tmp_path / "in", set(), num_rows=1)
     with pytest.raises(ValueError, match="worker_timeout is -1; it is a number of seconds"):
         TableConfig(input=table, output=tmp_path / "kept.jsonl", worker_timeout=-1)
+
+
+# --- memory ---
+
+
+class Collection(IterableDataset):
+    """Yields the bytes that collecting garbage makes this process's own."""
+
+    def __iter__(self):
+        before = own_bytes()
+        gc.collect()
+        yield own_bytes() - before
+
+
+def own_bytes() -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"^Private_Dirty: +(\d+) kB", rollup, re.MULTILINE)[1]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what memory is whose")
+def test_a_garbage_collection_in_a_worker_copies_nothing_of_what_it_shares_with_its_parent():
+    assert len(gc.get_objects()) > 100_000
+    (num_bytes,) = worker_loader(Collection(), num_workers=1)
+    assert num_bytes < 10 << 20
