@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -16,6 +18,10 @@ from clipfilter_wds.shards import ShardPart, expand_shards, open_shard, split_by
 from clipfilter_wds.subset import Subset
 from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
 from clipfilter_wds.whereabouts import Deaths, Trail, Whereabouts, WorkerDiedError
+
+#: A worker sends smaller tensors through its pipe and larger ones in shared memory. To hand that over takes a dozen
+#: system calls, and after each the receiver waits until the thread that writes shards lets go of the interpreter.
+_SMALL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,17 @@ class Block:
         """The batch with its tensors in page-locked memory (called by DataLoader)."""
         pinned = {"pixel_values": self.pixel_values.pin_memory(), "input_ids": self.input_ids.pin_memory()}
         return Block(part=self.part, rows=self.rows, end=self.end, error=self.error, **pinned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process: small tensors as arrays."""
+        return {
+            name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= _SMALL_BYTES else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state | tensors)
 
 
 @dataclass

@@ -50,6 +50,20 @@ def with_rows(batches: list[Block]) -> list[tuple]:
     )
 
 
+@pytest.mark.parametrize(("batch_size", "in_shared_memory"), [(4, False), (100, True)])
+def test_a_block_comes_out_of_a_worker_as_it_is_whether_piped_or_in_shared_memory(
+    scorer, tmp_path, batch_size, in_shared_memory
+):
+    shard = write_shard(tmp_path / "0.tar", [pair(number) for number in range(100)])
+    here = batches_of([str(shard)], scorer, batch_size=batch_size)
+    there = batches_of([str(shard)], scorer, batch_size=batch_size, num_workers=1)
+    assert with_rows(there) == with_rows(here)
+    assert there[0].pixel_values.is_shared() == in_shared_memory
+    assert not there[0].input_ids.is_shared()
+    assert {block.pixel_values.dtype for block in there} == {torch.uint8}
+    assert {block.input_ids.dtype for block in there} == {torch.int64}
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 3, 8])
 @pytest.mark.parametrize("num_shards", range(1, len(SHARD_SIZES) + 1))
 def test_every_sample_is_read_exactly_once_whoever_reads(shards, scorer, num_shards, num_workers):
