@@ -281,7 +281,7 @@ class _BatchBuilder:
         only_training = transform is not None and item.known is not None
         rgb, captions = decode_sample(sample, dataset.layout, self._whole if only_training else self._view)
         whole = rgb
-        if transform is not None and rgb.is_reduced:
+        if transform is not None and rgb.scale > 1:
             whole, _ = decode_sample(sample, dataset.layout, self._whole)
         view = None
         if item.known is None:

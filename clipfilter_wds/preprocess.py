@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.dlpack import from_dlpack
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
@@ -73,21 +74,20 @@ os.register_at_fork(after_in_child=_without_warnings.__init__)  # type: ignore[m
 
 
 class RgbImage(NamedTuple):
-    """An RGB image, and its width and height as stored, in pixels; ``fast_decode`` makes it smaller than that."""
+    """An RGB image, and its width and height as stored, in pixels.
+
+    With ``fast_decode`` it may be decoded at 1 / ``scale`` of that, rounded up: its last row and column are cut ones.
+    """
 
     image: Image.Image
     width: int
     height: int
+    scale: int = 1
 
     @classmethod
     def of(cls, image: Image.Image) -> Self:
         """An image that was decoded elsewhere."""
         return cls(_to_rgb(image), *image.size)
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether it was decoded at less than its size."""
-        return self.image.size != (self.width, self.height)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +137,9 @@ class ImageView:
                 image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
                 width, height = image.size
                 self._check_size(width, height)
-                if self.fast_decode:
-                    image.draft(None, self._smallest)  # changes nothing but JPEGs
-                return RgbImage(_to_rgb(image), width, height)
+                drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
+                scale = 1 if drafted is None else round(width / drafted[1][2])
+                return RgbImage(_to_rgb(image), width, height, scale)
         except UnusableError:
             raise
         except Image.DecompressionBombError:
@@ -151,10 +151,16 @@ class ImageView:
         """Resize and crop to uint8 ``[3, crop_height, crop_width]``."""
         size = self._resized(rgb.width, rgb.height)
         if self.resampler == "pillow":
-            pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()]))
-        else:
+            box = (0, 0, rgb.width / rgb.scale, rgb.height / rgb.scale)
+            pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()], box))
+        elif rgb.scale == 1 or self.interpolation not in ("bilinear", "bicubic"):
             interpolation = InterpolationMode(self.interpolation)
             pixels = tvf.resize(_pixels(rgb.image), list(size), interpolation, antialias=True)
+        else:
+            # The size of the output is rounded down, which must not make it a pixel less.
+            factors = [(to + 1 / 64) * rgb.scale / of for to, of in zip(size, (rgb.height, rgb.width), strict=True)]
+            reduced = _pixels(rgb.image)[None]
+            pixels = interpolate(reduced, scale_factor=factors, mode=self.interpolation, antialias=True)[0]
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
         whole = round if self.resampler == "pillow" else int
         top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))

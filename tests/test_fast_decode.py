@@ -57,18 +57,21 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_not_below_the_models_si
     rgb = fast(PLAIN).decode(encoded(photo(1, stored)))
     assert rgb.image.size == decoded
     assert (rgb.width, rgb.height) == stored
-    assert rgb.is_reduced == (decoded != stored)
+    assert (rgb.scale > 1) == (decoded != stored)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(sorted(VIEWS)))
-def test_no_image_is_decoded_below_the_models_size_nor_at_twice_of_it_or_more(width, height, name):
+def test_no_image_is_decoded_below_the_models_size_nor_at_more_than_twice_of_it(width, height, name):
     view = fast(VIEWS[name])
-    found = decoded_size(view, encoded(photo(1, (width, height))))
+    data = encoded(photo(1, (width, height)), quality=95)
+    found = decoded_size(view, data)
     rows, columns = view.resize if isinstance(view.resize, tuple) else (view.resize, view.resize)
     assert found == (width, height) or (found[0] >= columns and found[1] >= rows)
     # An eighth is the smallest that a JPEG can be decoded at. Sizes are rounded up.
     assert found[0] <= 2 * columns or found[1] <= 2 * rows or found[0] <= -(-width // 8)
+    exact, near = (each(each.decode(data)).int() for each in (VIEWS[name], view))
+    assert (exact - near).abs().max() <= 24  # of 256 levels; a row or column that is lacking would be black
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -82,9 +85,10 @@ def test_the_view_hardly_differs(name, size, mode, progressive):
     assert decoded_size(fast(view), data) < decoded_size(view, data)
     exact, near = (each(each.decode(data)).int() for each in (view, fast(view)))
     assert exact.shape == near.shape
-    drift, shift = (exact - near).abs().float().mean(), (exact - exact.roll(1, dims=2)).abs().float().mean()
-    # In levels of 256. A size that the scale does not divide is rounded up, which stretches the image a little.
-    assert drift < (0.6 if size == (512, 384) else shift / 4)
+    # In levels of 256; also where the scale does not divide the size, so that the last column is a cut one.
+    drift = (exact - near).abs().float()
+    assert drift.mean() < 0.75
+    assert drift.max() <= 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -130,7 +134,7 @@ def test_what_can_not_be_read_is_what_can_not_be_read_in_full():
     assert len(images) > 40
     found = {image.name: (outcome(fast(view), image.data), outcome(view, image.data)) for image in images}
     readable = [image for image in images if "x" in found[image.name][0]]
-    assert sum(fast(view).decode(image.data).is_reduced for image in readable) > 20
+    assert sum(fast(view).decode(image.data).scale > 1 for image in readable) > 20
     assert {name: both for name, both in found.items() if both[0] != both[1]} == {}
 
 
@@ -197,7 +201,7 @@ def test_training_gets_whole_images_and_clips_view_is_that_of_the_table(quick, s
             assert inline["image"].tolist() == whole
         else:
             rgb = fast(quick.preprocess.view).decode(encoded(photo(0, (150, 131)), quality=90))
-            assert rgb.is_reduced
+            assert rgb.scale == 4
             assert torch.equal(inline["image"][0], quick.preprocess.view(rgb))
 
 
