@@ -1,5 +1,6 @@
 """Processes that read and decode for this one: start them, know when one dies, and end them soon."""
 
+import fcntl
 import gc
 import multiprocessing
 import os
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.25
 #: Seconds that workers have to end by themselves, and again when they are told to by a signal.
 _GRACE_SECONDS = 0.5
+#: What workers may have ready, tensors apart: as much as Linux grants anybody.
+_PIPE_BYTES = 1 << 20
 #: Seconds until a worker notices that its parent is gone.
 _PARENT_SECONDS = 1.0
 
@@ -137,6 +140,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         self._whereabouts = loader.whereabouts
         self._is_stopped = False
         super().__init__(loader)
+        _widen(self._worker_result_queue)
         if self._whereabouts is not None and self._worker_pids_set:
             # torch would raise from a signal handler, in whatever line the main thread happens to be.
             _remove_worker_pids(id(self))
@@ -201,6 +205,16 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         helper.start()
         super()._shutdown_workers()
         ended.set()  # not reached when a second Ctrl-C strikes; the workers are ended all the same
+
+
+def _widen(queue: Any) -> None:
+    """Let a queue of processes hold what workers have ready, where the system lets its pipe grow.
+
+    A worker that is killed while it waits for room in the pipe leaves half a message there, and its reader waits for
+    the other half for ever.
+    """
+    with suppress(AttributeError, OSError):
+        fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _end_soon(workers: Sequence[BaseProcess], ended: threading.Event) -> None:

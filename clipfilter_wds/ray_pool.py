@@ -12,6 +12,7 @@ from typing import Any, Self
 Task = Callable[[Any], Any]
 
 _WAIT_SECONDS = 1.0
+#: Actors in a row that die while they start.
 _MAX_FAILED_STARTS = 10
 
 
@@ -156,6 +157,7 @@ class RayPool:
             if error.actor_init_failed or self._num_failed_starts > _MAX_FAILED_STARTS:
                 raise ValueError(f"an actor can't start: {_last_line(error)}") from error
         else:
+            self._num_failed_starts = 0
             self._idle.append(actor)
 
     def _dismiss(self, actor: Any) -> None:

@@ -16,7 +16,16 @@ from torch import distributed
 
 # Forked off a process that has imported torch and never used it: that is quick, and safe for its threads.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["clipfilter_wds.rewrite", "clipfilter_wds.scorer", "tests.processes"])
+context.set_forkserver_preload(
+    [
+        "clipfilter_wds.rewrite",
+        "clipfilter_wds.scorer",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.clip.image_processing_clip",
+        "transformers.models.clip.tokenization_clip",
+        "tests.processes",
+    ]
+)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:

@@ -106,7 +106,8 @@ class _Actor:
     def score(self, output: Output, options: ScoringOptions) -> ShardStats:
         self._recheck = self._recheck or measured_recheck(self.scorer, options)
         if options.num_workers is None:  # beside a GPU all processors decode; else one of them runs the model
-            options = replace(options, num_workers=num_assigned_cpus() - (self.scorer.device.type == "cpu"))
+            num_free = num_assigned_cpus() - (self.scorer.device.type == "cpu")
+            options = replace(options, num_workers=max(1, num_free))  # an image may kill a worker, but not the actor
         [shard] = score_shards([output.url], self._recheck, options)
         if isinstance(shard, FailedShard):
             raise ShardError(shard.why)

@@ -1,97 +1,182 @@
-"""Kill real runs at random moments; what is on disk in the end must not depend on it."""
+"""Kill real processes of real runs at random moments, and start again until the run is done.
+
+What is on disk in the end must not depend on it: no bit of the output, no temporary file, no process that is left. The
+slow tests together kill 105 processes: 35 drivers, 35 DataLoader workers, 35 Ray workers.
+"""
 
 import multiprocessing
-import multiprocessing.process
 import os
 import random
-import signal
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event, Thread
 
+import psutil
 import pytest
 import torch
 
 from clipfilter_wds.rewrite import RewriteConfig, process_shards
+from clipfilter_wds.rewrite.ray_engine import RayEngine
 from clipfilter_wds.scorer import ClipScorer
+from tests.processes import context
 from tests.rewrite.test_rewrite import bits, check_accounting
 from tests.toys import pair, write_shard
 
-# Runs are forked off a process that has imported torch and never used it: that is quick, and safe for its threads.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "clipfilter_wds.rewrite",
-        "clipfilter_wds.scorer",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.clip.image_processing_clip",
-        "transformers.models.clip.tokenization_clip",
-    ]
-)
+#: What runs do with the shards, in turn: an output per shard, or all scores first and then shards of equal size.
+CHOICES = ({"threshold": 0.12}, {"keep_fraction": 0.5, "samples_per_shard": 7})
+
+NUM_SHARDS = 6
+NUM_KILLS = 35
 
 
-def start(config: RewriteConfig, clip_folder: Path) -> multiprocessing.process.BaseProcess:
-    """Start a run in a process group of its own."""
-    process = context.Process(target=run_in_group, args=(config, clip_folder))
-    process.start()
-    return process
+class Runs:
+    """Runs of the same shards, each into a folder of its own, and what an undisturbed one writes there."""
 
+    def __init__(self, folder: Path, clip_folder: Path, seed: int) -> None:
+        self.folder, self.load = folder, partial(ClipScorer, str(clip_folder), device="cpu")
+        self.rng = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.killed: list[psutil.Process] = []
+        for shard in range(NUM_SHARDS):
+            write_shard(folder / "in" / f"{shard}.tar", [pair(100 * shard + i) for i in range(40)])
+        self._expected: dict[int, dict[str, str]] = {}
+        for number in range(len(CHOICES)):
+            began = time.monotonic()
+            self.finish(self.config(f"undisturbed{number}", number))
+            self.usual_seconds = time.monotonic() - began  # of the last, as the first one starts the fork server
+            self._expected[number] = bits(folder / f"undisturbed{number}")
 
-def run_in_group(config: RewriteConfig, clip_folder: Path) -> None:
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    process_shards(config, ClipScorer(clip_folder, device="cpu"))
+    def config(self, name: str, number: int) -> RewriteConfig:
+        options = {"shards": f"{self.folder}/in/*.tar", "batch_size": 8, "num_workers": 2}
+        return RewriteConfig(output=self.folder / name, **options, **CHOICES[number % len(CHOICES)])
 
+    def start(self, config: RewriteConfig) -> BaseProcess:
+        """Start a run in a process of its own."""
+        process = context.Process(target=_run, args=(config, self.load))
+        process.start()
+        return process
 
-def finish(config: RewriteConfig, clip_folder: Path) -> None:
-    process = start(config, clip_folder)
-    process.join()
-    assert process.exitcode == 0
+    def finish(self, config: RewriteConfig) -> None:
+        process = self.start(config)
+        process.join()
+        assert process.exitcode == 0
 
-
-def kill(process: multiprocessing.process.BaseProcess) -> bool:
-    """Kill the run and its workers; whether it was still running."""
-    was_running = process.is_alive()
-    if was_running:
+    def kill(self, kind: str, process: psutil.Process) -> None:
+        """Kill a process, and remember whoever it leaves behind."""
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not come as far as to make its group
+            self.killed += [process, *process.children(recursive=True)]
             process.kill()
-    process.join()
-    return was_running
+        except psutil.NoSuchProcess:
+            return
+        self.kills[kind] += 1
+
+    def check(self, name: str, number: int) -> None:
+        """A finished run has left what an undisturbed one leaves; temporary files count as well."""
+        assert bits(self.folder / name) == self._expected[number % len(CHOICES)]
+        check_accounting(self.folder / name)
+
+    def check_no_process_is_left(self) -> None:
+        print(f"{dict(self.kills)} in runs of {self.usual_seconds:.1f} s")
+        assert not psutil.wait_procs(self.killed, timeout=20)[1]
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("choice", "num_kills"),
-    [
-        ({"threshold": 0.12}, 3),
-        pytest.param({"threshold": 0.12}, 20, marks=pytest.mark.slow),
-        pytest.param({"keep_fraction": 0.5, "samples_per_shard": 7}, 8, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(
-    clip_folder, tmp_path, choice, num_kills
-):
-    for shard in range(6):
-        write_shard(tmp_path / "in" / f"{shard}.tar", [pair(100 * shard + i) for i in range(40)])
-    options = {"shards": f"{tmp_path}/in/*.tar", **choice, "batch_size": 8, "num_workers": 2}
-    undisturbed = RewriteConfig(output=tmp_path / "undisturbed", **options)
-    finish(undisturbed, clip_folder)
-    began = time.monotonic()
-    finish(RewriteConfig(output=tmp_path / "timed", **options), clip_folder)  # the first one started the fork server
-    usual_seconds = time.monotonic() - began
-    expected = bits(tmp_path / "undisturbed")
-    check_accounting(tmp_path / "undisturbed")
+def _run(config: RewriteConfig, load: partial[ClipScorer]) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of DataLoader workers, as it is by default on Linux
+    process_shards(config, load())
 
-    rng, kills, attempt = random.Random(0), 0, 0
-    while kills < num_kills:
-        # A fresh output now and then, since a run that is resumed often enough has nothing left to be killed in.
-        config = RewriteConfig(output=tmp_path / f"killed{attempt // 3}", **options)
-        process = start(config, clip_folder)
-        process.join(rng.uniform(0.1, 1.0) * usual_seconds)
-        kills += kill(process)
-        attempt += 1
-    for output in tmp_path.glob("killed*"):
-        finish(RewriteConfig(output=output, **options), clip_folder)
-        assert bits(output) == expected
-        check_accounting(output)
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_kills", [3, pytest.param(NUM_KILLS, marks=pytest.mark.slow)])
+def test_drivers_that_are_killed(clip_folder, tmp_path, num_kills):
+    runs, number = Runs(tmp_path, clip_folder, seed=1), 0
+    while runs.kills["driver"] < num_kills:
+        config, is_done = runs.config(f"killed{number}", number), False
+        while not is_done:
+            process = runs.start(config)
+            process.join(runs.rng.uniform(0.2, 1.0) * runs.usual_seconds)
+            with suppress(psutil.NoSuchProcess):
+                if process.is_alive():
+                    runs.kill("driver", psutil.Process(process.pid))
+            process.join()
+            is_done = process.exitcode == 0
+        runs.check(f"killed{number}", number)
+        number += 1
+    runs.check_no_process_is_left()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_kills", [3, pytest.param(NUM_KILLS, marks=pytest.mark.slow)])
+def test_workers_that_are_killed(clip_folder, tmp_path, num_kills):
+    """One per run: two at one sample would be that sample's fault."""
+    runs, number = Runs(tmp_path, clip_folder, seed=2), 0
+    while runs.kills["worker"] < num_kills:
+        process = runs.start(runs.config(f"killed{number}", number))
+        process.join(runs.rng.uniform(0.3, 0.9) * runs.usual_seconds)
+        while process.is_alive():
+            if workers := _children(process.pid, "pt_data_worker"):
+                runs.kill("worker", runs.rng.choice(workers))
+                break
+            time.sleep(0.01)
+        process.join()
+        if process.exitcode != 0:  # one that dies before it does anything ends the run
+            runs.finish(runs.config(f"killed{number}", number))
+        runs.check(f"killed{number}", number)
+        number += 1
+    runs.check_no_process_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ray_workers_that_are_killed(clip_folder, tmp_path):
+    ray = pytest.importorskip("ray")
+    runs, number = Runs(tmp_path, clip_folder, seed=3), 0
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        while runs.kills["ray worker"] < NUM_KILLS:
+            config, is_done = runs.config(f"killed{number}", number), False
+            while not is_done:
+                with RayEngine(runs.load, use_gpus=False) as engine, killing_ray_workers(runs):
+                    is_done = not process_shards(config, engine).failed  # a shard may be given up
+            runs.check(f"killed{number}", number)
+            number += 1
+    finally:
+        ray.shutdown()
+    runs.check_no_process_is_left()
+
+
+@contextmanager
+def killing_ray_workers(runs: Runs) -> Iterator[None]:
+    """Kill one at a random moment, again and again, a few times in all; in between there is time to start another."""
+    stop = Event()
+
+    def kill() -> None:
+        for _ in range(NUM_SHARDS):
+            if stop.wait(runs.rng.uniform(0.5, 4.0)):
+                return
+            if actors := _children(os.getpid(), "ray::Worker"):
+                runs.kill("ray worker", runs.rng.choice(actors))
+
+    thread = Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _children(pid: int, name: str) -> list[psutil.Process]:
+    """The processes below another one whose name begins with this."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.name().startswith(name):
+                    found.append(process)
+    return found

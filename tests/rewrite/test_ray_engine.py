@@ -10,12 +10,15 @@ from functools import partial
 
 import psutil
 import pytest
+from PIL import Image, PpmImagePlugin
 
 from clipfilter_wds.cli import main
-from clipfilter_wds.rewrite import RewriteConfig, process_shards
+from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.rewrite.ray_engine import RayEngine
 from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.types import DropReason
 from tests.rewrite.test_rewrite import bits, check_accounting
+from tests.test_processes import EvilImageFile, write_shards
 from tests.toys import make_clip, pair, write_shard
 
 ray = pytest.importorskip("ray")
@@ -105,6 +108,27 @@ def test_a_cluster_that_loses_a_node_completes_with_the_same_bits(scorer, clip_f
     check_accounting(tmp_path / "out")
 
 
+def load_beside_evil(clip_folder, tries) -> ClipScorer:
+    """A model, in a process whose workers decode PPM with a plug-in that kills them."""
+    Image.preinit()
+    Image.init()
+    EvilImageFile.tries = tries
+    Image.OPEN["PPM"] = (EvilImageFile, PpmImagePlugin._accept)
+    return ClipScorer(clip_folder, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_image_that_kills_its_process_costs_neither_an_actor_nor_its_shard(clip_folder, tmp_path):
+    write_shards(tmp_path / "in", {1: {7}})
+    config = ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "out", batch_size=4)
+    with RayEngine(partial(load_beside_evil, clip_folder, tmp_path / "tries"), use_gpus=False) as engine:
+        tally = process_shards(config, engine)
+    assert not tally.failed
+    assert (tally.counts.seen, tally.counts.dropped) == (60, {DropReason.DECODER_CRASH: 1})
+    assert (tmp_path / "tries").read_text() == "xx"
+
+
 @pytest.mark.slow
 def test_a_model_that_no_actor_can_load_is_an_unusable_argument(capsys, tmp_path, clip_folder):
     other = make_clip(tmp_path / "model")
@@ -133,7 +157,7 @@ def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(
     _, err = process.communicate(timeout=60)
     seconds = time.monotonic() - began
     print(f"stopped within {seconds:.2f} s")
-    assert seconds < 5
+    assert seconds < 10  # of which Ray takes most to shut down; 3 to 4 on a machine that does nothing else
     assert process.returncode == 130
     assert "start the same command again to go on" in err
     assert "Traceback" not in err
