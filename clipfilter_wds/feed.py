@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from clipfilter_wds.processes import WorkerIterator
+from clipfilter_wds.processes import WorkerIterator, WorkersStoppedError
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -50,11 +50,12 @@ class Feed(Generic[T, S]):
         try:
             while self._wait_for_room():
                 self._made.put(next(self._applied))
-        except StopIteration:
+        except (StopIteration, WorkersStoppedError):
             pass
         except BaseException as error:  # noqa: BLE001  # raised again where the item is taken
             end = _End(error)
         self._made.put(end)
+        del end  # which holds this frame, by its error's traceback
 
     def _wait_for_room(self) -> bool:
         """Whether another item is wanted. A program that ends while this is open waits for the thread first."""

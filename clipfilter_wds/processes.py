@@ -205,6 +205,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         helper.start()
         super()._shutdown_workers()
         ended.set()  # not reached when a second Ctrl-C strikes; the workers are ended all the same
+        helper.join()
 
 
 def _widen(queue: Any) -> None:

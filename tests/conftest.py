@@ -1,5 +1,6 @@
 """Models that several tests share; they are made once."""
 
+import signal
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,10 @@ from tests.toys import make_clip
 
 # The models here are tiny: a second thread costs more than it brings, above all beside DataLoader workers.
 torch.set_num_threads(1)
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

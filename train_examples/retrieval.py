@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipfilter_wds.demo.drawing import draw
 from clipfilter_wds.demo.scenes import Scene, contradicts, describe, random_scene
-from clipfilter_wds.preprocess import ClipPreprocess
+from clipfilter_wds.preprocess import ClipPreprocess, RgbImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,12 @@ class Galleries:
     def draw(cls, preprocess: ClipPreprocess, *, seed: int, num_galleries: int, size: int) -> Self:
         rng = random.Random(seed)
         scenes = [scene for _ in range(num_galleries) for scene in _distinct_scenes(rng, size)]
-        views = torch.stack([preprocess.view(draw(scene)) for scene in scenes])
-        input_ids = preprocess.tokenize([[describe(scene, rng)] for scene in scenes]).input_ids
+        images = [RgbImage.of(draw(scene)) for scene in scenes]
+        views, tokens = preprocess.collate(
+            [preprocess.prepare(image, [describe(scene, rng)]) for image, scene in zip(images, scenes, strict=True)]
+        )
         shape = (num_galleries, size)
-        return cls(pixel_values=views.unflatten(0, shape), input_ids=input_ids.unflatten(0, shape))
+        return cls(pixel_values=views.unflatten(0, shape), input_ids=tokens.input_ids.unflatten(0, shape))
 
     @property
     def size(self) -> int:

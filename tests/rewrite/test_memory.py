@@ -1,18 +1,23 @@
 import multiprocessing
 import threading
+from contextlib import suppress
 
 import psutil
 import torch
 
 from clipfilter_wds.rewrite import ScoreConfig, process_shards
 from clipfilter_wds.scorer import ClipScorer
+from tests.held import Held
 from tests.toys import pair, write_shard
 
 context = multiprocessing.get_context("forkserver")
 
 
 def peak_bytes(shards: list[str], output: str, model: str, result) -> None:
-    """Send the highest sum of this process's and its workers' own memory while it scores the shards."""
+    """Send the highest sum of this process's and its workers' memory while it scores the shards.
+
+    What they share since the fork counts for each, so that a page makes no difference when it is copied at last.
+    """
     torch.set_num_threads(1)
     scorer, done, peak = ClipScorer(model, device="cpu"), threading.Event(), 0
 
@@ -20,13 +25,8 @@ def peak_bytes(shards: list[str], output: str, model: str, result) -> None:
         nonlocal peak
         this = psutil.Process()
         while not done.wait(0.02):
-            total = 0
-            for process in [this, *this.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().uss
-                except psutil.NoSuchProcess:
-                    continue
-            peak = max(peak, total)
+            with suppress(psutil.NoSuchProcess, OSError):  # a worker came or went
+                peak = max(peak, Held.by(this).mapped)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
