@@ -13,6 +13,7 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
 
@@ -237,8 +238,7 @@ def test_colours_change_with_the_system_and_outliers_are_marked(browser):
     light = browser.run(colour)
     scheme = {"name": "prefers-color-scheme", "value": "dark"}
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    browser.settle()
-    assert browser.run(colour) != light
+    WebDriverWait(browser.driver, 20).until(lambda _: browser.run(colour) != light)
     marked = browser.run("return document.getElementById('shards').data.map(({name, text}) => [name, text])")
     assert dict(marked)["outlier"] == ["00005"]
     assert "1 of those drawn stand out" in browser.find("shards").get_attribute("aria-label")
