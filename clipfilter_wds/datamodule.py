@@ -327,7 +327,7 @@ class ClipFilterMonitor(L.Callback):
 
     @staticmethod
     def _loader(trainer: L.Trainer) -> ClipFilterLoader:
-        loader = getattr(trainer.datamodule, "train_loader", None)  # type: ignore[attr-defined]
+        loader = getattr(getattr(trainer, "datamodule", None), "train_loader", None)
         if not isinstance(loader, ClipFilterLoader):
             raise TypeError("ClipFilterMonitor needs a ClipFilterDataModule: trainer.fit(model, datamodule=...)")
         return loader

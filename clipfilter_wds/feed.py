@@ -80,6 +80,9 @@ class Feed(Generic[T, S]):
         if isinstance(iterator, WorkerIterator):
             iterator.stop()  # what workers are at is not waited for
         self._thread.join()
+        while not self._made.empty():
+            self._made.get()  # scored ahead, for nobody; it may be in memory shared with workers, which takes files
+        self._made.put(_End())
         # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
         self.__dict__.pop("_applied", None)
         if not self._keep and hasattr(iterator, "_shutdown_workers"):

@@ -27,7 +27,7 @@ _DESCRIPTION = {
     "threshold. Reads the columns input_image_key (path or URL) and input_caption_key; an image that can't be read and "
     "a blank caption score 0.0.",
     "zh": "保留描述与图像相符的图文对：CLIP 余弦相似度（截断到 [0, 1]）不低于 threshold。读取 input_image_key"  # noqa: RUF001  # Chinese has marks of its own
-    "（路径或 URL）与 input_caption_key 两列；图像无法读取或描述为空时记 0.0 分。",  # noqa: RUF001
+    "（路径或 URL）与 input_caption_key 两列；图像无法读取或描述为空时记 0.0 分。",  # noqa: RUF001  # likewise
 }
 
 _logger = logging.getLogger(__name__)

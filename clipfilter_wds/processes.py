@@ -163,7 +163,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         # The end of the main thread is the end of the program, which waits for the other threads.
         while not self._is_stopped and threading.main_thread().is_alive():
             try:
-                has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]
+                has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]  # of the base class
             except (RuntimeError, OSError, EOFError) as error:
                 if (death := self._death(0.0 if isinstance(error, RuntimeError) else 1.0)) is None:
                     raise

@@ -591,7 +591,7 @@ def test_nothing_is_left_after_an_epoch_or_a_break(half, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_nothing_is_left_after_an_exception_in_the_training_loop(half, num_workers):
     watched, loader = Watched(), half.build(num_workers=num_workers)
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012  # the loop is what is left by it
         for _ in loader:
             watched.see_workers(num_workers)
             raise ZeroDivisionError
@@ -641,7 +641,7 @@ def test_nothing_is_left_after_many_quick_starts(half):
         for _ in loader:
             break
     assert watched.left() == []
-    assert psutil.Process().num_fds() < num_files + 15  # the last may hold some batches still; 30 starts left none
+    assert psutil.Process().num_fds() <= num_files
 
 
 def interrupt_at(bad, image):

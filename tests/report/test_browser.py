@@ -68,6 +68,10 @@ def browser(run) -> Iterator[Browser]:
         def log_request(self, *_):
             requests.append(self.path)
 
+        def end_headers(self):
+            self.send_header("Cache-Control", "no-store")  # a page some minutes old would not be asked for again
+            super().end_headers()
+
     serve = functools.partial(Handler, directory=run.report.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
