@@ -8,10 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+from clipfilter_wds.ray_processes import ended_when_interrupted, shut_down
+
 #: What an actor does: a picklable function of what it has loaded.
 Task = Callable[[Any], Any]
 
-_WAIT_SECONDS = 1.0
+#: Ray hands on a Ctrl-C when it is done waiting.
+_WAIT_SECONDS = 0.25
 #: Actors in a row that die while they start.
 _MAX_FAILED_STARTS = 10
 
@@ -73,7 +76,7 @@ class RayPool:
     def __exit__(self, *args: object) -> None:
         self.release()
         if self._owns_ray:
-            self._ray.shutdown()
+            shut_down(self._ray)
 
     def release(self) -> None:
         """End all actors, so that others have room. They are hired again when there is a task."""
@@ -195,7 +198,8 @@ def _connect(ray: Any, address: str | None) -> bool:
         host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
         if colon:  # Ray itself would end the process after a minute without an answer
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, logging_level="warning", log_to_driver=False)
+        with ended_when_interrupted():
+            ray.init(address=address, logging_level="warning", log_to_driver=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"there is no Ray cluster at {address!r}: {error}") from error
     return True

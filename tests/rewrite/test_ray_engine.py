@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -140,27 +141,36 @@ def test_a_model_that_no_actor_can_load_is_an_unusable_argument(capsys, tmp_path
     assert "Traceback" not in said
 
 
+def has_marks(process: psutil.Process, out: Path) -> bool:
+    return any(out.glob("*_stats.json"))
+
+
+def has_half_of_ray(process: psutil.Process, out: Path) -> bool:
+    return any(child.name() == "raylet" for child in process.children())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(clip_folder, tmp_path):
+@pytest.mark.parametrize("is_time", [has_marks, has_half_of_ray], ids=["at work", "while Ray starts"])
+def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(clip_folder, tmp_path, is_time):
     for shard in range(40):
         write_shard(tmp_path / "in" / f"{shard:02d}.tar", [pair(100 * shard + i, size=(500, 500)) for i in range(60)])
     options = ["--model", str(clip_folder), "--device", "cpu", "--threshold", "0.12", "--engine", "ray"]
     command = [sys.executable, "-m", "clipfilter_wds", "rewrite", f"{tmp_path}/in/*.tar", "--output", f"{tmp_path}/out"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((tmp_path / "out").glob("*_stats.json")):
+    driver = psutil.Process(process.pid)
+    while not is_time(driver, tmp_path / "out"):
         assert process.poll() is None
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    family = driver.children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
+    assert not psutil.wait_procs(family, timeout=15)[1]
     seconds = time.monotonic() - began
     print(f"stopped within {seconds:.2f} s")
-    assert seconds < 10  # of which Ray takes most to shut down; 3 to 4 on a machine that does nothing else
+    assert seconds < 5
     assert process.returncode == 130
     assert "start the same command again to go on" in err
     assert "Traceback" not in err
-    assert not psutil.wait_procs(family, timeout=15)[1]
-    done = len(list((tmp_path / "out").glob("*_stats.json")))
-    assert 0 < done < 40
+    assert len(list((tmp_path / "out").glob("*_stats.json"))) < 40
