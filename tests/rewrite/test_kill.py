@@ -1,12 +1,14 @@
 """Kill real processes of real runs at random moments, and start again until the run is done.
 
 What is on disk in the end must not depend on it: no bit of the output, no temporary file, no process that is left. The
-slow tests together kill 105 processes: 35 drivers, 35 DataLoader workers, 35 Ray workers.
+slow tests together kill 107 processes: 35 drivers, 35 DataLoader workers, 35 Ray workers, 2 drivers of Ray.
 """
 
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -148,6 +150,38 @@ def test_ray_workers_that_are_killed(clip_folder, tmp_path):
     finally:
         ray.shutdown()
     runs.check_no_process_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_drivers_that_are_killed_take_the_ray_that_they_started_with_them(clip_folder, tmp_path):
+    """All but two idle agents of Ray's, that try for a minute to tell the dead cluster; a constant of Ray's."""
+    pytest.importorskip("ray")
+    runs, out, names = Runs(tmp_path, clip_folder, seed=4), tmp_path / "killed", set()
+    options = ("--model", clip_folder, "--device", "cpu", "--batch_size", 8, "--threshold", 0.12, "--engine", "ray")
+    words = (sys.executable, "-m", "clipfilter_wds", "rewrite", tmp_path / "in" / "*.tar", "--output", out, *options)
+    command = [str(word) for word in words]
+    for num_marks in (1, 3):
+        process = subprocess.Popen(command)
+        while len(list(out.glob("*_stats.json"))) < num_marks:
+            assert process.poll() is None
+            time.sleep(0.01)
+        family = [one for one in psutil.Process(process.pid).children(recursive=True) if not _is_agent(one)]
+        names |= {one.name() for one in family}
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(family, timeout=20)[1]
+    assert {"raylet", "gcs_server"} < names
+    assert any(name.startswith("ray::Worker") for name in names)
+    subprocess.run(command, check=True)
+    runs.check("killed", 0)
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        is_server = process.name() in ("raylet", "gcs_server")  # their arguments speak of agents
+        return not is_server and "agent" in f"{process.name()} {process.cmdline()}".lower()
+    return False
 
 
 @contextmanager
