@@ -1,6 +1,5 @@
 """Copying what is kept, from score tables made before, beside ``cp`` on the same files and disk."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import webdataset
 
 from benchmarks.options import Options
 from benchmarks.report import Report
@@ -17,10 +17,8 @@ from benchmarks.rounds import Spread, ratios
 from clipfilter_wds.dataset import SampleRow
 from clipfilter_wds.rewrite import RewriteConfig, process_shards
 from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.types import Member
-from clipfilter_wds.writer import TarWriter
 
-_NUM_SHARDS, _SAMPLES_PER_SHARD, _IMAGE_BYTES = 16, 500, 50_000
+_NUM_SHARDS, _SAMPLES_PER_SHARD, _IMAGE_BYTES = 16, 2000, 50_000
 _SHARES = {"rewrite, all kept": 1.0, "rewrite, a third kept": 0.3}
 
 
@@ -71,20 +69,10 @@ def _write(shards: Path, scores: Path) -> int:
     for shard in range(_NUM_SHARDS):
         path = shards / f"{shard:05d}.tar"
         keys = [f"{shard * _SAMPLES_PER_SHARD + number:09d}" for number in range(_SAMPLES_PER_SHARD)]
-        with path.open("wb") as file:
-            tar = TarWriter(file)
+        with webdataset.TarWriter(str(path)) as tar:  # img2dataset's, with a header for the time of each member
             for key in keys:
-                record = {
-                    "key": key,
-                    "uid": rng.bytes(16).hex(),
-                    "url": "u" * 100,
-                    "caption": "c" * 80,
-                    "exif": "e" * 300,
-                }
-                tar.add(Member(name=f"{key}.jpg", extension="jpg", data=rng.bytes(_IMAGE_BYTES)))
-                tar.add(Member(name=f"{key}.json", extension="json", data=json.dumps(record).encode()))
-                tar.add(Member(name=f"{key}.txt", extension="txt", data=b"c" * 80))
-            tar.finish()
+                record = {"key": key, "uid": rng.bytes(16).hex(), "url": "u" * 100, "exif": "e" * 300}
+                tar.write({"__key__": key, "jpg": rng.bytes(_IMAGE_BYTES), "json": record, "txt": "c" * 80})
         table = ShardScores.from_rows(
             [SampleRow(key, index) for index, key in enumerate(keys)],
             rng.permutation(np.linspace(0, 1, len(keys), dtype=np.float32)),

@@ -229,7 +229,7 @@ class OpenShard:
     """A shard that is being read: its unpacked bytes, and its size as stored (-1: the storage does not tell)."""
 
     url: str
-    stream: BinaryIO
+    stream: io.BufferedIOBase
     num_bytes: int
 
 
@@ -312,20 +312,27 @@ class _WholeRaw(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
         filled = 0
-        while filled < len(buffer) and (data := self._read(len(buffer) - filled)):
-            buffer[filled : filled + len(data)] = data
-            filled += len(data)
+        while filled < len(buffer) and (num_bytes := self._read(buffer[filled:])):
+            filled += num_bytes
         return filled
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, buffer: memoryview) -> int:
         try:
-            data = self._raw.read(size)
+            num_bytes = _read_into(self._raw, buffer)
         except Exception as error:  # each storage has errors of its own
             raise ShardError(f"reading failed at byte {self._position}: {reason(error, self._url)}") from error
-        if not data and self._position < self._num_bytes:
+        if not num_bytes and self._position < self._num_bytes:
             raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
-        self._position += len(data)
-        return data
+        self._position += num_bytes
+        return num_bytes
+
+
+def _read_into(raw: BinaryIO, buffer: memoryview) -> int:
+    if not isinstance(raw, RemoteReader) and hasattr(raw, "readinto"):  # a local file's, which saves a copy
+        return cast(int, raw.readinto(buffer))
+    data = raw.read(len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
 
 
 class _UnpackedRaw(io.RawIOBase):
@@ -354,7 +361,7 @@ class _UnpackedRaw(io.RawIOBase):
         return len(data)
 
 
-def _unpack(whole: _WholeRaw) -> BinaryIO:
+def _unpack(whole: _WholeRaw) -> io.BufferedIOBase:
     raw = io.BufferedReader(whole, buffer_size=_BUFFER_BYTES)
     magic = raw.peek(4)[:4]
     if magic.startswith(_GZIP_MAGIC):

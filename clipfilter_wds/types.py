@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class DropReason(StrEnum):
@@ -34,6 +35,26 @@ class Member:
     data: bytes
 
 
+class StoredMember(NamedTuple):
+    """One file of a sample as it stands in a tar, to be copied to another.
+
+    Attributes:
+        name: Its full name.
+        size: Bytes of data.
+        window: A stretch of a tar, which others may lie in as well.
+        start: Where its headers begin in that.
+        data: Where its data begin.
+        stop: Where its padding ends.
+    """
+
+    name: str
+    size: int
+    window: bytes
+    start: int
+    data: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """Adjacent members of one shard that share a key.
@@ -43,12 +64,14 @@ class Sample:
             bytes that are not UTF-8 are escaped.
         index: Position of the sample in its shard, counting from 0 and counting unusable samples too.
         members: In the order of the tar. Empty when ``problem`` is set.
+        stored: In their place, when the sample was read to be copied.
         problem: Why the sample can't be used, if that is known from the tar alone.
     """
 
     key: str
     index: int
     members: tuple[Member, ...] = ()
+    stored: tuple[StoredMember, ...] = ()
     problem: DropReason | None = None
 
 

@@ -14,10 +14,12 @@ from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
 from clipfilter_wds.paths import AnyPath, RemotePath
-from clipfilter_wds.types import Member
+from clipfilter_wds.tar import stored_member
+from clipfilter_wds.types import Member, StoredMember
 
 _TEMPORARY = ".*.clipfilter-tmp"
-_BUFFER_BYTES = 1 << 20
+#: Shards are written in larger pieces, which are not copied through the buffer.
+_BUFFER_BYTES = 1 << 14
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class TarWriter:
-    """Writes members to a tar whose bits depend on their names and bytes only.
+    """Writes members to a tar whose bits depend on the members only.
 
     Args:
         file: Where to, from its beginning.
@@ -119,25 +121,32 @@ class TarWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._num_bytes = file, hashlib.sha256(), 0
+        # What comes next, and has not been written yet.
+        self._window, self._start, self._stop = b"", 0, 0
 
     def add(self, member: Member) -> None:
         """Append a member under its own name, with fixed time, owner and mode."""
-        info = tarfile.TarInfo(member.name)
-        info.size = len(member.data)
-        # GNU keeps names of any length and any bytes exactly, but for NUL, where it ends.
-        has_nul = "\0" in member.name
-        info.pax_headers = {"path": member.name} if has_nul else {}
-        self._write(info.tobuf(tarfile.PAX_FORMAT if has_nul else tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-        self._write(member.data)
-        self._write(bytes(-len(member.data) % tarfile.BLOCKSIZE))
+        self.copy(stored_member(member.name, member.data))
+
+    def copy(self, member: StoredMember) -> None:
+        """Append a member as it stands in another tar."""
+        # Neighbours are written at once: where all are kept, that is a stretch of the tar that has dozens.
+        if member.window is not self._window or member.start != self._stop:
+            self._write_stretch()
+            self._window, self._start = member.window, member.start
+        self._stop = member.stop
 
     def finish(self) -> str:
         """Write the end of the archive; the SHA-256 of all that was written, in hex."""
+        self._write_stretch()
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._num_bytes % tarfile.RECORDSIZE))
         return self._digest.hexdigest()
 
-    def _write(self, data: bytes) -> None:
+    def _write_stretch(self) -> None:
+        self._write(memoryview(self._window)[self._start : self._stop])
+
+    def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._num_bytes += len(data)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from itertools import groupby
 
 import hypothesis.strategies as st
@@ -316,6 +317,20 @@ def test_the_torn_sample_of_one_shard_and_the_first_of_the_next_stay_apart():
     samples = [*read_shard(first.data[:cut])[0], *read_shard(second.data)[0]]
     assert [sample.problem for sample in samples] == [None] * 4 + [DropReason.TORN, None]
     assert plain(samples[-1:]) == second.samples
+
+
+@each_format
+def test_what_is_read_to_be_copied_is_what_is_read_wherever_the_shard_was_cut(tar_format):
+    shard = SHARDS[tar_format]
+    for cut in [*range(BLOCK, shard.end, 300), *range(0, len(shard.data), BLOCK)]:
+        samples, end = read_shard(shard.data[:cut])
+        to_copy, same_end = read_shard(shard.data[:cut], to_copy=True)
+        assert end == same_end
+        assert [replace(sample, stored=()) for sample in to_copy] == [replace(sample, members=()) for sample in samples]
+        assert [
+            [(stored.name, stored.window[stored.data : stored.data + stored.size]) for stored in sample.stored]
+            for sample in to_copy
+        ] == [[(member.name, member.data) for member in sample.members] for sample in samples]
 
 
 # --- damaged shards ---

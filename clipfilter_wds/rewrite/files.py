@@ -9,7 +9,7 @@ from typing import Any
 from clipfilter_wds.paths import AnyPath, num_bytes_of
 from clipfilter_wds.rewrite.tally import ShardStats
 from clipfilter_wds.scores import Fingerprint, check_fingerprint
-from clipfilter_wds.types import DropReason, FilterStats, Member
+from clipfilter_wds.types import DropReason, FilterStats, StoredMember
 from clipfilter_wds.writer import TarWriter, publish, publish_json
 
 Record = dict[str, Any]
@@ -58,7 +58,7 @@ class OutputFiles:
         self.forget()
         self.tar.unlink(missing_ok=True)
 
-    def commit(self, members: Iterable[Member], stats: ShardStats, record: Record) -> None:
+    def commit(self, members: Iterable[StoredMember], stats: ShardStats, record: Record) -> None:
         """Write the tar and the mark; when this returns, they are on disk and whole."""
         if not stats.counts.kept:
             self.tar.unlink(missing_ok=True)
@@ -78,11 +78,11 @@ class OutputFiles:
         }
         publish_json(self.mark, {**counted, **record, "sha256": digest, "tar_bytes": tar_bytes})
 
-    def _write_tar(self, members: Iterable[Member]) -> tuple[str, int]:
+    def _write_tar(self, members: Iterable[StoredMember]) -> tuple[str, int]:
         with publish(self.tar) as file:
             tar = TarWriter(file)
             for member in members:
-                tar.add(member)
+                tar.copy(member)
             return tar.finish(), file.tell()
 
 

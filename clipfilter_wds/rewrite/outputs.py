@@ -164,7 +164,7 @@ class CopyOutput:
             "cutoff": _cutoff_record(self.cutoff),
             "fingerprint": dict(scores.fingerprint),
         }
-        self.files.commit((member for sample in samples for member in sample.members), stats, record)
+        self.files.commit((member for sample in samples for member in sample.stored), stats, record)
         return stats
 
     @property
@@ -181,7 +181,7 @@ def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:
 def read_kept(
     url: str, scores: ShardScores, keep: np.ndarray, layout: SampleLayout, *, to_end: bool = True
 ) -> Iterator[Sample]:
-    """The kept samples of a shard, with all their members.
+    """The kept samples of a shard, with all their members as they are stored.
 
     Args:
         url: The shard.
@@ -195,8 +195,9 @@ def read_kept(
     """
     keys = scores.keys
     last = -1 if to_end else int(np.flatnonzero(keep)[-1])
+    wanted = frozenset(np.flatnonzero(keep).tolist())
     with open_shard(url) as shard:
-        for item in read_samples(shard, layout, wanted=lambda index: index < len(keep) and bool(keep[index])):
+        for item in read_samples(shard, layout, wanted=wanted.__contains__, to_copy=True):
             if isinstance(item, ShardEnd):
                 if item.num_samples != len(keep):
                     raise ShardError(f"it holds {item.num_samples} samples, and {len(keep)} were scored")

@@ -13,7 +13,7 @@ from clipfilter_wds.samples import SampleLayout, with_suffix
 from clipfilter_wds.scores import Fingerprint, check_fingerprint, read_scores
 from clipfilter_wds.selection import Choice
 from clipfilter_wds.shards import public_url
-from clipfilter_wds.types import FilterStats, Member, Sample, ShardError
+from clipfilter_wds.types import FilterStats, Sample, ShardError, StoredMember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ class PackedOutput:
         )
         return stats, fingerprint
 
-    def _members(self) -> Iterator[Member]:
+    def _members(self) -> Iterator[StoredMember]:
         for place, sample in enumerate(self._samples()):
             suffix = self.suffixes.get(place)
-            yield from (member if suffix is None else with_suffix(member, suffix) for member in sample.members)
+            yield from (member if suffix is None else with_suffix(member, suffix) for member in sample.stored)
 
     def _samples(self) -> Iterator[Sample]:
         for source in self.sources:
@@ -151,6 +151,33 @@ class PackedOutput:
     @property
     def _suffixes(self) -> dict[str, str]:
         return {str(place): suffix for place, suffix in self.suffixes.items()}
+
+
+def check_covered(outputs: Iterable[Iterable[Source]], counts: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a plan that does not take every sample of every shard exactly once, in order.
+
+    Args:
+        outputs: Per output, where its samples come from.
+        counts: Per shard, how many samples it holds and how many of them are kept.
+
+    Raises:
+        ValueError: When samples would be lost or come twice.
+    """
+    taken = dict.fromkeys(counts, (0, 0))
+    for source in (source for sources in outputs for source in sources):
+        stop, num_kept = taken[source.url]
+        if source.start != stop or source.stop < stop:
+            raise ValueError(
+                f"the plan loses samples or takes them twice: of {public_url(source.url)!r} it goes on with samples "
+                f"{source.start} to {source.stop} behind the first {stop}"
+            )
+        taken[source.url] = (source.stop, num_kept + source.num_kept)
+    for url, count in counts.items():
+        if taken[url] != count:
+            raise ValueError(
+                f"the plan loses samples or takes them twice: of {public_url(url)!r}, which holds {count[0]} samples "
+                f"of which {count[1]} are kept, it takes {taken[url][0]} of which {taken[url][1]} are kept"
+            )
 
 
 def left_over(folder: AnyPath, outputs: Iterable[Copy], samples_per_shard: int) -> list[OutputFiles]:

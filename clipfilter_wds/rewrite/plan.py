@@ -12,7 +12,7 @@ from clipfilter_wds.rewrite.config import RewriteConfig
 from clipfilter_wds.rewrite.files import OutputFiles
 from clipfilter_wds.rewrite.keys import find_suffixes
 from clipfilter_wds.rewrite.outputs import Copy
-from clipfilter_wds.rewrite.packing import PackedOutput, Source
+from clipfilter_wds.rewrite.packing import PackedOutput, Source, check_covered
 from clipfilter_wds.scores import ShardScores, check_table
 from clipfilter_wds.selection import Choice
 from clipfilter_wds.types import ShardError
@@ -90,11 +90,13 @@ def _pack(
 ) -> list[list[Source]]:
     """Per output, where its samples come from. An output ends behind its last kept sample, the last one at the end."""
     outputs: list[list[Source]] = [[]]
+    counts = {}
     room = samples_per_shard
     for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True):
         scores = ShardScores.read(table)
         kept = np.flatnonzero(choice.select(scores, cutoff).keep)
         num_samples = scores.table.num_rows
+        counts[url] = (num_samples, len(kept))
         stops = [*(kept[room - 1 :: samples_per_shard] + 1).tolist(), num_samples]
         for start, stop in pairwise([0, *stops]):
             num_kept = int(((kept >= start) & (kept < stop)).sum())
@@ -117,4 +119,5 @@ def _pack(
     if len(outputs) > 1 and not any(source.num_kept for source in outputs[-1]):
         rest = outputs.pop()
         outputs[-1] += rest  # nothing kept is left for one more
+    check_covered(outputs, counts)
     return [sources for sources in outputs if sources]

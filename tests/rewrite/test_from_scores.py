@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import webdataset
 
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.scores import ShardScores
@@ -51,6 +52,18 @@ def test_a_sweep_over_thresholds_gives_what_fresh_runs_give(scorer, shards, scor
         kept.append(summary["kept"])
     assert kept == sorted(kept, reverse=True)
     assert num_workers or len(set(kept)) > 5
+
+
+def test_kept_members_are_copied_with_the_headers_that_they_have(scorer, tmp_path):
+    (tmp_path / "in").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "in/0.tar")) as tar:  # gives each member a time and an owner
+        for number in range(6):
+            tar.write({"__key__": f"{number:04d}", **pair(number)})
+    process_shards(ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "scores", num_workers=0), scorer)
+    run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "fresh", threshold=-1)
+    from_scores(tmp_path / "in", tmp_path / "later", tmp_path / "scores", threshold=-1)
+    copied = (tmp_path / "later/0.tar").read_bytes()
+    assert copied == (tmp_path / "fresh/0.tar").read_bytes() == (tmp_path / "in/0.tar").read_bytes()
 
 
 def test_needs_no_model_and_opens_no_image(shards, scores, tmp_path):

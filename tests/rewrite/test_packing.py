@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
+from clipfilter_wds.rewrite.packing import Source, check_covered
 from clipfilter_wds.scores import ShardScores
 from tests.rewrite.test_rewrite import bits, check_accounting, run
 from tests.toys import pair, tar_members, write_shard, write_tar
@@ -170,6 +174,39 @@ def test_a_shard_that_changed_is_left_out_and_one_that_is_damaged_costs_its_outp
     made = [path.name for path in (tmp_path / "out").glob("*.tar")]
     assert made
     assert not set(made) & {url.removeprefix("out/") for url in failed}
+
+
+def a_source(url: str, start: int, stop: int, num_kept: int) -> Source:
+    numbers = {"start": start, "stop": stop, "num_kept": num_kept, "num_bytes": 0}
+    return Source(url=url, table=Path("t"), cutoff=None, to_end=False, **numbers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.data(),
+)
+def test_only_a_plan_that_takes_every_sample_once_is_accepted(cuts, data):
+    sources, counts = [], {}
+    for shard, sizes in enumerate(cuts):
+        stops = np.cumsum([size for size, _ in sizes]).tolist()
+        starts = [0, *stops[:-1]]
+        kept = [min(size, num_kept) for size, num_kept in sizes]
+        sources += [a_source(f"{shard}.tar", *numbers) for numbers in zip(starts, stops, kept, strict=True)]
+        counts[f"{shard}.tar"] = (stops[-1], sum(kept))
+    check_covered([sources[:2], [], sources[2:]], counts)
+    place = data.draw(st.integers(0, len(sources) - 1))
+    source = sources[place]
+    wrong = {
+        "lost": [],
+        "twice": [source, source],
+        "shorter": [replace(source, stop=source.stop - 1)],
+        "longer": [replace(source, stop=source.stop + 1)],
+        "later": [replace(source, start=source.start + 1)],
+        "other number": [replace(source, num_kept=source.num_kept + 1)],
+    }[data.draw(st.sampled_from(["lost", "twice", "shorter", "longer", "later", "other number"]))]
+    with pytest.raises(ValueError, match="loses samples or takes them twice"):
+        check_covered([sources[:place], wrong, sources[place + 1 :]], counts)
 
 
 class TestKeys:

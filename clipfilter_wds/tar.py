@@ -1,0 +1,256 @@
+"""A tar stream -> its members, in one pass from front to back."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from io import BufferedIOBase
+from typing import NamedTuple
+from zlib import adler32
+
+from clipfilter_wds.types import StoredMember
+
+_BLOCK = tarfile.BLOCKSIZE
+_END_MARK = bytes(_BLOCK)
+_READ_BYTES = 1 << 18
+_MIN_LIMIT_BYTES = 1 << 20
+
+# A header as nearly all are: numbers in octal, a name that fits, no prefix. Groups: name, size, checksum.
+_NUMBER = rb"[0-7]{6}[0-7\0 ][\0 ]"
+_HEADER = (
+    rb"(?=([^\0]{1,100})).{100}" + 3 * _NUMBER + rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6}[\0 ]{2})"
+    rb"%c.{172}" + 2 * (rb"(?:" + _NUMBER + rb"|\0{8})") + rb"\0.{166}"
+)
+# Such a header, and before it perhaps one that tells a time to fractions of a second. Groups: name, size and checksum
+# of that one, the time and how long it is; name, size and checksum of the header.
+_HEADERS = re.compile(rb"(?:" + _HEADER % b"x" + rb"((\d\d) [amc]time=[0-9.]+\n)\0+)?" + _HEADER % b"0", re.DOTALL)
+
+
+class TarEntry(NamedTuple):
+    """A regular member of a tar: its name, and where in the stream it lies.
+
+    Attributes:
+        name: The full one; bytes that are not UTF-8 are surrogates.
+        size: Bytes of data.
+        start: Where its headers begin: a long name or a precise time has one of its own.
+        data: Where its data begin.
+        stop: Where the next member begins.
+        sparse: What tarfile knows of a member whose holes were left out of the tar.
+        is_alone: Whether its headers are all that is known of it; a tar may also have some for all that follow.
+    """
+
+    name: str
+    size: int
+    start: int
+    data: int
+    stop: int
+    sparse: tarfile.TarInfo | None = None
+    is_alone: bool = True
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is room for as many bytes as it declares."""
+        return self.size >= 0 and (self.sparse is not None or self.data + self.size <= self.stop)
+
+
+class TarStream:
+    """The regular members of a tar, read once. Links, devices and folders are passed over and never followed.
+
+    Nearly all headers are alike, and read here in a few microseconds; tarfile reads the others.
+
+    Args:
+        stream: The archive, from its beginning.
+        max_member_bytes: No larger member is read.
+    """
+
+    def __init__(self, stream: BufferedIOBase, max_member_bytes: int) -> None:
+        self._reader = _ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
+        self._archive: tarfile.TarFile | None = None
+
+    def __iter__(self) -> Iterator[TarEntry]:
+        """Yield the members in order. What is wanted of one must be read before the next is asked for.
+
+        Raises:
+            tarfile.TarError: When there is damage; or whatever else tarfile raises that trips over it.
+        """
+        reader = self._reader
+        self._archive = archive = tarfile.TarFile(fileobj=reader, mode="r", errors="surrogateescape")  # type: ignore[arg-type]  # all that reading needs
+        while (info := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header, which would grow with the shard
+            if info.isreg():
+                yield TarEntry(
+                    info.name,
+                    info.size,
+                    info.offset,
+                    info.offset_data,
+                    archive.offset,
+                    sparse=info if info.issparse() else None,
+                    is_alone=not archive.pax_headers,
+                )
+            reader.seek(archive.offset)
+            while not archive.pax_headers and (entry := self._read_plain()) is not None:
+                yield entry
+                reader.seek(entry.stop)
+                archive.offset = entry.stop
+
+    def _read_plain(self) -> TarEntry | None:
+        """The member that begins here, when its headers are as nearly all are."""
+        reader = self._reader
+        reader.have(_BLOCK)
+        if reader.window[reader.at + 156 : reader.at + 157] == b"x":
+            reader.have(3 * _BLOCK)
+        window, at = reader.window, reader.at
+        found = _HEADERS.match(window, at)
+        if found is None:
+            return None
+        _, x_size, x_checksum, time, length, name, octal, checksum = found.groups()
+        start, size = reader.tell(), int(octal, 8)
+        data = start + _BLOCK
+        if time is not None:
+            if not int(x_size, 8) == int(length) == len(time) or found.end() - at != 3 * _BLOCK:
+                return None
+            if not _is_sum(window[at : at + _BLOCK], x_checksum):
+                return None
+            data += 2 * _BLOCK
+        if not _is_sum(window[found.end() - _BLOCK : found.end()], checksum):
+            return None
+        return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % _BLOCK)
+
+    def read(self, entry: TarEntry) -> bytes:
+        """The data of the member that was yielded last.
+
+        Raises:
+            tarfile.ReadError: When they are cut, or more than what may be read.
+        """
+        if entry.sparse is None:
+            self._reader.seek(entry.data)
+            data = self._reader.read(entry.size)
+        else:
+            assert self._archive is not None
+            data = self._archive.extractfile(entry.sparse).read(entry.size)  # type: ignore[union-attr]  # it is regular
+        if len(data) < entry.size:
+            raise tarfile.ReadError(f"{entry.name!r} is cut")
+        return data
+
+    def read_stored(self, entry: TarEntry) -> StoredMember:
+        """The member that was yielded last, with its headers; or with another one, if they mean nothing elsewhere.
+
+        Raises:
+            tarfile.ReadError: As :meth:`read`.
+        """
+        if entry.sparse is not None or not entry.is_alone:
+            return stored_member(entry.name, self.read(entry))
+        window, start = self._reader.show(entry.start, entry.stop)
+        data = start + entry.data - entry.start
+        if data + entry.size > len(window):
+            self.read(entry)  # says that it is cut
+        return StoredMember(entry.name, entry.size, window, start, data, start + entry.stop - entry.start)
+
+    def has_ended(self) -> bool:
+        """Whether what came last is the end mark, and nothing but padding follows. To be called at the end.
+
+        A zeroed header in mid-shard looks like the end, but is none.
+        """
+        return self._reader.at_end_mark and self._reader.only_zeros_follow()
+
+    @property
+    def num_read(self) -> int:
+        """Bytes of the archive that have been read."""
+        return self._reader.tell()
+
+    @property
+    def failed_at_first_header(self) -> bool:
+        """Whether reading stopped at a first block that is there but is no header. An empty file is torn instead."""
+        return 0 < self.num_read < _BLOCK or (self.num_read == _BLOCK and not self._reader.was_short)
+
+
+def stored_member(name: str, data: bytes) -> StoredMember:
+    """A member with a header that depends on its name and size only: time, owner and mode are fixed."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    # GNU keeps names of any length and any bytes exactly, but for NUL, where it ends.
+    has_nul = "\0" in name
+    info.pax_headers = {"path": name} if has_nul else {}
+    header = info.tobuf(tarfile.PAX_FORMAT if has_nul else tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    window = b"".join((header, data, bytes(-len(data) % _BLOCK)))
+    return StoredMember(name, len(data), window, 0, len(header), len(window))
+
+
+def _is_sum(header: bytes, checksum: bytes) -> bool:
+    """Whether the checksum that a header holds is right; False also where there are other characters than ASCII."""
+    # The sum of 512 ASCII characters stays below 65521, so that the lower half of their Adler-32 is one more than it.
+    return header.isascii() and adler32(header) & 0xFFFF == _sum_with(checksum)
+
+
+@lru_cache(maxsize=1 << 14)
+def _sum_with(checksum: bytes) -> int:
+    """One more than what a header adds up to whose checksum, which counts itself as spaces, is right."""
+    return int(checksum[:6], 8) - 8 * ord(" ") + sum(checksum) + 1
+
+
+class _ForwardReader:
+    """The part of a file that tarfile needs, over a stream that can't go back.
+
+    It holds on to what has come since it was last told to seek, so that headers can be had once more.
+    """
+
+    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
+        self._stream, self._limit = stream, limit
+        # A stretch of the stream, where it begins there, and places in it.
+        self.window, self._base, self._held, self.at = b"", 0, 0, 0
+        self.at_end_mark = self.was_short = False
+
+    def tell(self) -> int:
+        return self._base + self.at
+
+    def seek(self, position: int) -> None:
+        """Go forward to a position, or to the end of the stream where that comes first."""
+        at = position - self._base
+        if at < self.at:
+            raise tarfile.ReadError("a member has a negative size")
+        while at > len(self.window) and (piece := self._stream.read1(_READ_BYTES)):
+            at -= len(self.window)
+            self._base += len(self.window)
+            self.window = piece
+        self.at = self._held = min(at, len(self.window))
+
+    def show(self, start: int, stop: int) -> tuple[bytes, int]:
+        """What stands between two positions, the first of which is not before the last seek; and where in that.
+
+        Where the stream ends before, there is less. Does not move.
+        """
+        self.have(stop - self.tell())
+        return self.window, start - self._base
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._limit - (self.at - self._held):
+            raise tarfile.ReadError(f"a header declares {size} bytes")
+        self.have(size)
+        data = self.window[self.at : self.at + size]
+        self.at += len(data)
+        self.was_short = len(data) < size
+        self.at_end_mark = data == _END_MARK
+        return data
+
+    def only_zeros_follow(self) -> bool:
+        piece = self.window[self.at :]
+        while not piece.rstrip(b"\0"):
+            piece = self._stream.read1(_READ_BYTES)
+            if not piece:
+                return True
+        return False
+
+    def have(self, size: int) -> None:
+        """Have as many bytes from here on in the window, or all that is left of the stream. Does not move."""
+        if self.at + size <= len(self.window):
+            return
+        # A header may declare far more bytes than there are, so memory is only taken for what arrives.
+        pieces = [self.window[self._held :]]
+        size -= len(self.window) - self.at
+        while size > 0 and (piece := self._stream.read1(_READ_BYTES)):
+            pieces.append(piece)
+            size -= len(piece)
+        self._base += self._held
+        self.at -= self._held
+        self._held = 0
+        self.window = b"".join(pieces)
