@@ -311,8 +311,8 @@ class _WholeRaw(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
-        filled = 0
-        while filled < len(buffer) and (num_bytes := self._read(buffer[filled:])):
+        filled, view = 0, memoryview(buffer)  # of what may be a bytearray, of which a slice would be a copy
+        while filled < len(buffer) and (num_bytes := self._read(view[filled:])):
             filled += num_bytes
         return filled
 
