@@ -15,15 +15,17 @@ _END_MARK = bytes(_BLOCK)
 _READ_BYTES = 1 << 18
 _MIN_LIMIT_BYTES = 1 << 20
 
-# A header as nearly all are: numbers in octal, a name that fits, no prefix. Groups: name, size, checksum.
+# A header as nearly all are, behind the name: numbers in octal, no prefix. Groups: size, checksum, kind.
 _NUMBER = rb"[0-7]{6}[0-7\0 ][\0 ]"
-_HEADER = (
-    rb"(?=([^\0]{1,100})).{100}" + 3 * _NUMBER + rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6}[\0 ]{2})"
-    rb"%c.{172}" + 2 * (rb"(?:" + _NUMBER + rb"|\0{8})") + rb"\0.{166}"
+_FIELDS = re.compile(
+    3 * _NUMBER
+    + rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6}[\0 ]{2})([0x]).{172}"
+    + 2 * (rb"(?:" + _NUMBER + rb"|\0{8})")
+    + rb"\0.{166}",
+    re.DOTALL,
 )
-# Such a header, and before it perhaps one that tells a time to fractions of a second. Groups: name, size and checksum
-# of that one, the time and how long it is; name, size and checksum of the header.
-_HEADERS = re.compile(rb"(?:" + _HEADER % b"x" + rb"((\d\d) [amc]time=[0-9.]+\n)\0+)?" + _HEADER % b"0", re.DOTALL)
+# What stands behind a header that tells a time to fractions of a second. Group: how long it is.
+_TIME = re.compile(rb"(\d\d) [amc]time=[0-9.]+\n")
 
 
 class TarEntry(NamedTuple):
@@ -66,6 +68,7 @@ class TarStream:
     def __init__(self, stream: BufferedIOBase, max_member_bytes: int) -> None:
         self._reader = _ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
         self._archive: tarfile.TarFile | None = None
+        self._time_header, self._time_size = b"", 0
 
     def __iter__(self) -> Iterator[TarEntry]:
         """Yield the members in order. What is wanted of one must be read before the next is asked for.
@@ -99,22 +102,32 @@ class TarStream:
         reader.have(_BLOCK)
         if reader.window[reader.at + 156 : reader.at + 157] == b"x":
             reader.have(3 * _BLOCK)
-        window, at = reader.window, reader.at
-        found = _HEADERS.match(window, at)
-        if found is None:
-            return None
-        _, x_size, x_checksum, time, length, name, octal, checksum = found.groups()
-        start, size = reader.tell(), int(octal, 8)
-        data = start + _BLOCK
-        if time is not None:
-            if not int(x_size, 8) == int(length) == len(time) or found.end() - at != 3 * _BLOCK:
+            if not self._is_plain_time(reader.window, reader.at):
                 return None
-            if not _is_sum(window[at : at + _BLOCK], x_checksum):
-                return None
-            data += 2 * _BLOCK
-        if not _is_sum(window[found.end() - _BLOCK : found.end()], checksum):
+            num_header_bytes = 3 * _BLOCK
+        else:
+            num_header_bytes = _BLOCK
+        start, at = reader.tell(), reader.at + num_header_bytes
+        found = _read_header(reader.window[at - _BLOCK : at])
+        if found is None or found[2] != b"0":
             return None
+        name, size, _ = found
+        data = start + num_header_bytes
         return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % _BLOCK)
+
+    def _is_plain_time(self, window: bytes, at: int) -> bool:
+        """Whether a header at this place tells of the next one no more than a time."""
+        header = window[at : at + _BLOCK]
+        if header != self._time_header:  # it is mostly the same one, member after member
+            found = _read_header(header)
+            if found is None:
+                return False
+            self._time_header, self._time_size = header, found[1]
+        at += _BLOCK
+        time = _TIME.match(window, at)
+        if time is None or not time.end() - at == int(time[1]) == self._time_size:
+            return False
+        return window[time.end() : at + _BLOCK] == _END_MARK[self._time_size :]
 
     def read(self, entry: TarEntry) -> bytes:
         """The data of the member that was yielded last.
@@ -176,10 +189,17 @@ def stored_member(name: str, data: bytes) -> StoredMember:
     return StoredMember(name, len(data), window, 0, len(header), len(window))
 
 
-def _is_sum(header: bytes, checksum: bytes) -> bool:
-    """Whether the checksum that a header holds is right; False also where there are other characters than ASCII."""
+def _read_header(header: bytes) -> tuple[bytes, int, bytes] | None:
+    """Name, size and kind in a header that is as nearly all are."""
+    fields = _FIELDS.match(header, 100)
+    if fields is None:
+        return None
+    octal, checksum, kind = fields.groups()
     # The sum of 512 ASCII characters stays below 65521, so that the lower half of their Adler-32 is one more than it.
-    return header.isascii() and adler32(header) & 0xFFFF == _sum_with(checksum)
+    if not header.isascii() or adler32(header) & 0xFFFF != _sum_with(checksum):
+        return None
+    name = header[:100].partition(b"\0")[0]
+    return (name, int(octal, 8), kind) if name else None
 
 
 @lru_cache(maxsize=1 << 14)
@@ -206,6 +226,9 @@ class _ForwardReader:
     def seek(self, position: int) -> None:
         """Go forward to a position, or to the end of the stream where that comes first."""
         at = position - self._base
+        if self.at <= at <= len(self.window):
+            self.at = self._held = at
+            return
         if at < self.at:
             raise tarfile.ReadError("a member has a negative size")
         while at > len(self.window) and (piece := self._stream.read1(_READ_BYTES)):

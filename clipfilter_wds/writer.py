@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
@@ -20,6 +21,7 @@ from clipfilter_wds.types import Member, StoredMember
 _TEMPORARY = ".*.clipfilter-tmp"
 #: Shards are written in larger pieces, which are not copied through the buffer.
 _BUFFER_BYTES = 1 << 14
+_EARLY_BYTES = 1 << 23
 
 
 @contextmanager
@@ -55,12 +57,29 @@ def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
     """A file beside ``path``, locked as long as its writer lives: how others tell it from a leftover."""
     while True:
         temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
-        file = temporary.open("xb", buffering=_BUFFER_BYTES)
+        file = BufferedWriter(_EarlyFile(temporary, "xb"), _BUFFER_BYTES)
         with suppress(OSError):  # some network storage has no locks; then nobody takes anything for a leftover either
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return temporary, file
         file.close()  # it was taken for one before it could be locked
+
+
+class _EarlyFile(FileIO):
+    """Has the system store what was written while more is written, so that little is left to wait for at the end."""
+
+    _num_bytes = _num_early = 0
+
+    def write(self, data: Any) -> int:
+        num_bytes = super().write(data)
+        self._num_bytes += num_bytes
+        if self._num_bytes - self._num_early >= _EARLY_BYTES and hasattr(os, "posix_fadvise"):  # macOS has none
+            with suppress(OSError):  # it is advice
+                os.posix_fadvise(
+                    self.fileno(), self._num_early, self._num_bytes - self._num_early, os.POSIX_FADV_DONTNEED
+                )
+            self._num_early = self._num_bytes
+        return num_bytes
 
 
 @contextmanager

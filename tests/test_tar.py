@@ -1,6 +1,7 @@
 """Plain headers are read without tarfile: they must say what tarfile finds in them."""
 
 import io
+import itertools
 import tarfile
 
 import hypothesis.strategies as st
@@ -8,6 +9,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 
+from clipfilter_wds.shards import _WholeRaw
 from clipfilter_wds.tar import TarEntry, TarStream, stored_member
 from tests.toys import raw_member
 
@@ -152,3 +154,41 @@ def test_a_header_that_is_made_has_no_time_or_owner(name):
     with tarfile.open(fileobj=io.BytesIO(stored.window + END)) as tar:
         [info] = tar
     assert (info.name, info.size, info.mtime, info.uid, info.gid, info.mode) == (name, 4, 0, 0, 0, 0o644)
+
+
+class Dribble(io.RawIOBase):
+    """A connection: it delivers what has come so far, which is seldom all that was asked for."""
+
+    def __init__(self, data: bytes, sizes: list[int]) -> None:
+        self._stream, self._sizes = io.BytesIO(data), itertools.cycle(sizes)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self._stream.readinto(memoryview(buffer)[: next(self._sizes)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    members, st.lists(st.integers(1, 2000), min_size=1, max_size=5), st.sampled_from([1, 100, 512, 1 << 18]), st.data()
+)
+def test_a_stream_of_short_reads_holds_the_same_members(members, sizes, buffer_size, data):
+    whole = tar_of(members) + END
+    whole = whole[: data.draw(st.integers(0, len(whole)) | st.just(len(whole)))]
+    dribble = _WholeRaw(Dribble(whole, sizes), len(whole), "a.tar")
+    assert stored_in(io.BufferedReader(dribble, buffer_size)) == stored_in(io.BytesIO(whole))
+    dribble = io.BufferedReader(Dribble(whole, sizes), buffer_size)  # each refill of the window is short as well
+    assert stored_in(dribble) == stored_in(io.BytesIO(whole))
+
+
+def stored_in(stream: io.BufferedIOBase) -> tuple[list[bytes], object]:
+    """The members as they stand in a tar, and how it ended."""
+    tar, found = TarStream(stream, 1 << 20), []
+    try:
+        for entry in tar:
+            stored = tar.read_stored(entry)
+            found.append(stored.window[stored.start : stored.stop])
+        return found, tar.has_ended()
+    except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        return found, (type(error), str(error), tar.failed_at_first_header)
