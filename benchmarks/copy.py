@@ -41,6 +41,8 @@ def copy(options: Options, report: Report) -> None:
         for number in range(options.rounds + 1):  # the first one is not counted
             for name, turn in turns.items():
                 shutil.rmtree(out, ignore_errors=True)
+                _cp(shards, out)  # so that all find as much memory free, and as lately used, whoever came before
+                shutil.rmtree(out)
                 os.sync()  # nobody pays for what another has written
                 started = time.perf_counter()
                 turn()
