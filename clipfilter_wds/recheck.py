@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.streams import Streams, forward_streams
 
 T = TypeVar("T")
 
@@ -94,25 +95,25 @@ class Recheck:
     ) -> Iterator[tuple[T, BatchScores]]:
         """Score batches one after another.
 
-        A GPU is given the next batch before the scores of the last are awaited. What has to be computed again waits
-        until it fills a batch of the float32 model, for at most :data:`_MOST_WAITING` batches.
+        The next batches are begun before the scores of the first are there. What has to be computed again waits until
+        it fills a batch of the float32 model, for at most :data:`_MOST_WAITING` batches.
 
         Args:
             batches: Anything that holds what is scored.
             inputs: Batch -> ``pixel_values`` and ``input_ids``.
         """
-        num_ahead = 1 if self.scorer.device.type == "cuda" else 0
         started: deque[tuple[T, Callable[[], _Scored]]] = deque()
         waiting: deque[tuple[T, _Scored]] = deque()
-        for batch in batches:
-            started.append((batch, self._start(*inputs(batch))))
-            if len(started) > num_ahead:
-                yield from self._settle(waiting, *started.popleft())
-        for batch, finish in started:
-            yield from self._settle(waiting, batch, finish)
-        while waiting:
-            self._recheck(waiting)
-            yield from self._decided(waiting)
+        with forward_streams(self.scorer) as streams:
+            for batch in batches:
+                started.append((batch, self._start(streams, *inputs(batch))))
+                if len(started) > streams.num_ahead:
+                    yield from self._settle(streams, waiting, *started.popleft())
+            for batch, finish in started:
+                yield from self._settle(streams, waiting, batch, finish)
+            while waiting:
+                self._recheck(streams, waiting)
+                yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
         """Learn the error from the first of these samples, N images and N captions, unless it is known already."""
@@ -127,26 +128,26 @@ class Recheck:
         self._num_measured += len(pixel_values)
         self._learn((fast - exact).abs().cpu().numpy())
 
-    def _start(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
+    def _start(self, streams: Streams, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
         self.measure(pixel_values, input_ids)
-        fetch = _fetch(self.scorer(pixel_values, input_ids))
+        fetch = _fetch(streams.run(self.scorer, pixel_values, input_ids), self.scorer.device)
         audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
         return lambda: _Scored(pixel_values, input_ids, fetch(), audited)
 
     def _settle(
-        self, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
+        self, streams: Streams, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
     ) -> Iterator[tuple[T, BatchScores]]:
         """Let a batch wait, and hand out those that need not."""
         waiting.append((batch, finish()))
         while len(waiting) > _MOST_WAITING or self._num_todo(waiting) >= self.scorer.fp32_rows:
-            self._recheck(waiting)
+            self._recheck(streams, waiting)
             yield from self._decided(waiting)
         yield from self._decided(waiting)
 
     def _num_todo(self, waiting: deque[tuple[T, _Scored]]) -> int:
         return sum(int(self._todo(scored).sum()) for _, scored in waiting)
 
-    def _recheck(self, waiting: deque[tuple[T, _Scored]]) -> None:
+    def _recheck(self, streams: Streams, waiting: deque[tuple[T, _Scored]]) -> None:
         """Fill one batch of the float32 model with the first that have to be computed again."""
         parts: list[tuple[_Scored, np.ndarray]] = []
         room = self.scorer.fp32_rows
@@ -159,7 +160,8 @@ class Recheck:
             return
         pixel_values = torch.cat([scored.pixel_values[torch.from_numpy(rows)] for scored, rows in parts])
         input_ids = [scored.input_ids[torch.from_numpy(rows)] for scored, rows in parts]
-        exact = self.scorer.score_fp32(pixel_values, self.scorer.preprocess.tokenize.join(input_ids)).cpu().numpy()
+        joined = self.scorer.preprocess.tokenize.join(input_ids)
+        exact = streams.run(self.scorer.score_fp32, pixel_values, joined)().cpu().numpy()
         for scored, rows in parts:
             scored.exact[rows], exact = exact[: len(rows)], exact[len(rows) :]
             scored.is_known[rows] = True
@@ -190,10 +192,11 @@ class Recheck:
             self._half_width = _MARGIN * largest
 
 
-def _fetch(scores: torch.Tensor) -> Callable[[], np.ndarray]:
+def _fetch(finish: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], np.ndarray]:
     """Begin to copy scores to the host; the function that comes back waits for them."""
-    if scores.device.type != "cuda":
-        return scores.cpu().numpy
+    if device.type != "cuda":
+        return lambda: finish().cpu().numpy()
+    scores = finish()
     host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
     host.copy_(scores, non_blocking=True)
     copied = torch.cuda.Event()

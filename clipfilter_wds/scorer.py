@@ -114,7 +114,7 @@ class ClipScorer(nn.Module):
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
         self.register_buffer("pixel_std", _per_channel(encoder.std) * (1.0 / encoder.rescale))
-        self._width = encoder.width
+        self.width = encoder.width  # of the wider tower
         cut_small = on_device.type == "cpu" and encoder.width >= NARROW
         self.fp32_rows = _FP32_ROWS if cut_small else _MOST_FP32_ROWS
         self.fast_model = self.model if self.precision == "fp32" else low_precision(self.model, self.precision)
@@ -225,7 +225,7 @@ class ClipScorer(nn.Module):
         if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
         rows = rows.to(self.device, non_blocking=True)
-        with fp32_products(self.device, self._width):
+        with fp32_products(self.device, self.width):
             return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
     def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
