@@ -45,6 +45,7 @@ class _Scored:
     input_ids: torch.Tensor
     fast: np.ndarray
     is_audited: np.ndarray
+    is_all_near: bool
 
     def __post_init__(self) -> None:
         self.exact = np.full_like(self.fast, np.nan)
@@ -104,7 +105,7 @@ class Recheck:
         """
         started: deque[tuple[T, Callable[[], _Scored]]] = deque()
         waiting: deque[tuple[T, _Scored]] = deque()
-        with forward_streams(self.scorer) as streams:
+        with forward_streams(self.scorer.device, self.scorer.width) as streams:
             for batch in batches:
                 started.append((batch, self._start(streams, *inputs(batch))))
                 if len(started) > streams.num_ahead:
@@ -132,7 +133,8 @@ class Recheck:
         self.measure(pixel_values, input_ids)
         fetch = _fetch(streams.run(self.scorer, pixel_values, input_ids), self.scorer.device)
         audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
-        return lambda: _Scored(pixel_values, input_ids, fetch(), audited)
+        is_all_near = not self.is_measured  # as long as it is not, whatever is known when the scores are there
+        return lambda: _Scored(pixel_values, input_ids, fetch(), audited, is_all_near)
 
     def _settle(
         self, streams: Streams, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
@@ -170,20 +172,21 @@ class Recheck:
     def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
         while waiting and not self._todo(waiting[0][1]).any():
             batch, scored = waiting.popleft()
-            near = self._is_near(scored.fast)
+            near = self._is_near(scored)
             yield batch, BatchScores(np.where(near, scored.exact, scored.fast), int(near.sum()))
 
     def _todo(self, scored: _Scored) -> np.ndarray:
         """Which scores are needed in float32 and not known; more than before, once the band is wider."""
-        todo: np.ndarray = (self._is_near(scored.fast) | scored.is_audited) & ~scored.is_known
+        todo: np.ndarray = (self._is_near(scored) | scored.is_audited) & ~scored.is_known
         return todo
 
-    def _is_near(self, scores: np.ndarray) -> np.ndarray:
+    def _is_near(self, scored: _Scored) -> np.ndarray:
         if self.scorer.is_exact:
-            return np.zeros(len(scores), dtype=bool)
-        near: np.ndarray = ~np.isfinite(scores)
+            return np.zeros(len(scored.fast), dtype=bool)
+        near: np.ndarray = ~np.isfinite(scored.fast)
         if self._threshold is not None:
-            near |= np.abs(scores.astype(np.float64) - self._threshold) <= self.band
+            band = _WHOLE if scored.is_all_near else self.band
+            near |= np.abs(scored.fast.astype(np.float64) - self._threshold) <= band
         return near
 
     def _learn(self, errors: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from clipfilter_wds.precision import (
     resolve_device,
     resolve_precision,
 )
+from clipfilter_wds.streams import checkpoint
 from clipfilter_wds.towers import DualEncoder, Towers
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -229,6 +230,7 @@ class ClipScorer(nn.Module):
             return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
     def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
+        checkpoint()
         pixels = (pixel_values - self.pixel_mean) / self.pixel_std
         features = functional.normalize(model.image_features(pixels).float(), dim=-1)
         if not self.flip:
@@ -238,6 +240,7 @@ class ClipScorer(nn.Module):
         return (features + mirrored) / 2
 
     def _text_features(self, model: Towers, input_ids: Tensor) -> Tensor:
+        checkpoint()
         return functional.normalize(model.text_features(input_ids).float(), dim=-1)
 
     def _low_precision(self) -> torch.autocast:
