@@ -137,6 +137,10 @@ class RemoteReader(io.RawIOBase):
     Args:
         url: The file.
 
+    Attributes:
+        num_bytes: Its size; -1 when the storage does not tell.
+        version: What tells it from another file of that URL, as far as the storage does.
+
     Raises:
         Exception: The storage's own, when it can't be reached (retried) or has no such file (not retried).
         ChangedError: From ``read``, when the file was replaced between two connections.
@@ -145,8 +149,7 @@ class RemoteReader(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url, self._position = url, 0
         self._file: BinaryIO | None = None
-        self.num_bytes, self._version = retrying(self._look)
-        retrying(self._connect)
+        self.num_bytes, self.version = retrying(self._look)
 
     def readable(self) -> bool:
         """Always."""
@@ -173,7 +176,7 @@ class RemoteReader(io.RawIOBase):
         fs, path = filesystem(self._url)
         if self._position:
             fs.invalidate_cache()
-            if self._look()[1] != self._version:
+            if self._look()[1] != self.version:
                 raise ChangedError("it changed while it was being read")
         if "http" in protocols(fs):
             self._file = _open_http(fs, path, self._position, self.num_bytes)

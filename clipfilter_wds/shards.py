@@ -19,6 +19,7 @@ from webdataset.gopen import gopen
 
 from clipfilter_wds.paths import folder_identity
 from clipfilter_wds.remote import RemoteReader, filesystem, is_local, protocols, reason, retrying, without_secrets
+from clipfilter_wds.shard_cache import is_cached, open_cached, source_of
 from clipfilter_wds.types import ShardError
 
 _TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
@@ -106,13 +107,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    fs, path = filesystem(url)
+    source = source_of(url)
+    fs, path = filesystem(source)
     local = is_local(fs)
     if any(char in path for char in ("*[" if "http" in protocols(fs) else "*?[")):  # the web's ? begins a query
         found = sorted(_glob(url, fs, path))
         if not found:
             raise ValueError(f"no shard matches {without_secrets(url)!r}")
-        return found if local and "://" not in url else [fs.unstrip_protocol(name) for name in found]
+        return (
+            found
+            if local and "://" not in url
+            else [url.removesuffix(source) + fs.unstrip_protocol(name) for name in found]
+        )
     if local and Path(path).is_dir():
         raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
     if local and not Path(path).exists():
@@ -193,7 +199,7 @@ def _folder_of(url: str) -> str:
 
 def shard_folder(url: str) -> str:
     """The folder that holds a shard, as :func:`~clipfilter_wds.remote.folder_identity` tells folders apart."""
-    fs, path = filesystem(url)
+    fs, path = filesystem(source_of(url))
     return folder_identity(Path(path).parent) if is_local(fs) else posixpath.dirname(public_url(url))
 
 
@@ -261,7 +267,9 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _connect(url: str) -> tuple[BinaryIO, int]:
-    fs, path = filesystem(url)
+    if is_cached(url):
+        return open_cached(url)
+    fs, path = filesystem(source_of(url))
     if is_local(fs):
         return fs.open(path, "rb"), fs.size(path)
     reader = RemoteReader(url)
@@ -289,7 +297,7 @@ def shard_num_bytes(url: str) -> int:
         ShardError: When it can't be reached.
     """
     try:
-        fs, path = filesystem(url)
+        fs, path = filesystem(source_of(url))
         num_bytes = fs.size(path) if is_local(fs) else retrying(lambda: fs.size(path))
     except Exception as error:  # each storage has errors of its own
         raise ShardError(f"can't open it: {reason(error, url)}") from error
