@@ -122,7 +122,8 @@ class ClipScorer(nn.Module):
         if compile and self.precision == "fp32":
             raise ValueError("compile is for low precision; here precision is fp32")
         if compile:
-            self.fast_model.compile(dynamic=True)
+            # With as many threads as the calling thread has, and not as the one had that it was compiled in.
+            self.fast_model.compile(dynamic=True, options={"cpp.dynamic_threads": True})
         self.requires_grad_(False).eval().to(on_device)
 
     @property

@@ -1,3 +1,4 @@
+import shutil
 import threading
 import time
 
@@ -7,6 +8,7 @@ import torch
 
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scorer import ClipScorer
+from clipfilter_wds.selection import passes
 from clipfilter_wds.streams import StreamsClosedError, forward_streams
 from tests.toys import encoded, make_clip, photo
 
@@ -117,3 +119,15 @@ def test_batches_that_nobody_takes_are_not_worked_on(scorer, batches):
     mapped.close()
     assert len(begun) < len(batches)
     assert forward_threads() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_decides_as_float32_does(scorer, batches):
+    compiled = ClipScorer(scorer.model_name, device="cpu", precision="bf16", compile=True)
+    exact = np.concatenate([scorer.score_fp32(*batch).numpy() for batch in batches])
+    threshold = float(np.sort(exact)[60])
+    found = np.concatenate([scores.scores for _, scores in scored(compiled, batches, threshold)])
+    np.testing.assert_array_equal(passes(found, threshold), passes(exact, threshold))
+    assert not np.array_equal(found, exact)
+    np.testing.assert_allclose(found, exact, atol=5e-3)
