@@ -167,10 +167,12 @@ def test_drivers_that_are_killed_take_the_ray_that_they_started_with_them(clip_f
             assert process.poll() is None
             time.sleep(0.01)
         family = [one for one in psutil.Process(process.pid).children(recursive=True) if not _is_agent(one)]
-        names |= {one.name() for one in family}
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                names.add(one.name())
         process.kill()
         process.wait()
-        assert not psutil.wait_procs(family, timeout=20)[1]
+        assert not psutil.wait_procs(family, timeout=60)[1]  # after 2 to 5 s; 24 for workers that were starting
     assert {"raylet", "gcs_server"} < names
     assert any(name.startswith("ray::Worker") for name in names)
     subprocess.run(command, check=True)
