@@ -16,8 +16,8 @@ T = TypeVar("T")
 #: Batches that a processor works on at a time, at most; each of them is in memory, with its activations.
 _MOST_STREAMS = 4
 
-#: A model whose widest tower is at least this wide has layers large enough to be split among threads with no loss; and
-#: on one thread its batches would take so long that nobody would wait for them to end.
+#: On one thread, a batch of a model whose widest tower is at least this wide takes so long that an interrupt would seem
+#: to be ignored. Its layers are split among all threads, as torch does.
 _WIDE = 1024
 
 _here = threading.local()
