@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
@@ -145,6 +146,10 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
             # torch would raise from a signal handler, in whatever line the main thread happens to be.
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
+        self._watch = _Watch(self._workers, self._whereabouts) if self._whereabouts is not None else None
+        if self._watch is not None and not self._pin_memory:  # with pinned memory, a thread waits that can be left
+            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
+            self._watch.start()
 
     def close(self) -> None:
         """End the workers, now; it takes a second at most."""
@@ -178,18 +183,10 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
     def _death(self, seconds: float) -> WorkerDiedError | None:
         """A death, also of a worker that is about to die: what it has sent can't be received from then on."""
         until = time.monotonic() + seconds
-        while (death := self._find_death()) is None and time.monotonic() < until:
+        death = None
+        while self._watch and (death := self._watch.find()) is None and time.monotonic() < until:
             time.sleep(0.01)
         return death
-
-    def _find_death(self) -> WorkerDiedError | None:
-        """Of a worker that died, not of one that has ended because it was done."""
-        for worker, process in enumerate(self._workers if self._whereabouts else ()):
-            place = self._whereabouts.place(worker) if self._whereabouts else None
-            at_sample = place is not None and place.index is not None
-            if not process.is_alive() and (process.exitcode != 0 or at_sample):
-                return WorkerDiedError(place, process.exitcode)
-        return None
 
     def _shutdown_workers(self) -> None:
         """End the workers; torch calls this at every end there is.
@@ -204,15 +201,61 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         helper = threading.Thread(target=_end_soon, args=(self._workers, ended), name="clipfilter-end", daemon=True)
         helper.start()
         super()._shutdown_workers()
+        if self._watch is not None:
+            self._watch.stop()
         ended.set()  # not reached when a second Ctrl-C strikes; the workers are ended all the same
         helper.join()
+
+
+class _Watch:
+    """Knows which worker died first, and lets none of the others outlive it.
+
+    Whoever is killed while it sends may leave half a message in the pipe of all workers. Its reader waits for the other
+    half until nobody is left who could write it.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], whereabouts: Whereabouts) -> None:
+        self._workers, self._whereabouts = workers, whereabouts
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._death: WorkerDiedError | None = None
+
+    def start(self) -> None:
+        """Watch, in a thread that ends with the workers."""
+        threading.Thread(target=self._run, name="clipfilter-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Let the thread end; the workers have."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        sentinels = {worker.sentinel for worker in self._workers}
+        while sentinels and self.find() is None:
+            sentinels -= set(wait(sentinels))
+            if self._stopped.wait(_GRACE_SECONDS):  # what has been sent may be taken
+                return
+        if self.find() is not None:
+            for worker in self._workers:
+                worker.kill()
+
+    def find(self) -> WorkerDiedError | None:
+        """Of a worker that died, not of one that has ended because it was done."""
+        with self._lock:  # also, since a process is told once only that its child ended
+            if self._death is None:
+                self._death = next((death for death in map(self._death_of, range(len(self._workers))) if death), None)
+            return self._death
+
+    def _death_of(self, worker: int) -> WorkerDiedError | None:
+        place, process = self._whereabouts.place(worker), self._workers[worker]
+        at_sample = place is not None and place.index is not None
+        if process.is_alive() or (process.exitcode == 0 and not at_sample):
+            return None
+        return WorkerDiedError(place, process.exitcode)
 
 
 def _widen(queue: Any) -> None:
     """Let a queue of processes hold what workers have ready, where the system lets its pipe grow.
 
-    A worker that is killed while it waits for room in the pipe leaves half a message there, and its reader waits for
-    the other half for ever.
+    A worker that waits for room in the pipe has half a message there; killed then, it costs the others their work too.
     """
     with suppress(AttributeError, OSError):
         fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -3,10 +3,13 @@
 import ctypes
 import gc
 import json
+import multiprocessing.connection
 import os
 import re
 import signal
+import struct
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +19,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.pairs import PairTally
-from clipfilter_wds.processes import worker_loader
+from clipfilter_wds.processes import iterating, worker_loader
 from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.scores import ScoreTable, ShardScores
 from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.types import DropReason
-from clipfilter_wds.whereabouts import WorkerDiedError
+from clipfilter_wds.whereabouts import Whereabouts, WorkerDiedError
 from tests.restore import Recipe, image_number, keys, load_scorer, text_number, write_numbered
 from tests.rewrite.test_rewrite import bits, check_accounting
 from tests.toys import encoded, pair, photo, write_shard
@@ -443,6 +446,46 @@ def test_a_tables_timeout_that_is_no_time_is_refused(tmp_path):
     table = write_table(tmp_path / "in", set(), num_rows=1)
     with pytest.raises(ValueError, match="worker_timeout is -1; it is a number of seconds"):
         TableConfig(input=table, output=tmp_path / "kept.jsonl", worker_timeout=-1)
+
+
+# --- what they send ---
+
+
+class Numbers(IterableDataset):
+    """Yields without end; worker 0 is killed when it has sent half of its second."""
+
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self.whereabouts = whereabouts
+
+    def __iter__(self):
+        yield 1
+        if get_worker_info().id == 0:
+            self.whereabouts.trail().at("a.tar", 7)
+            multiprocessing.connection.Connection._send_bytes = send_half
+        while True:
+            yield 2
+
+
+def send_half(connection: multiprocessing.connection.Connection, message: bytes) -> None:
+    connection._send(struct.pack("!i", len(message)) + bytes(message)[: len(message) // 2])
+    out_of_memory()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+)
+def test_a_worker_that_is_killed_while_it_sends_keeps_nobody_waiting(method, persistent):
+    whereabouts = Whereabouts(["a.tar"], 2)
+    batches = worker_loader(
+        Numbers(whereabouts),
+        num_workers=2,
+        whereabouts=whereabouts,
+        persistent_workers=persistent,
+        multiprocessing_context=method,
+    )
+    with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "), iterating(batches) as numbers:
+        deque(numbers, maxlen=0)
 
 
 # --- memory ---
