@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from clipfilter_wds.shortcuts import take_shortcuts
 from clipfilter_wds.towers import Towers
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -62,8 +63,7 @@ def low_precision(model: Towers, precision: Precision) -> Towers:
     throughout, that more than halves the error of the scores at the same speed.
     """
     fast = copy.deepcopy(model)
-    for module in fast.modules():
-        _fold_quick_gelu(module)
+    take_shortcuts(fast)
     for name, module in list(fast.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_projection"):
             fast.set_submodule(name, _Float32Linear(module))
@@ -82,28 +82,6 @@ class _Float32Linear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return functional.linear(features.float(), self.weight, self.bias)
-
-
-#: Of OpenAI's models, whose activation is x * sigmoid(1.702 x): in transformers, and in open_clip.
-_QUICK_GELUS = ("QuickGELUActivation", "QuickGELU")
-_QUICK_GELU_SCALE = 1.702
-
-
-def _fold_quick_gelu(block: nn.Module) -> None:
-    """Where a QuickGELU is between two linear layers, let these do the scaling: one SiLU is left of three steps.
-
-    x * sigmoid(a x) = SiLU(a x) / a. That saves a few hundredths of the forward pass.
-    """
-    children = dict(block.named_children())
-    names = [name for name, child in children.items() if type(child).__name__ in _QUICK_GELUS]
-    layers = [child for child in children.values() if isinstance(child, nn.Linear)]
-    if len(names) != 1 or len(layers) != 2:
-        return
-    before, after = layers
-    before.weight.data *= _QUICK_GELU_SCALE
-    before.bias.data *= _QUICK_GELU_SCALE
-    after.weight.data /= _QUICK_GELU_SCALE
-    block.set_submodule(names[0], nn.SiLU(inplace=True))
 
 
 def fp32_products(device: torch.device, width: int) -> AbstractContextManager[Any]:
