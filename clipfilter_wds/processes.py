@@ -218,14 +218,17 @@ class _Watch:
         self._workers, self._whereabouts = workers, whereabouts
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._death: WorkerDiedError | None = None
+        self._thread = threading.Thread(target=self._run, name="clipfilter-watch", daemon=True)
 
     def start(self) -> None:
         """Watch, in a thread that ends with the workers."""
-        threading.Thread(target=self._run, name="clipfilter-watch", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end; the workers have."""
+        """End the thread; the workers have ended."""
         self._stopped.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():  # which may collect garbage
+            self._thread.join(_GRACE_SECONDS)
 
     def _run(self) -> None:
         sentinels = {worker.sentinel for worker in self._workers}

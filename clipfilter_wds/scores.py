@@ -137,6 +137,8 @@ class ShardScores:
         with _naming(path):
             table = pq.read_table(pa.BufferReader(path.read_bytes()))
             metadata = _check_version(table.schema.metadata)
+            if table.num_rows != metadata["num_samples"]:
+                raise ValueError(f"it holds {table.num_rows} of {metadata['num_samples']} samples")
             return cls(
                 table=table,
                 source=metadata["shard"],
