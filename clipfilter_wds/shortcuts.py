@@ -94,8 +94,8 @@ def _shorten_layers(layers: Any) -> None:
 class _Attention(nn.Module):
     """Every token attends to every token.
 
-    On a processor by plain products: torch's fused kernel takes 1.2 to 2 times as long in bf16 for an image of 50 to 257
-    tokens, and as long for 577.
+    On a processor by plain products: torch's fused kernel takes 1.2 to 2 times as long in bf16 for an image of 50 to
+    257 tokens, and as long for 577.
     """
 
     q_proj: nn.Linear
