@@ -5,11 +5,11 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
 from clipfilter_wds.rewrite import ScoreConfig, process_shards
 from clipfilter_wds.samples import SampleLayout
-from clipfilter_wds.scores import ScoreTable
+from clipfilter_wds.scores import ScoreTable, ShardScores
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.watch import StarvationError
 from tests.processes import run_ranks
@@ -243,8 +243,9 @@ def test_scores_of_other_captions_are_refused_with_both(tabled):
 
 def rewritten_table(folder: Path, name: str, change) -> None:
     path = folder / f"{name}.parquet"
-    table = pq.read_table(path)
-    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+    found = ShardScores.read(path)
+    with path.open("wb") as file:
+        replace(found, table=change(found.table)).write(file)
 
 
 def renamed_key(table):
