@@ -1,6 +1,7 @@
 """Batches -> cosine similarities, with a CLIP model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from clipfilter_wds.precision import (
     DTYPES,
     NARROW,
     Precision,
-    fp32_products,
     low_precision,
+    onednn_products,
     resolve_device,
     resolve_precision,
 )
@@ -121,6 +122,7 @@ class ClipScorer(nn.Module):
         self.fast_model = self.model if self.precision == "fp32" else low_precision(self.model, self.precision)
         if compile and self.precision == "fp32":
             raise ValueError("compile is for low precision; here precision is fp32")
+        self._is_compiled = compile
         if compile:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
             self.fast_model.compile(dynamic=True, options={"cpp.dynamic_threads": True})
@@ -227,7 +229,7 @@ class ClipScorer(nn.Module):
         if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
         rows = rows.to(self.device, non_blocking=True)
-        with fp32_products(self.device, self.width):
+        with onednn_products(self.device, self.width):
             return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
     def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
@@ -244,9 +246,13 @@ class ClipScorer(nn.Module):
         checkpoint()
         return functional.normalize(model.text_features(input_ids).float(), dim=-1)
 
-    def _low_precision(self) -> torch.autocast:
+    @contextmanager
+    def _low_precision(self) -> Iterator[None]:
+        # A compiled model has the products of its compiler.
+        products = nullcontext() if self._is_compiled else onednn_products(self.device, self.width)
         # Nothing to cache: the weights are in low precision already.
-        return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
+        with torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False), products:
+            yield
 
 
 #: torch's names.

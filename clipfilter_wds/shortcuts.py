@@ -132,7 +132,8 @@ class _Attention(nn.Module):
 def _find_by_products(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
     shape = queries.shape[:2]
     queries, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-    weights = torch.baddbmm(queries.new_empty(()), queries, keys.mT, beta=0, alpha=scale).softmax(-1)
+    weights = torch.baddbmm(queries.new_empty(()), queries, keys.mT, beta=0, alpha=scale)
+    weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)  # in bf16, rows of 50 would take twice as long
     found: Tensor = torch.bmm(weights, values).unflatten(0, shape)
     return found
 
