@@ -1,5 +1,6 @@
 """What is measured on: models of the usual sizes with random weights, and shards of photograph-like JPEGs."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -16,6 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 Size = Literal["vit-b-32", "vit-l-14", "tiny"]
+
+#: Names what this code makes, in the cache: other code could make other models and samples.
+_MADE_BY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 #: Samples per shard, except that the last may hold fewer.
 SHARD_SAMPLES = 1024
@@ -65,7 +69,7 @@ class Data:
 
 def make_model(cache: Path, size: Size) -> Path:
     """A CLIP with random weights; its forward pass costs what that of a trained one costs."""
-    return _made_once(cache / "models" / size, lambda folder: _save_clip(folder, size))
+    return _made_once(cache / _MADE_BY / "models" / size, lambda folder: _save_clip(folder, size))
 
 
 def make_data(cache: Path, *, num_samples: int, image_size: int) -> Data:
@@ -73,9 +77,10 @@ def make_data(cache: Path, *, num_samples: int, image_size: int) -> Data:
 
     The samples of a smaller number are the first ones of a larger.
     """
-    images = _made_once(cache / "images" / str(image_size), lambda folder: _draw(folder, image_size))
+    images = _made_once(cache / _MADE_BY / "images" / str(image_size), lambda folder: _draw(folder, image_size))
     folder = _made_once(
-        cache / "data" / f"{num_samples}x{image_size}", lambda folder: _write_data(folder, num_samples, images)
+        cache / _MADE_BY / "data" / f"{num_samples}x{image_size}",
+        lambda folder: _write_data(folder, num_samples, images),
     )
     rows = json.loads((folder / "rows.json").read_text())
     return Data(sorted(folder.glob("*.tar")), [(images / image, caption) for image, caption in rows])
