@@ -105,13 +105,17 @@ _PRODUCT = "_linear_pointwise"
 
 class _OneDnnProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and args[1].dtype in (torch.float32, torch.bfloat16):
-            return _onednn_linear(*args, **(kwargs or {}))
+        if func is functional.linear and (dtype := _dtype_of_product(args[1])) in (torch.float32, torch.bfloat16):
+            return _onednn_linear(dtype, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _onednn_linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In the precision of the weight, as under autocast."""
-    features = features.to(weight.dtype)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(features, weight, bias, "none", [], "")
+def _dtype_of_product(weight: Tensor) -> torch.dtype:
+    """What the layer would be computed in without us, whose operator autocast does not know."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+
+
+def _onednn_linear(dtype: torch.dtype, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(features.to(dtype), weight.to(dtype), bias, "none", [], "")
     return product
