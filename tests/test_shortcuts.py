@@ -10,9 +10,9 @@ from clipfilter_wds.shortcuts import take_shortcuts
 from tests.dual_encoders import FAMILIES
 from tests.toys import make_clip
 
-#: Per family, how often each shortcut is taken, in image towers of two layers.
+#: Per family, how often each shortcut is taken, in towers of two layers.
 TAKEN = {
-    "clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
+    "clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1, "PackedTower": 1},
     "chinese_clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
     "altclip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
     "siglip": {"_Patches": 1},  # its embedding comes from all tokens

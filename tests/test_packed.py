@@ -1,0 +1,39 @@
+import copy
+
+import pytest
+import torch
+
+from clipfilter_wds.packed import PackedTower
+from clipfilter_wds.scorer import ClipScorer
+from tests.toys import make_clip
+
+CAPTIONS = ["a", "a photo of a cat", "two", "x" * 300, "a dog on a red sofa"]
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    return ClipScorer(make_clip(tmp_path_factory.mktemp("model")), device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1], CAPTIONS[:3], CAPTIONS[3:4]], ids=len)
+@pytest.mark.parametrize("finds_end_by", ["its id", "the largest id"])
+def test_packed_captions_have_the_embeddings_of_padded_ones(scorer, captions, finds_end_by):
+    tower = copy.deepcopy(scorer.model.model.text_model)
+    if finds_end_by == "the largest id":
+        tower.eos_token_id = 2
+    ids = scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids
+    with torch.inference_mode():
+        expected = tower(ids).pooler_output
+        torch.testing.assert_close(PackedTower(tower)(ids).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    if len(captions) > 1:
+        assert expected.std(dim=0).mean() > 0.01  # captions differ
+
+
+def test_a_caption_does_not_hang_on_the_longer_ones_beside_it(scorer):
+    tower = PackedTower(copy.deepcopy(scorer.model.model.text_model))
+    ids = scorer.preprocess.tokenize([[caption] for caption in CAPTIONS]).input_ids
+    used = scorer.preprocess.tokenize.used_lengths(ids)
+    with torch.inference_mode():
+        together = tower(ids).pooler_output
+        alone = torch.cat([tower(ids[i : i + 1, : int(used[i])]).pooler_output for i in range(len(ids))])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
