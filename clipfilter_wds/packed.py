@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from clipfilter_wds.attention import find_by_products
+
 
 class PackedTower(nn.Module):
     """CLIP's text tower, which on a processor computes the tokens of captions alone, and no padding behind them.
@@ -83,27 +85,25 @@ class _Captions:
     def attend_from_ends(self, attention: Any, features: Tensor) -> Tensor:
         """The end tokens attend to their captions: ``[M, D]`` -> ``[N, D]``."""
         features = features.to(attention.q_proj.weight.dtype)
-        queries = attention.q_proj(features[self.ends]).unflatten(-1, (attention.num_heads, 1, -1)).flatten(0, 1)
+        queries = attention.q_proj(features[self.ends]).unflatten(-1, (attention.num_heads, 1, -1))
         hidden = queries.new_zeros(self.is_token.shape).masked_fill_(~self.is_token, float("-inf"))
         hidden = hidden[:, None, None].expand(-1, attention.num_heads, -1, -1).flatten(0, 1)
         return self._project(attention, self._find(attention, queries, features, hidden).flatten(0, 1))
 
     def _heads(self, attention: Any, features: Tensor) -> Tensor:
-        """``[M, D]`` -> ``[N * heads, L, D / heads]``, zeros at the padding."""
+        """``[M, D]`` -> ``[N, heads, L, D / heads]``, zeros at the padding."""
         (num_captions, length), heads = self.shape, attention.num_heads
         padded = features.new_zeros(num_captions * length, features.shape[-1])
         padded[self.places] = features
-        return padded.view(num_captions, length, heads, -1).transpose(1, 2).flatten(0, 1)
+        return padded.view(num_captions, length, heads, -1).transpose(1, 2)
 
     def _find(self, attention: Any, queries: Tensor, features: Tensor, hidden: Tensor) -> Tensor:
-        """``[N * heads, Q, D / heads]``, ``[M, D]``, what each query must not see -> ``[N, Q, D]``."""
+        """``[N, heads, Q, D / heads]``, ``[M, D]``, what each query must not see -> ``[N, Q, D]``."""
         keys = self._heads(attention, attention.k_proj(features))
         values = self._heads(attention, attention.v_proj(features))
         with torch.autocast("cpu", enabled=False):
-            weights = torch.baddbmm(hidden, queries, keys.mT, alpha=attention.scale)
-            found = torch.bmm(weights.softmax(-1, dtype=torch.float32).to(values.dtype), values)
-        side_by_side: Tensor = found.unflatten(0, (self.shape[0], -1)).transpose(1, 2).flatten(2)
-        return side_by_side
+            found = find_by_products(queries, keys, values, scale=attention.scale, hidden=hidden)
+        return found.transpose(1, 2).flatten(2)
 
     def _project(self, attention: Any, found: Tensor) -> Tensor:
         attended: Tensor = attention.out_proj(found)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipfilter_wds.attention import find_by_products
 from clipfilter_wds.packed import PackedTower
 
 
@@ -126,7 +127,7 @@ class _Attention(nn.Module):
         queries = self._heads(self.q_proj(hidden_states[:, :num_queries]))
         keys, values = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         with torch.autocast(hidden_states.device.type, enabled=False):
-            find = _find_by_products if hidden_states.device.type == "cpu" else functional.scaled_dot_product_attention
+            find = find_by_products if hidden_states.device.type == "cpu" else functional.scaled_dot_product_attention
             found = find(queries, keys, values, scale=self.scale)
         attended: Tensor = self.out_proj(found.transpose(1, 2).flatten(2))
         return attended
@@ -134,15 +135,6 @@ class _Attention(nn.Module):
     def _heads(self, features: Tensor) -> Tensor:
         heads: Tensor = features.unflatten(-1, (self.num_heads, -1))
         return heads.transpose(1, 2)
-
-
-def _find_by_products(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
-    shape = queries.shape[:2]
-    queries, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-    weights = torch.baddbmm(queries.new_empty(()), queries, keys.mT, beta=0, alpha=scale)
-    weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)  # in bf16, rows of 50 would take twice as long
-    found: Tensor = torch.bmm(weights, values).unflatten(0, shape)
-    return found
 
 
 class _LastLayer(nn.Module):
