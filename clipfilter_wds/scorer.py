@@ -12,6 +12,7 @@ from torch.nn import functional
 from clipfilter_wds.captions import NO_CAPTION
 from clipfilter_wds.hugging_face import load_hugging_face
 from clipfilter_wds.open_clip_models import load_open_clip
+from clipfilter_wds.packed import pack_captions
 from clipfilter_wds.precision import (
     DTYPES,
     NARROW,
@@ -21,6 +22,7 @@ from clipfilter_wds.precision import (
     resolve_device,
     resolve_precision,
 )
+from clipfilter_wds.shortcuts import take_shortcuts
 from clipfilter_wds.streams import checkpoint
 from clipfilter_wds.towers import DualEncoder, Towers
 
@@ -49,6 +51,9 @@ _IMAGE_GROUP = {"cpu": 32}
 #: Captions of a low-precision batch that are encoded together, in order of length: fewer pad less and cost more calls.
 _CAPTION_GROUP = {"cpu": 16, "cuda": 256}
 
+#: Likewise where no padding is computed.
+_PACKED_GROUP = 64
+
 
 class ClipScorer(nn.Module):
     """Scores image-caption pairs by the cosine similarity of their CLIP embeddings.
@@ -70,7 +75,8 @@ class ClipScorer(nn.Module):
         flip: Score the mirrored image too and take the mean: text that is painted into a picture then counts for less.
         fast_decode: Decode large JPEGs at a fraction of their size, not below what the model takes: several times as
             fast, with slightly other pixels and so slightly other scores.
-        compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start.
+        compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start. On
+            a processor CLIP's text tower is left out: it is faster as it is.
 
     Raises:
         ModelError: When there is no such model, it is none of these, has no safetensors weights, or the hub can't be
@@ -117,15 +123,19 @@ class ClipScorer(nn.Module):
         self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
         self.register_buffer("pixel_std", _per_channel(encoder.std) * (1.0 / encoder.rescale))
         self.width = encoder.width  # of the wider tower
-        cut_small = on_device.type == "cpu" and encoder.width >= NARROW
-        self.fp32_rows = _FP32_ROWS if cut_small else _MOST_FP32_ROWS
-        self.fast_model = self.model if self.precision == "fp32" else low_precision(self.model, self.precision)
-        if compile and self.precision == "fp32":
+        is_wide_on_cpu = on_device.type == "cpu" and encoder.width >= NARROW
+        self.fp32_rows = _FP32_ROWS if is_wide_on_cpu else _MOST_FP32_ROWS
+        if is_wide_on_cpu:
+            take_shortcuts(self.model)
+        if compile and self.is_exact:
             raise ValueError("compile is for low precision; here precision is fp32")
-        self._is_compiled = compile
+        self.fast_model = self.model if self.is_exact else low_precision(self.model, self.precision)
+        packs = on_device.type == "cpu" and not self.is_exact and pack_captions(self.fast_model)
+        self._caption_group = _PACKED_GROUP if packs else _CAPTION_GROUP.get(on_device.type, 256)
+        self._compiled = {"image": compile, "text": compile and not packs}
         if compile:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
-            self.fast_model.compile(dynamic=True, options={"cpp.dynamic_threads": True})
+            self.fast_model.compile(with_text=not packs, dynamic=True, options={"cpp.dynamic_threads": True})
         self.requires_grad_(False).eval().to(on_device)
 
     @property
@@ -183,7 +193,7 @@ class ClipScorer(nn.Module):
         """
         if self.is_exact:
             return self.encode_image_fp32(pixel_values)
-        with self._low_precision():
+        with self._low_precision("image"):
             pixel_values = pixel_values.to(self.device, non_blocking=True)
             groups = torch.split(pixel_values, _IMAGE_GROUP.get(self.device.type, len(pixel_values)))
             return torch.cat([self._image_features(self.fast_model, group) for group in groups])
@@ -198,10 +208,10 @@ class ClipScorer(nn.Module):
         distinct, inverse = torch.unique(input_ids, dim=0, return_inverse=True)
         lengths = self.preprocess.tokenize.used_lengths(distinct)
         order = lengths.argsort()
-        with self._low_precision():
+        with self._low_precision("text"):
             features = [
                 self._text_features(self.fast_model, distinct[group, : int(lengths[group[-1]])].to(self.device))
-                for group in torch.split(order, _CAPTION_GROUP.get(self.device.type, 256))
+                for group in torch.split(order, self._caption_group)
             ]
         return torch.cat(features)[order.argsort()[inverse].to(self.device)]
 
@@ -247,9 +257,9 @@ class ClipScorer(nn.Module):
         return functional.normalize(model.text_features(input_ids).float(), dim=-1)
 
     @contextmanager
-    def _low_precision(self) -> Iterator[None]:
-        # A compiled model has the products of its compiler.
-        products = nullcontext() if self._is_compiled else onednn_products(self.device, self.width)
+    def _low_precision(self, tower: Literal["image", "text"]) -> Iterator[None]:
+        # What is compiled has the products of its compiler.
+        products = nullcontext() if self._compiled[tower] else onednn_products(self.device, self.width)
         # Nothing to cache: the weights are in low precision already.
         with torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False), products:
             yield

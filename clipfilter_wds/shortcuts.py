@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipfilter_wds.attention import find_by_products
-from clipfilter_wds.packed import PackedTower
 
 
 def take_shortcuts(towers: nn.Module) -> None:
@@ -22,8 +21,6 @@ def take_shortcuts(towers: nn.Module) -> None:
             towers.set_submodule(name, _Patches(module))
         if type(module).__name__ in _FIRST_TOKEN_TOWERS and hasattr(module, "encoder"):
             _shorten_layers(module.encoder.layers)
-        if type(module).__name__ in _CAUSAL_TOWERS and hasattr(module, "encoder"):
-            towers.set_submodule(name, PackedTower(module))
 
 
 # --- activations ---
@@ -88,9 +85,6 @@ class _Patches(nn.Module):
 
 #: Image towers whose embedding comes from the first token of their last layer; of CLIP's kind in transformers.
 _FIRST_TOKEN_TOWERS = ("CLIPVisionModel", "AltCLIPVisionModel", "ChineseCLIPVisionModel")
-
-#: CLIP's text tower, by the names that it has had in transformers.
-_CAUSAL_TOWERS = ("CLIPTextModel", "CLIPTextTransformer")
 
 
 def _shorten_layers(layers: Any) -> None:

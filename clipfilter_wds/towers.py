@@ -37,10 +37,11 @@ class Towers(nn.Module):
     def text_features(self, input_ids: Tensor) -> Tensor:
         """int64 ``[N, L]`` -> embeddings ``[N, D]``, of any length."""
 
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile each tower; nobody calls the module as a whole."""
+    def compile(self, *args: Any, with_text: bool = True, **options: Any) -> None:
+        """Compile each tower, or the image tower alone; nobody calls the module as a whole."""
         self.image_features = torch.compile(self.image_features, *args, **options)  # type: ignore[method-assign]
-        self.text_features = torch.compile(self.text_features, *args, **options)  # type: ignore[method-assign]
+        if with_text:
+            self.text_features = torch.compile(self.text_features, *args, **options)  # type: ignore[method-assign]
 
     def weights_hash(self) -> str:
         """SHA-256 over names and values of all weights, whatever files they came in."""

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from clipfilter_wds.packed import PackedTower
+from clipfilter_wds.packed import PackedTower, pack_captions
 from clipfilter_wds.scorer import ClipScorer
+from tests.dual_encoders import FAMILIES
 from tests.toys import make_clip
 
 CAPTIONS = ["a", "a photo of a cat", "two", "x" * 300, "a dog on a red sofa"]
@@ -27,6 +28,22 @@ def test_packed_captions_have_the_embeddings_of_padded_ones(scorer, captions, fi
         torch.testing.assert_close(PackedTower(tower)(ids).pooler_output, expected, atol=1e-5, rtol=1e-5)
     if len(captions) > 1:
         assert expected.std(dim=0).mean() > 0.01  # captions differ
+
+
+def test_only_low_precision_packs_since_kernels_are_chosen_by_shape(scorer):
+    low = ClipScorer(scorer.model_name, device="cpu", precision="bf16")
+    packed = [
+        sum(isinstance(module, PackedTower) for module in model.modules()) for model in (low.fast_model, low.model)
+    ]
+    assert packed == [1, 0]
+
+
+def test_other_text_towers_stay(tmp_path):
+    make, _, prefix = FAMILIES["siglip"]
+    siglip = ClipScorer(prefix + str(make(tmp_path / "model")), device="cpu", precision="fp32").model
+    before = str(siglip)
+    assert not pack_captions(siglip)
+    assert str(siglip) == before
 
 
 def test_a_caption_does_not_hang_on_the_longer_ones_beside_it(scorer):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipfilter_wds.precision import NARROW
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.shortcuts import take_shortcuts
 from tests.dual_encoders import FAMILIES
@@ -12,7 +13,7 @@ from tests.toys import make_clip
 
 #: Per family, how often each shortcut is taken, in towers of two layers.
 TAKEN = {
-    "clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1, "PackedTower": 1},
+    "clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
     "chinese_clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
     "altclip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
     "siglip": {"_Patches": 1},  # its embedding comes from all tokens
@@ -35,6 +36,30 @@ def test_in_float32_embeddings_are_the_same_to_rounding(tmp_path, family):
         expected = scorer.model.image_features(pixels)
         torch.testing.assert_close(short.image_features(pixels), expected, atol=1e-5, rtol=1e-5)
     assert expected.std(dim=0).mean() > 0.01  # images differ
+
+
+def test_taking_them_again_changes_nothing(tmp_path):
+    scorer = ClipScorer(make_clip(tmp_path), device="cpu", precision="fp32")
+    once = copy.deepcopy(scorer.model)
+    take_shortcuts(once)
+    twice = copy.deepcopy(once)
+    take_shortcuts(twice)
+    pixels = torch.randn(3, 3, *scorer.preprocess.view.crop)
+    ids = scorer.preprocess.tokenize([["a photo of a cat"]]).input_ids
+    with torch.inference_mode():
+        assert torch.equal(once.image_features(pixels), twice.image_features(pixels))
+        assert torch.equal(once.text_features(ids), twice.text_features(ids))
+
+
+def test_a_wide_model_takes_them_in_float32_too_on_a_processor(tmp_path):
+    narrow, wide = (
+        ClipScorer(make_clip(tmp_path / str(width), width=width), device="cpu", precision="fp32")
+        for width in (NARROW // 2, NARROW)
+    )
+    is_short = [
+        any(type(module).__name__ == "_LastLayer" for module in scorer.model.modules()) for scorer in (narrow, wide)
+    ]
+    assert is_short == [False, True]
 
 
 @pytest.mark.parametrize("bias", [False, True])
