@@ -1,6 +1,7 @@
 """In which precision a model multiplies its matrices, and with what."""
 
 import copy
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -89,13 +90,14 @@ def onednn_products(device: torch.device, width: int) -> AbstractContextManager[
 
     torch leaves float32 products on a CPU to MKL, which has no AVX-512 code for processors that are not Intel's. oneDNN
     has: on an AMD EPYC it is 2.1 times as fast. In bf16 torch does call oneDNN, but for the product alone; with the
-    bias added there as well the image tower of a ViT-B/32 is 1.03 times as fast. In small models the calls would cost
-    more than that gains.
+    bias added there as well the image tower of a ViT-B/32 is 1.03 times as fast; where oneDNN has no bf16, torch
+    multiplies it in its own way. In small models the calls would cost more than that gains.
     """
     has_onednn = torch.backends.mkldnn.is_available()
     uses_mkl = device.type == "cpu" and torch.backends.mkl.is_available()
     if uses_mkl and has_onednn and width >= NARROW and hasattr(torch.ops.mkldnn, _PRODUCT):
-        return _OneDnnProducts()
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return _OneDnnProducts({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
     return nullcontext()
 
 
@@ -104,8 +106,12 @@ _PRODUCT = "_linear_pointwise"
 
 
 class _OneDnnProducts(TorchFunctionMode):
+    def __init__(self, dtypes: Collection[torch.dtype]) -> None:
+        super().__init__()
+        self._dtypes = dtypes
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and (dtype := _dtype_of_product(args[1])) in (torch.float32, torch.bfloat16):
+        if func is functional.linear and (dtype := _dtype_of_product(args[1])) in self._dtypes:
             return _onednn_linear(dtype, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -29,7 +29,8 @@ def test_short_run_of_the_speed_benchmark(tmp_path):
     speed = run(tmp_path)["speed"]
     rows = {row["name"]: row for row in speed["rows"]}
     ours = {"rewrite", "inline loader", "table", "rewrite --scores"}
-    assert ours | {"webdataset loop, bf16", "decode, one core", "cp"} <= rows.keys()
+    assert ours | {"decode, one core", "cp"} <= rows.keys()
+    assert "webdataset loop, bf16" not in rows  # nor is the scorer in bf16, with a model that small
     best = max(rows[f"{loop} loop, fp32"]["rate"]["median"] for loop in ("operator's", "webdataset"))
     assert rows["rewrite"]["ratio"]["median"] == pytest.approx(rows["rewrite"]["rate"]["median"] / best)
     limit = speed["limits"]["limit"][0]
