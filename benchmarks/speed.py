@@ -151,7 +151,7 @@ def _arithmetic(
     forward = [1 / (1 / images + 1 / texts) for images, texts in zip(rates[IMAGES], rates[TEXTS], strict=True)]
     share = Spread.of([flops * rate / matmul for rate in forward])
     report.tell(
-        f"{flops / 1e9:.1f} GFLOP per sample; a large matrix product in {low.dtype} runs at {matmul / 1e12:.2f} TFLOP/s, "
-        f"the towers at {share} of it"
+        f"{flops / 1e9:.1f} GFLOP per sample; a large matrix product in {low.dtype} runs at "
+        f"{matmul / 1e12:.2f} TFLOP/s, the towers at {share} of it"
     )
     return {"flops_per_sample": flops, "matmul_flops": matmul, "forward_share_of_matmul": share}

@@ -40,7 +40,7 @@ def test_short_run_of_the_speed_benchmark(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_short_run_of_the_other_benchmarks(tmp_path):
     results = run(tmp_path, "workers", "inline", "length")
     assert next(row["name"] for row in results["workers"]["rows"]) == "0 workers"
