@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from clipfilter_wds.captions import CaptionTokenizer, Tokens
+from clipfilter_wds.jpeg import decode_plain_jpeg
 from clipfilter_wds.samples import IMAGE_EXTENSIONS, SampleLayout
 from clipfilter_wds.types import DropReason, Sample
 
@@ -77,17 +79,40 @@ class RgbImage(NamedTuple):
     """An RGB image, and its width and height as stored, in pixels.
 
     With ``fast_decode`` it may be decoded at 1 / ``scale`` of that, rounded up: its last row and column are cut ones.
+
+    Attributes:
+        decoded: By Pillow, or uint8 ``[4, H, W]`` with a channel of padding.
+        width: As stored.
+        height: As stored.
+        scale: What both were divided by.
+        info: What Pillow found beside the pixels: EXIF, colour profile, ...
     """
 
-    image: Image.Image
+    decoded: Image.Image | torch.Tensor
     width: int
     height: int
     scale: int = 1
+    info: Mapping[Any, Any] = MappingProxyType({})
 
     @classmethod
     def of(cls, image: Image.Image) -> Self:
         """An image that was decoded elsewhere."""
         return cls(_to_rgb(image), *image.size)
+
+    @property
+    def image(self) -> Image.Image:
+        """As Pillow has it."""
+        if isinstance(self.decoded, Image.Image):
+            return self.decoded
+        pixels = self.decoded.permute(1, 2, 0).numpy()
+        image = Image.frombytes("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX")
+        image.info = dict(self.info)
+        return image
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """uint8 ``[3 or 4, H, W]``, of which the first three are red, green and blue."""
+        return _pixels(self.decoded) if isinstance(self.decoded, Image.Image) else self.decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +164,8 @@ class ImageView:
                 self._check_size(width, height)
                 drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
                 scale = 1 if drafted is None else round(width / drafted[1][2])
-                return RgbImage(_to_rgb(image), width, height, scale)
+                pixels = decode_plain_jpeg(data, image) if scale == 1 else None
+                return RgbImage(_to_rgb(image) if pixels is None else pixels, width, height, scale, image.info)
         except UnusableError:
             raise
         except Image.DecompressionBombError:
@@ -155,11 +181,11 @@ class ImageView:
             pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()], box))
         elif rgb.scale == 1 or self.interpolation not in ("bilinear", "bicubic"):
             interpolation = InterpolationMode(self.interpolation)
-            pixels = tvf.resize(_pixels(rgb.image), list(size), interpolation, antialias=True)
+            pixels = tvf.resize(rgb.pixels, list(size), interpolation, antialias=True)
         else:
             # The size of the output is rounded down, which must not make it a pixel less.
             factors = [(to + 1 / 64) * rgb.scale / of for to, of in zip(size, (rgb.height, rgb.width), strict=True)]
-            reduced = _pixels(rgb.image)[None]
+            reduced = rgb.pixels[None]
             pixels = interpolate(reduced, scale_factor=factors, mode=self.interpolation, antialias=True)[0]
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
         whole = round if self.resampler == "pillow" else int

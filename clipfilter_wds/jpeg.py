@@ -1,0 +1,51 @@
+"""JPEGs -> pixels without Pillow around the decoder: the same pixels in less time."""
+
+import io
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from simplejpeg import decode_jpeg
+
+#: What Pillow calls the JPEGs whose colours it leaves to libjpeg: YCbCr or RGB, and grey.
+_PLAIN_MODES = ("RGB", "L")
+
+
+def decode_plain_jpeg(data: bytes, opened: Image.Image) -> torch.Tensor | None:
+    """Decode a JPEG that has nothing odd about it.
+
+    Measured on 512-pixel photographs, from bytes to the model's view on one core: 1.77 -> 1.26 ms.
+
+    Args:
+        data: The file.
+        opened: The same as Pillow has opened it, which has looked at its header and decoded nothing.
+
+    Returns:
+        RGB pixels, uint8 ``[4, H, W]``, channels last in memory, the fourth being padding. None where Pillow is to
+        decide what becomes of it: other formats, CMYK, and all that libjpeg-turbo has anything to say about.
+    """
+    if opened.format != "JPEG" or opened.mode not in _PLAIN_MODES or not _pixels_are_pillows():
+        return None
+    return _decode(data, opened.height, opened.width)
+
+
+def _decode(data: bytes, height: int, width: int) -> torch.Tensor | None:
+    # Of the size that was checked, whatever the decoder's own look at the header finds.
+    pixels = np.empty((height, width, 4), dtype=np.uint8)
+    try:
+        decoded = decode_jpeg(data, "RGBX", buffer=pixels, strict=True)
+    except ValueError:
+        return None
+    return torch.from_numpy(decoded).permute(2, 0, 1) if decoded.shape == pixels.shape else None
+
+
+@cache
+def _pixels_are_pillows() -> bool:
+    """Whether this decoder agrees with the libjpeg that Pillow was built with: others upsample colours differently."""
+    ramp = np.arange(35, dtype=np.uint8) * 7
+    image = Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:, None], ramp[::-1]), axis=-1))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75, subsampling="4:2:0")
+    decoded = _decode(file.getvalue(), *image.size)
+    return decoded is not None and np.array_equal(decoded.permute(1, 2, 0)[..., :3], np.asarray(Image.open(file)))
