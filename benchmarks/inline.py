@@ -17,6 +17,7 @@ from benchmarks.options import Options
 from benchmarks.report import Report
 from benchmarks.rounds import Spread
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
+from clipfilter_wds.precision import resolve_precision
 
 #: Cost of a training step in forward passes of the CLIP that filters.
 _COSTS = (1, 4, 16)
@@ -55,14 +56,18 @@ def inline(options: Options, report: Report) -> None:
 
 
 class _TrainStep:
-    """Forward, backward and update of transformer-like layers, as many as take a given time."""
+    """Forward, backward and update of transformer-like layers, as many as take a given time.
+
+    In bf16, but in float32 on a processor that is slower in bf16.
+    """
 
     def __init__(self, seconds: float, batch_size: int, device: torch.device) -> None:
         width, tokens = 768, 50
+        dtype = torch.float32 if resolve_precision("auto", device, width) == "fp32" else torch.bfloat16
         self._layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self._layers.to(device, torch.bfloat16)
+        self._layers.to(device, dtype)
         self._optimizer = torch.optim.SGD(self._layers.parameters(), lr=1e-6)
-        self._activations = torch.randn(batch_size * tokens, width, device=device, dtype=torch.bfloat16)
+        self._activations = torch.randn(batch_size * tokens, width, device=device, dtype=dtype)
         self._device, self._repeats = device, 1
         self(None)
         once = median(_timed(lambda: self(None)) for _ in range(5))

@@ -15,7 +15,7 @@ _PLAIN_MODES = ("RGB", "L")
 def decode_plain_jpeg(data: bytes, opened: Image.Image) -> torch.Tensor | None:
     """Decode a JPEG that has nothing odd about it.
 
-    Measured on 512-pixel photographs, from bytes to the model's view on one core: 1.77 -> 1.26 ms.
+    Measured on 512-pixel photographs, from bytes to the model's view on one core: 1.83 -> 1.37 ms.
 
     Args:
         data: The file.

@@ -13,8 +13,9 @@ from tests.processes import in_fresh_process
 SHORT = ["--size=tiny", "--image_size=64", "--num_samples=64", "--batch_size=8", "--num_workers=1", "--rounds=1"]
 
 
-def run(folder: Path, *names: str) -> dict:
-    in_fresh_process(_main, [*names, *SHORT, "--device=cpu", f"--output={folder}", f"--cache={folder}/cache"])
+def run(folder: Path, *names: str, timeout: float = 120) -> dict:
+    args = [*names, *SHORT, "--device=cpu", f"--output={folder}", f"--cache={folder}/cache"]
+    in_fresh_process(_main, args, timeout=timeout)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -42,7 +43,7 @@ def test_short_run_of_the_speed_benchmark(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_short_run_of_the_other_benchmarks(tmp_path):
-    results = run(tmp_path, "workers", "inline", "length")
+    results = run(tmp_path, "workers", "inline", "length", timeout=360)
     assert next(row["name"] for row in results["workers"]["rows"]) == "0 workers"
     assert [row["cost"] for row in results["inline"]["rows"]] == ["1x", "4x", "16x"]
     assert [row["samples"] for row in results["length"]["rows"]] == [64, 128]
