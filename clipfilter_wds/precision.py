@@ -1,14 +1,11 @@
-"""In which precision a model multiplies its matrices, and with what."""
+"""In which precision a model multiplies its matrices."""
 
 import copy
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from clipfilter_wds.shortcuts import take_shortcuts
 from clipfilter_wds.towers import Towers
@@ -83,45 +80,3 @@ class _Float32Linear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return functional.linear(features.float(), self.weight, self.bias)
-
-
-def onednn_products(device: torch.device, width: int) -> AbstractContextManager[Any]:
-    """Where linear layers are oneDNN's own, on this device and with towers of this width.
-
-    torch leaves float32 products on a CPU to MKL, which has no AVX-512 code for processors that are not Intel's. oneDNN
-    has: on an AMD EPYC it is 2.1 times as fast. In bf16 torch does call oneDNN, but for the product alone; with the
-    bias added there as well the image tower of a ViT-B/32 is 1.03 times as fast; where oneDNN has no bf16, torch
-    multiplies it in its own way. In small models the calls would cost more than that gains.
-    """
-    has_onednn = torch.backends.mkldnn.is_available()
-    uses_mkl = device.type == "cpu" and torch.backends.mkl.is_available()
-    if uses_mkl and has_onednn and width >= NARROW and hasattr(torch.ops.mkldnn, _PRODUCT):
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return _OneDnnProducts({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
-    return nullcontext()
-
-
-#: What torch's own compiler makes of a linear layer on a CPU.
-_PRODUCT = "_linear_pointwise"
-
-
-class _OneDnnProducts(TorchFunctionMode):
-    def __init__(self, dtypes: Collection[torch.dtype]) -> None:
-        super().__init__()
-        self._dtypes = dtypes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and (dtype := _dtype_of_product(args[1])) in self._dtypes:
-            return _onednn_linear(dtype, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _dtype_of_product(weight: Tensor) -> torch.dtype:
-    """What the layer would be computed in without us, whose operator autocast does not know."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-
-
-def _onednn_linear(dtype: torch.dtype, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    bias = None if bias is None else bias.to(dtype)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(features.to(dtype), weight.to(dtype), bias, "none", [], "")
-    return product

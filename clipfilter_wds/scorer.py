@@ -1,7 +1,7 @@
 """Batches -> cosine similarities, with a CLIP model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ from clipfilter_wds.precision import (
     NARROW,
     Precision,
     low_precision,
-    onednn_products,
     resolve_device,
     resolve_precision,
 )
+from clipfilter_wds.products import onednn_products
 from clipfilter_wds.shortcuts import take_shortcuts
 from clipfilter_wds.streams import checkpoint
 from clipfilter_wds.towers import DualEncoder, Towers
@@ -132,7 +132,6 @@ class ClipScorer(nn.Module):
         self.fast_model = self.model if self.is_exact else low_precision(self.model, self.precision)
         packs = on_device.type == "cpu" and not self.is_exact and pack_captions(self.fast_model)
         self._caption_group = _PACKED_GROUP if packs else _CAPTION_GROUP.get(on_device.type, 256)
-        self._compiled = {"image": compile, "text": compile and not packs}
         if compile:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
             self.fast_model.compile(with_text=not packs, dynamic=True, options={"cpp.dynamic_threads": True})
@@ -193,7 +192,7 @@ class ClipScorer(nn.Module):
         """
         if self.is_exact:
             return self.encode_image_fp32(pixel_values)
-        with self._low_precision("image"):
+        with self._low_precision():
             pixel_values = pixel_values.to(self.device, non_blocking=True)
             groups = torch.split(pixel_values, _IMAGE_GROUP.get(self.device.type, len(pixel_values)))
             return torch.cat([self._image_features(self.fast_model, group) for group in groups])
@@ -208,7 +207,7 @@ class ClipScorer(nn.Module):
         distinct, inverse = torch.unique(input_ids, dim=0, return_inverse=True)
         lengths = self.preprocess.tokenize.used_lengths(distinct)
         order = lengths.argsort()
-        with self._low_precision("text"):
+        with self._low_precision():
             features = [
                 self._text_features(self.fast_model, distinct[group, : int(lengths[group[-1]])].to(self.device))
                 for group in torch.split(order, self._caption_group)
@@ -257,11 +256,10 @@ class ClipScorer(nn.Module):
         return functional.normalize(model.text_features(input_ids).float(), dim=-1)
 
     @contextmanager
-    def _low_precision(self, tower: Literal["image", "text"]) -> Iterator[None]:
-        # What is compiled has the products of its compiler.
-        products = nullcontext() if self._compiled[tower] else onednn_products(self.device, self.width)
+    def _low_precision(self) -> Iterator[None]:
         # Nothing to cache: the weights are in low precision already.
-        with torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False), products:
+        autocast = torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
+        with autocast, onednn_products(self.device, self.width):
             yield
 
 
