@@ -82,9 +82,9 @@ class _Forward:
         return Outcome(len(captions))
 
     def scorer(self, data: Data) -> Outcome:
-        """The whole of :class:`ClipScorer`, as batches come."""
+        """The whole of :class:`ClipScorer`, as batches come: images are on the device, captions on the host."""
         captions = [caption for _, caption in data.rows][: self._batch_size]
-        ids = self._scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids.to(self._model.device)
+        ids = self._scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids
         size = self._scorer.preprocess.view.crop
         pixels = torch.randint(0, 256, (len(captions), 3, *size), dtype=torch.uint8).to(self._model.device)
         batches = max(1, round(len(data.rows) / len(captions)))

@@ -180,7 +180,7 @@ class ClipScorer(nn.Module):
             return (images * encode_text(input_ids)).sum(dim=-1)
         is_caption = input_ids[:, :, 0] != NO_CAPTION
         texts = encode_text(input_ids[is_caption])
-        image_of = is_caption.nonzero()[:, 0].to(images.device)
+        image_of = self._on_device(is_caption.nonzero()[:, 0])
         similarities = (images[image_of] * texts).sum(dim=-1)
         scores = similarities.new_empty(len(images))
         return scores.scatter_reduce(0, image_of, similarities, _REDUCTIONS[self.reduce], include_self=False)
@@ -193,7 +193,7 @@ class ClipScorer(nn.Module):
         if self.is_exact:
             return self.encode_image_fp32(pixel_values)
         with self._low_precision():
-            pixel_values = pixel_values.to(self.device, non_blocking=True)
+            pixel_values = self._on_device(pixel_values)
             groups = torch.split(pixel_values, _IMAGE_GROUP.get(self.device.type, len(pixel_values)))
             return torch.cat([self._image_features(self.fast_model, group) for group in groups])
 
@@ -209,10 +209,10 @@ class ClipScorer(nn.Module):
         order = lengths.argsort()
         with self._low_precision():
             features = [
-                self._text_features(self.fast_model, distinct[group, : int(lengths[group[-1]])].to(self.device))
+                self._text_features(self.fast_model, self._on_device(distinct[group, : int(lengths[group[-1]])]))
                 for group in torch.split(order, self._caption_group)
             ]
-        return torch.cat(features)[order.argsort()[inverse].to(self.device)]
+        return torch.cat(features)[self._on_device(order.argsort()[inverse])]
 
     def encode_image_fp32(self, pixel_values: Tensor) -> Tensor:
         """uint8 ``[N, 3, H, W]`` -> L2-normalised float32 ``[N, D]``, in float32."""
@@ -231,15 +231,21 @@ class ClipScorer(nn.Module):
             )
             for group in groups
         ]
-        return torch.cat(features)[torch.cat(groups).argsort().to(self.device)]
+        return torch.cat(features)[self._on_device(torch.cat(groups).argsort())]
 
     def _in_equal_batches(self, encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         size, num_rows = self.fp32_rows, len(rows)
         if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-        rows = rows.to(self.device, non_blocking=True)
+        rows = self._on_device(rows)
         with onednn_products(self.device, self.width):
             return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        # From page-locked memory, a copy waits in the queue of a GPU; from other memory, the host waits for that queue.
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _image_features(self, model: Towers, pixel_values: Tensor) -> Tensor:
         checkpoint()

@@ -111,6 +111,24 @@ def test_an_empty_batch_has_no_scores(scorer):
     assert scorer(pixels, tokens.input_ids).shape == (0,)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_gpu_is_given_a_batch_without_waiting_for_it(clip_folder, precision):
+    scorer = ClipScorer(clip_folder, device="cuda", precision=precision)
+    pairs = [scorer.preprocess.open_pair(encoded(photo(seed)), "word " * seed) for seed in range(1, 20)]
+    pixel_values, tokens = scorer.preprocess.collate(pairs)
+    scores = scorer(pixel_values, tokens.input_ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = scorer(pixel_values, tokens.input_ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, scores)
+    expected = ClipScorer(clip_folder, device="cpu", precision="fp32")(pixel_values, tokens.input_ids)
+    torch.testing.assert_close(again.cpu(), expected, rtol=0, atol=1e-5 if precision == "fp32" else 1e-2)
+
+
 def test_fingerprint_tells_weights_apart_but_not_folders(clip_folder, tmp_path):
     first = ClipScorer(clip_folder, device="cpu").fingerprint
     moved = ClipScorer(shutil.copytree(clip_folder, tmp_path / "moved"), device="cpu").fingerprint
