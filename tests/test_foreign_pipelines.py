@@ -1,12 +1,14 @@
 """The filter around loaders that people have already."""
 
 import pytest
+import torch
 import webdataset
 from torch.utils.data import DataLoader
 
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
 from clipfilter_wds.samples import SampleLayout
+from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.types import DropReason
 from tests.toys import pair, write_shard
 
@@ -50,6 +52,22 @@ def collate(samples):
     from torch.utils.data import default_collate
 
     return default_collate(samples)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+def test_what_a_loader_is_still_copying_to_the_gpu_is_scored_once_it_is_there(shard, clip_folder):
+    scorer = ClipScorer(clip_folder, device="cuda")
+    pipeline = webdataset.WebDataset(str(shard), shardshuffle=False).map(scorer.preprocess)
+    pipeline = pipeline.map(lambda sample: {name: sample[name] for name in COLUMNS}).batched(7, collation_fn=collate)
+
+    def copying():
+        for batch in pipeline:
+            torch.cuda._sleep(200_000_000)  # the GPU has something to do before it copies
+            yield {**batch, "pixel_values": batch["pixel_values"].pin_memory().to("cuda", non_blocking=True)}
+
+    theirs = ClipFilterLoader(copying(), scorer, threshold=-1.0)
+    assert kept(theirs) == kept(ClipFilterLoader(ClipWebDataset(shard, scorer.preprocess), scorer, threshold=-1.0))
 
 
 def test_decoded_samples_and_json_captions_do_as_well(shard, scorer):

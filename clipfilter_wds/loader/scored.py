@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -128,17 +127,38 @@ def _score(
             yield batch, np.full(len(inputs(batch)[0]), np.nan, dtype=np.float32)
         return
     # On a stream of its own, so that waiting for the scores does not wait for the training step.
-    device = recheck.scorer.device
-    scored = recheck.map(batches, inputs)
-    while True:
-        with torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext():
-            batch_and_scores = next(scored, None)
-        if batch_and_scores is None:
-            return
-        yield batch_and_scores[0], batch_and_scores[1].scores
+    side, around = _streams(recheck.scorer.device)
+
+    def inputs_for_side(batch: T) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.cuda.stream(around):
+            tensors = inputs(batch)
+        for tensor in tensors:
+            if side and around and tensor.is_cuda:  # somebody's loader has put it there
+                side.wait_stream(around)
+                tensor.record_stream(side)
+        return tensors
+
+    for batch, scores in _taken_on(side, recheck.map(_taken_on(around, batches), inputs_for_side)):
+        yield batch, scores.scores
+
+
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
+    """The one of the scores, and the current one; a processor has none."""
+    return (_side_stream(device), torch.cuda.current_stream(device)) if device.type == "cuda" else (None, None)
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     stream: torch.cuda.Stream = torch.cuda.Stream(device)
     return stream
+
+
+def _taken_on(stream: torch.cuda.Stream | None, items: Iterable[T]) -> Iterator[T]:
+    """The items, each of them made while this stream is the current one."""
+    iterator, end = iter(items), object()
+    while True:
+        with torch.cuda.stream(stream):
+            item = next(iterator, end)
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
