@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.nn import functional
 
@@ -5,6 +6,15 @@ from clipfilter_wds.precision import NARROW
 from clipfilter_wds.products import onednn_products
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_rows", [8, 256, 400])
+def test_a_product_does_not_depend_on_where_its_row_is(num_rows):
+    generator = torch.Generator().manual_seed(0)
+    row, weight = torch.randn(1, NARROW, generator=generator), torch.randn(NARROW, NARROW, generator=generator)
+    with torch.inference_mode(), onednn_products(CPU, NARROW):
+        products = functional.linear(row.expand(num_rows, -1).contiguous(), weight)
+    assert all(torch.equal(product, products[0]) for product in products)
 
 
 def test_products_are_the_same_whoever_computes_them():
