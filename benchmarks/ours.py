@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.material import Data, make_model
@@ -13,6 +14,7 @@ from clipfilter_wds.pairs import Pair, batched, score_pairs
 from clipfilter_wds.recheck import Recheck
 from clipfilter_wds.scores import ShardScores
 from clipfilter_wds.selection import select
+from clipfilter_wds.watch import StarvationError
 
 #: Keeps part of the samples by the tiny model's scores.
 _TINY_THRESHOLD = 0.1
@@ -71,8 +73,11 @@ class InlineLoader(_Use):
             score_batch_size=self._options.batch_size,
             num_workers=self._options.workers,
         )
-        kept = frozenset(key for batch in loader for key in batch["__key__"])
-        return Outcome(loader.stats.seen, kept)
+        kept: list[str] = []
+        with suppress(StarvationError):  # of the few samples of a short turn, none may be kept
+            for batch in loader:
+                kept += batch["__key__"]
+        return Outcome(loader.stats.seen, frozenset(kept))
 
 
 class Table(_Use):
