@@ -16,7 +16,7 @@ from clipfilter_wds.stream import Position
 from clipfilter_wds.types import DropReason
 
 if TYPE_CHECKING:  # importing models takes seconds, and a loader that takes its scores from a table has none
-    from clipfilter_wds.recheck import Recheck
+    from clipfilter_wds.recheck import BatchScores, Recheck
 
 T = TypeVar("T")
 
@@ -126,25 +126,28 @@ def _score(
         for batch in batches:
             yield batch, np.full(len(inputs(batch)[0]), np.nan, dtype=np.float32)
         return
-    # On a stream of its own, so that waiting for the scores does not wait for the training step.
-    side, around = _streams(recheck.scorer.device)
+    is_on_gpu = recheck.scorer.device.type == "cuda"
+    scored = _map_beside_training(recheck, batches, inputs) if is_on_gpu else recheck.map(batches, inputs)
+    for batch, scores in scored:
+        yield batch, scores.scores
+
+
+def _map_beside_training(
+    recheck: "Recheck", batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[T, "BatchScores"]]:
+    """On a CUDA stream of its own, so that waiting for the scores does not wait for the training step."""
+    side, around = _side_stream(recheck.scorer.device), torch.cuda.current_stream(recheck.scorer.device)
 
     def inputs_for_side(batch: T) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.stream(around):
             tensors = inputs(batch)
         for tensor in tensors:
-            if side and around and tensor.is_cuda:  # somebody's loader has put it there
+            if tensor.is_cuda:  # somebody's loader has put it there
                 side.wait_stream(around)
                 tensor.record_stream(side)
         return tensors
 
-    for batch, scores in _taken_on(side, recheck.map(_taken_on(around, batches), inputs_for_side)):
-        yield batch, scores.scores
-
-
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
-    """The one of the scores, and the current one; a processor has none."""
-    return (_side_stream(device), torch.cuda.current_stream(device)) if device.type == "cuda" else (None, None)
+    return _taken_on(side, recheck.map(_taken_on(around, batches), inputs_for_side))
 
 
 @cache
@@ -153,12 +156,13 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-def _taken_on(stream: torch.cuda.Stream | None, items: Iterable[T]) -> Iterator[T]:
+def _taken_on(stream: torch.cuda.Stream, items: Iterable[T]) -> Iterator[T]:
     """The items, each of them made while this stream is the current one."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
     while True:
         with torch.cuda.stream(stream):
-            item = next(iterator, end)
-        if item is end:
-            return
-        yield item  # type: ignore[misc]
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
