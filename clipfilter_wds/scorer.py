@@ -128,7 +128,7 @@ class ClipScorer(nn.Module):
         if is_wide_on_cpu:
             take_shortcuts(self.model)
         if compile and self.is_exact:
-            raise ValueError("compile is for low precision; here precision is fp32")
+            raise ValueError("compile is for low precision, and precision is fp32 here: leave compile out")
         self.fast_model = self.model if self.is_exact else low_precision(self.model, self.precision)
         packs = on_device.type == "cpu" and not self.is_exact and pack_captions(self.fast_model)
         self._caption_group = _PACKED_GROUP if packs else _CAPTION_GROUP.get(on_device.type, 256)
