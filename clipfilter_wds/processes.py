@@ -1,5 +1,6 @@
 """Processes that read and decode for this one: start them, know when one dies, and end them soon."""
 
+import copy
 import fcntl
 import gc
 import multiprocessing
@@ -11,7 +12,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawValue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -82,7 +85,35 @@ class _Loader(DataLoader[T]):
         self.whereabouts = whereabouts
 
     def _get_iterator(self) -> Any:
-        return WorkerIterator(self) if self.num_workers else super()._get_iterator()
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.multiprocessing_context = _without_locked_events(self.multiprocessing_context)
+        return WorkerIterator(self)
+
+
+def _without_locked_events(context: BaseContext | None) -> BaseContext:
+    """A way to start processes whose events nobody can hold."""
+    context = copy.copy(context or multiprocessing.get_context())
+    context.Event = _Flag  # type: ignore[method-assign, assignment]
+    return context
+
+
+class _Flag:
+    """An event without a lock; torch asks whether workers are to end before each batch, and tells them to once.
+
+    A worker that was killed with that lock in its hands would keep its parent waiting for ever.
+    """
+
+    def __init__(self) -> None:
+        self._cell = RawValue("b", 0)
+
+    def set(self) -> None:
+        """Set it, for all processes."""
+        self._cell.value = 1
+
+    def is_set(self) -> bool:
+        """Whether any process has set it."""
+        return bool(self._cell.value)
 
 
 @contextmanager
@@ -139,17 +170,9 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
 
     def __init__(self, loader: _Loader[Any]) -> None:
         self._whereabouts = loader.whereabouts
+        self._watch: _Watch | None = None
         self._is_stopped = False
         super().__init__(loader)
-        _widen(self._worker_result_queue)
-        if self._whereabouts is not None and self._worker_pids_set:
-            # torch would raise from a signal handler, in whatever line the main thread happens to be.
-            _remove_worker_pids(id(self))
-            self._worker_pids_set = False
-        self._watch = _Watch(self._workers, self._whereabouts) if self._whereabouts is not None else None
-        if self._watch is not None and not self._pin_memory:  # with pinned memory, a thread waits that can be left
-            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
-            self._watch.start()
 
     def close(self) -> None:
         """End the workers, now; it takes a second at most."""
@@ -160,8 +183,21 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         self._is_stopped = True
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        if first_iter:  # the workers have been given nothing to do yet
+            _widen(self._worker_result_queue)
+            if self._whereabouts is not None:
+                self._keep_watch(self._whereabouts)
         self._is_stopped = False
         super()._reset(loader, first_iter)
+
+    def _keep_watch(self, whereabouts: Whereabouts) -> None:
+        if self._worker_pids_set:  # torch would raise from a signal handler, in whatever line the main thread is at
+            _remove_worker_pids(id(self))
+            self._worker_pids_set = False
+        self._watch = _Watch(self._workers, whereabouts)
+        if not self._pin_memory:  # with pinned memory, a thread waits that can be left
+            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
+            self._watch.start()
 
     def _get_data(self) -> Any:
         """Wait for what any of the workers sends, looking up often."""

@@ -4,10 +4,12 @@ import ctypes
 import gc
 import json
 import multiprocessing.connection
+import multiprocessing.synchronize
 import os
 import re
 import signal
 import struct
+import sys
 import time
 from collections import deque
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PpmImagePlugin
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.worker import _worker_loop
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.pairs import PairTally
@@ -479,6 +482,52 @@ def test_a_worker_that_is_killed_while_it_sends_keeps_nobody_waiting(method, per
     whereabouts = Whereabouts(["a.tar"], 2)
     batches = worker_loader(
         Numbers(whereabouts),
+        num_workers=2,
+        whereabouts=whereabouts,
+        persistent_workers=persistent,
+        multiprocessing_context=method,
+    )
+    with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "), iterating(batches) as numbers:
+        deque(numbers, maxlen=0)
+
+
+class Holder(IterableDataset):
+    """Yields without end; worker 0 is killed at its second, with every lock in its hands that others wait for too."""
+
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self.whereabouts = whereabouts
+
+    def __iter__(self):
+        yield 1
+        if get_worker_info().id == 0:
+            self.whereabouts.trail().at("a.tar", 7)
+            take_all_locks()
+            out_of_memory()
+        while True:
+            yield 2
+
+
+def take_all_locks() -> None:
+    """Of the queues and the event that torch gives a worker."""
+    frame = sys._getframe()
+    while frame.f_code is not _worker_loop.__code__:
+        frame = frame.f_back
+    for name in ("index_queue", "data_queue", "done_event"):
+        for part in vars(frame.f_locals[name]).values():
+            lock = part._lock if isinstance(part, multiprocessing.synchronize.Condition) else part
+            if isinstance(lock, multiprocessing.synchronize.Lock):
+                assert lock.acquire(timeout=10)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    "method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ("fork", "spawn", "forkserver"))]
+)
+def test_a_worker_that_is_killed_with_all_locks_in_its_hands_keeps_nobody_waiting(method, persistent):
+    whereabouts = Whereabouts(["a.tar"], 2)
+    batches = worker_loader(
+        Holder(whereabouts),
         num_workers=2,
         whereabouts=whereabouts,
         persistent_workers=persistent,
