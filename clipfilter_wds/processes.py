@@ -11,10 +11,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawValue
+from queue import Empty
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -87,15 +90,37 @@ class _Loader(DataLoader[T]):
     def _get_iterator(self) -> Any:
         if not self.num_workers:
             return super()._get_iterator()
-        self.multiprocessing_context = _without_locked_events(self.multiprocessing_context)
+        self.multiprocessing_context = _survivable(self.multiprocessing_context)
         return WorkerIterator(self)
 
 
-def _without_locked_events(context: BaseContext | None) -> BaseContext:
-    """A way to start processes whose events nobody can hold."""
+def _survivable(context: BaseContext | None) -> BaseContext:
+    """A way to start processes that leaves nobody waiting for one of them that was killed, wherever it was."""
     context = copy.copy(context or multiprocessing.get_context())
     context.Event = _Flag  # type: ignore[method-assign, assignment]
+    context.Queue = partial(_Messages, ctx=context)  # type: ignore[method-assign]
     return context
+
+
+class _Messages(Queue):  # type: ignore[type-arg]  # it is generic for type checkers only
+    """A queue of processes that holds nothing more, instead of raising, when nobody is left who could put something in.
+
+    Torch's thread that puts batches in page-locked memory ends no other way than by itself.
+    """
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """Wait for what comes next."""
+        try:
+            return super().get(block, timeout)
+        except (EOFError, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the system's; the end inside a message has no number
+                raise
+            raise Empty from None
+
+    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put something in, unless this process said that it will no longer."""
+        if not self._writer.closed:  # type: ignore[attr-defined]
+            super().put(obj, block, timeout)
 
 
 class _Flag:
@@ -195,9 +220,12 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
         self._watch = _Watch(self._workers, whereabouts)
-        if not self._pin_memory:  # with pinned memory, a thread waits that can be left
-            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
+        if not self._pin_memory:  # there, torch's thread waits, and is told to end through that queue
+            self._leave_writing_to_workers()
             self._watch.start()
+
+    def _leave_writing_to_workers(self) -> None:
+        self._worker_result_queue._writer.close()  # type: ignore[attr-defined]
 
     def _get_data(self) -> Any:
         """Wait for what any of the workers sends, looking up often."""
@@ -236,6 +264,10 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         ended = threading.Event()
         helper = threading.Thread(target=_end_soon, args=(self._workers, ended), name="clipfilter-end", daemon=True)
         helper.start()
+        if self._pin_memory and self._death(0.0):  # it may have left half a message
+            for worker in self._workers:
+                worker.kill()
+            self._leave_writing_to_workers()
         super()._shutdown_workers()
         if self._watch is not None:
             self._watch.stop()

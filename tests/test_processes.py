@@ -10,12 +10,14 @@ import re
 import signal
 import struct
 import sys
+import threading
 import time
 from collections import deque
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, PpmImagePlugin
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.worker import _worker_loop
@@ -489,6 +491,27 @@ def test_a_worker_that_is_killed_while_it_sends_keeps_nobody_waiting(method, per
     )
     with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "), iterating(batches) as numbers:
         deque(numbers, maxlen=0)
+
+
+@pytest.fixture
+def pinning(monkeypatch):
+    """Let torch's thread that pins memory run where no accelerator is; it hands on what is no tensor."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("persistent", [False, True])
+def test_nor_does_it_where_a_thread_waits_that_puts_batches_in_page_locked_memory(pinning, persistent):
+    whereabouts = Whereabouts(["a.tar"], 2)
+    batches = worker_loader(
+        Numbers(whereabouts), num_workers=2, whereabouts=whereabouts, persistent_workers=persistent, pin_memory=True
+    )
+    with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "), iterating(batches) as numbers:
+        deque(numbers, maxlen=0)
+    assert not [thread for thread in threading.enumerate() if "_pin_memory_loop" in thread.name]
 
 
 class Holder(IterableDataset):

@@ -4,6 +4,7 @@ What is on disk in the end must not depend on it: no bit of the output, no tempo
 slow tests together kill 107 processes: 35 drivers, 35 DataLoader workers, 35 Ray workers, 2 drivers of Ray.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -88,6 +89,7 @@ class Runs:
 
 
 def _run(config: RewriteConfig, load: partial[ClipScorer]) -> None:
+    faulthandler.dump_traceback_later(300)  # of a run that hangs, should there be one
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader workers, as it is by default on Linux
     process_shards(config, load())
