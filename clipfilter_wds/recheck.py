@@ -1,7 +1,7 @@
 """Scores of a fast, inexact model -> the decisions that float32 makes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +25,9 @@ _WHOLE = 2.0
 #: Share of the samples outside the band that are scored in float32 as well, to see whether the band still holds.
 _AUDITED = 1 / 1024
 
+#: The caption's and then the image's are computed again in float32.
+_NUM_TOWERS = 2
+
 #: Batches that wait for those of their scores that are computed again.
 _MOST_WAITING = 8
 
@@ -37,30 +40,46 @@ class BatchScores:
     num_rechecked: int = 0
 
 
-@dataclass(eq=False)
 class _Scored:
-    """A batch whose fast scores are there, and of the float32 ones as many as were asked for."""
+    """A batch whose fast scores are there, and of the better ones as many as were asked for.
 
-    pixel_values: torch.Tensor
-    input_ids: torch.Tensor
-    fast: np.ndarray
-    is_audited: np.ndarray
-    is_all_near: bool
+    Attributes:
+        scores: float32 ``[3, N]``: fast; with the caption in float32; with the image in float32 too.
+        num_fp32: Which of them is the best that is known of each sample.
+    """
 
-    def __post_init__(self) -> None:
-        self.exact = np.full_like(self.fast, np.nan)
-        self.is_known = np.zeros(len(self.fast), dtype=bool)
+    def __init__(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        fast: np.ndarray,
+        image_embeds: torch.Tensor,
+        *,
+        is_audited: np.ndarray,
+        is_all_near: bool,
+    ) -> None:
+        self.pixel_values, self.input_ids, self.image_embeds = pixel_values, input_ids, image_embeds
+        self.is_audited, self.is_all_near = is_audited, is_all_near
+        self.scores = np.stack([fast, *[np.full_like(fast, np.nan)] * _NUM_TOWERS])
+        self.num_fp32 = np.zeros(len(fast), dtype=np.int64)
+
+    def errors(self, rows: np.ndarray) -> np.ndarray:
+        """float32 ``[2, N]``: how far off samples were at first, and with their captions in float32."""
+        errors: np.ndarray = np.abs(self.scores[:_NUM_TOWERS, rows] - self.scores[_NUM_TOWERS, rows])
+        return errors
 
 
 class Recheck:
     """Scores batches so that comparing with the threshold decides what float32 would decide.
 
-    A score is computed in the scorer's precision, and again in float32 where it lies within the *band* around the
-    threshold or is not finite. The band is twice the largest error among all pairings of the first 32 images and
-    captions; and twice the error of a later sample, when that is over three quarters of the band. Later errors are
-    known of everything that is rechecked, and of a share of 1/1024 of all other samples. (For the usual bf16 and fp16
-    models the errors are nearly normal, and the band is six to seven of their standard deviations.) With a scorer in
-    float32 there is no band and nothing is rechecked.
+    A score is computed in the scorer's precision, and where it lies within the *band* around the threshold or is not
+    finite, again with its caption in float32: that takes a quarter of the time and most of the error away. Where it
+    still lies within the narrower band of scores of which only the image is in low precision, the image is encoded in
+    float32 too. A band is twice the largest such error among all pairings of the first 32 images and captions; and
+    twice the error of a later sample, when that is over three quarters of the band. Later errors are known of all whose
+    images are rechecked, and of a share of 1/1024 of all other samples. (For the usual bf16 and fp16 models the errors
+    are nearly normal, and a band is six to seven of their standard deviations.) With a scorer in float32 there is no
+    band and nothing is rechecked.
 
     Args:
         scorer: The model.
@@ -74,7 +93,8 @@ class Recheck:
         self._threshold = threshold if threshold is not None and threshold > 0 else None
         self._random = np.random.default_rng(seed)
         self._num_measured = 0
-        self._half_width = 0.0
+        #: Of the bands: of fast scores, and of those with the caption in float32.
+        self._half_widths = [0.0] * _NUM_TOWERS
 
     @property
     def is_measured(self) -> bool:
@@ -84,7 +104,7 @@ class Recheck:
     @property
     def band(self) -> float:
         """Scores this close to the threshold, or closer, are computed again."""
-        return self._half_width if self.is_measured else _WHOLE
+        return self._half_widths[0] if self.is_measured else _WHOLE
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
         """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
@@ -113,7 +133,7 @@ class Recheck:
             for batch, finish in started:
                 yield from self._settle(streams, waiting, batch, finish)
             while waiting:
-                self._recheck(streams, waiting)
+                self._recheck_some(streams, waiting)
                 yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
@@ -124,89 +144,120 @@ class Recheck:
         if input_ids.ndim == 3:
             input_ids = input_ids[:, 0]  # a reduction of several similarities errs no more than the worst of them
         with torch.inference_mode():
-            fast = scorer.encode_image(pixel_values) @ scorer.encode_text(input_ids).T
-            exact = scorer.encode_image_fp32(pixel_values) @ scorer.encode_text_fp32(input_ids).T
+            image_embeds, captions = scorer.encode_image(pixel_values), scorer.encode_text_fp32(input_ids).T
+            exact = scorer.encode_image_fp32(pixel_values) @ captions
+            scores = torch.stack([image_embeds @ scorer.encode_text(input_ids).T, image_embeds @ captions])
         self._num_measured += len(pixel_values)
-        self._learn((fast - exact).abs().cpu().numpy())
+        self._learn((scores - exact).abs().cpu().numpy())
 
     def _start(self, streams: Streams, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
         self.measure(pixel_values, input_ids)
-        fetch = _fetch(streams.run(self.scorer, pixel_values, input_ids), self.scorer.device)
-        audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
+        fetch = _fetch(streams.run(self.scorer.score_and_embed, pixel_values, input_ids), self.scorer.device)
+        is_audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
         is_all_near = not self.is_measured  # as long as it is not, whatever is known when the scores are there
-        return lambda: _Scored(pixel_values, input_ids, fetch(), audited, is_all_near)
+        return lambda: _Scored(pixel_values, input_ids, *fetch(), is_audited=is_audited, is_all_near=is_all_near)
 
     def _settle(
         self, streams: Streams, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
     ) -> Iterator[tuple[T, BatchScores]]:
         """Let a batch wait, and hand out those that need not."""
         waiting.append((batch, finish()))
-        while len(waiting) > _MOST_WAITING or self._num_todo(waiting) >= self.scorer.fp32_rows:
-            self._recheck(streams, waiting)
-            yield from self._decided(waiting)
+        for num_fp32 in range(_NUM_TOWERS):
+            while sum(int(self._todo(scored, num_fp32).sum()) for _, scored in waiting) >= self.scorer.fp32_rows:
+                self._recheck(streams, waiting, num_fp32)
+        while len(waiting) > _MOST_WAITING and self._is_undecided(waiting[0][1]):
+            self._recheck_some(streams, waiting)
         yield from self._decided(waiting)
 
-    def _num_todo(self, waiting: deque[tuple[T, _Scored]]) -> int:
-        return sum(int(self._todo(scored).sum()) for _, scored in waiting)
+    def _recheck_some(self, streams: Streams, waiting: deque[tuple[T, _Scored]]) -> None:
+        for num_fp32 in range(_NUM_TOWERS):
+            self._recheck(streams, waiting, num_fp32)
 
-    def _recheck(self, streams: Streams, waiting: deque[tuple[T, _Scored]]) -> None:
-        """Fill one batch of the float32 model with the first that have to be computed again."""
+    def _recheck(self, streams: Streams, waiting: deque[tuple[T, _Scored]], num_fp32: int) -> None:
+        """Fill one batch of a float32 tower with the first that have to be computed again, and are as exact as that."""
         parts: list[tuple[_Scored, np.ndarray]] = []
         room = self.scorer.fp32_rows
         for _, scored in waiting:
-            rows = np.flatnonzero(self._todo(scored))[:room]
+            rows = np.flatnonzero(self._todo(scored, num_fp32))[:room]
             if len(rows):
                 parts.append((scored, rows))
                 room -= len(rows)
         if not parts:
             return
-        pixel_values = torch.cat([scored.pixel_values[torch.from_numpy(rows)] for scored, rows in parts])
-        input_ids = [scored.input_ids[torch.from_numpy(rows)] for scored, rows in parts]
-        joined = self.scorer.preprocess.tokenize.join(input_ids)
-        exact = streams.run(self.scorer.score_fp32, pixel_values, joined)().cpu().numpy()
+        scores = streams.run(self._scores_fp32, parts, num_fp32)()
         for scored, rows in parts:
-            scored.exact[rows], exact = exact[: len(rows)], exact[len(rows) :]
-            scored.is_known[rows] = True
-            self._learn(np.abs(scored.fast[rows] - scored.exact[rows]))
+            scored.scores[num_fp32 + 1, rows], scores = scores[: len(rows)], scores[len(rows) :]
+            scored.num_fp32[rows] = num_fp32 + 1
+            if num_fp32 + 1 == _NUM_TOWERS:
+                self._learn(scored.errors(rows))
+
+    def _scores_fp32(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int) -> np.ndarray:
+        indices = [torch.from_numpy(rows) for _, rows in parts]
+        batches = [scored for scored, _ in parts]
+        captions = [batch.input_ids[index] for batch, index in zip(batches, indices, strict=True)]
+        input_ids = self.scorer.preprocess.tokenize.join(captions)
+        if num_fp32 == 0:
+            on_device = map(self.scorer.on_device, indices)
+            embeds = [batch.image_embeds[index] for batch, index in zip(batches, on_device, strict=True)]
+            return self.scorer.score_captions_fp32(torch.cat(embeds), input_ids).cpu().numpy()
+        pixels = [batch.pixel_values[index] for batch, index in zip(batches, indices, strict=True)]
+        return self.scorer.score_fp32(torch.cat(pixels), input_ids).cpu().numpy()
 
     def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
-        while waiting and not self._todo(waiting[0][1]).any():
+        while waiting and not self._is_undecided(waiting[0][1]):
             batch, scored = waiting.popleft()
-            near = self._is_near(scored)
-            yield batch, BatchScores(np.where(near, scored.exact, scored.fast), int(near.sum()))
+            scores, num_rechecked = scored.scores[_NUM_TOWERS], 0
+            for num_fp32 in reversed(range(_NUM_TOWERS)):
+                near = self._is_near(scored, num_fp32)
+                scores, num_rechecked = np.where(near, scores, scored.scores[num_fp32]), int(near.sum())
+            yield batch, BatchScores(scores, num_rechecked)
 
-    def _todo(self, scored: _Scored) -> np.ndarray:
-        """Which scores are needed in float32 and not known; more than before, once the band is wider."""
-        todo: np.ndarray = (self._is_near(scored) | scored.is_audited) & ~scored.is_known
+    def _is_undecided(self, scored: _Scored) -> bool:
+        return any(self._todo(scored, num_fp32).any() for num_fp32 in range(_NUM_TOWERS))
+
+    def _todo(self, scored: _Scored, num_fp32: int) -> np.ndarray:
+        """Which samples need another tower in float32 than these; more than before, once a band is wider."""
+        todo: np.ndarray = (self._is_near(scored, num_fp32) | scored.is_audited) & (scored.num_fp32 == num_fp32)
         return todo
 
-    def _is_near(self, scored: _Scored) -> np.ndarray:
+    def _is_near(self, scored: _Scored, num_fp32: int) -> np.ndarray:
+        """Which scores, with so many towers in float32, might be decided otherwise with all of them in it."""
+        scores = scored.scores[num_fp32]
         if self.scorer.is_exact:
-            return np.zeros(len(scored.fast), dtype=bool)
-        near: np.ndarray = ~np.isfinite(scored.fast)
+            return np.zeros(len(scores), dtype=bool)
+        near: np.ndarray = ~np.isfinite(scores)
         if self._threshold is not None:
-            band = _WHOLE if scored.is_all_near else self.band
-            near |= np.abs(scored.fast.astype(np.float64) - self._threshold) <= band
+            band = _WHOLE if scored.is_all_near else self._half_widths[num_fp32]
+            near |= np.abs(scores.astype(np.float64) - self._threshold) <= band
         return near
 
     def _learn(self, errors: np.ndarray) -> None:
-        largest = float(errors[np.isfinite(errors)].max(initial=0.0))
-        if largest > _WIDENS * self._half_width:
-            self._half_width = _MARGIN * largest
+        """From errors ``[2, ...]``, of fast scores and of those with the caption in float32."""
+        for num_fp32, some in enumerate(errors):
+            largest = float(some[np.isfinite(some)].max(initial=0.0))
+            if largest > _WIDENS * self._half_widths[num_fp32]:
+                self._half_widths[num_fp32] = _MARGIN * largest
 
 
-def _fetch(finish: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], np.ndarray]:
-    """Begin to copy scores to the host; the function that comes back waits for them."""
+def _fetch(
+    finish: Callable[[], tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Callable[[], tuple[np.ndarray, torch.Tensor]]:
+    """Begin to copy scores to the host; the function that comes back waits for them. Embeddings stay where they are."""
     if device.type != "cuda":
-        return lambda: finish().cpu().numpy()
-    scores = finish()
+
+        def finished() -> tuple[np.ndarray, torch.Tensor]:
+            scores, image_embeds = finish()
+            return scores.cpu().numpy(), image_embeds
+
+        return finished
+    scores, image_embeds = finish()
     host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
     host.copy_(scores, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(scores.device))
 
-    def wait() -> np.ndarray:
+    def wait() -> tuple[np.ndarray, torch.Tensor]:
         copied.synchronize()
-        return host.numpy()
+        return host.numpy(), image_embeds
 
     return wait

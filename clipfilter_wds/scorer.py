@@ -164,9 +164,20 @@ class ClipScorer(nn.Module):
         Returns:
             float32 ``[N]`` in [-1, 1] up to rounding, on :attr:`device`; not clipped.
         """
+        return self.score_and_embed(pixel_values, input_ids)[0]
+
+    @torch.inference_mode()
+    def score_and_embed(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and what :meth:`encode_image` returns."""
         if not len(pixel_values):
-            return torch.empty(0, device=self.device)
-        return self._cosine(self.encode_image(pixel_values), self.encode_text, input_ids)
+            return torch.empty(0, device=self.device), torch.empty(0, 0, device=self.device)
+        image_embeds = self.encode_image(pixel_values)
+        return self._cosine(image_embeds, self.encode_text, input_ids), image_embeds
+
+    @torch.inference_mode()
+    def score_captions_fp32(self, image_embeds: Tensor, input_ids: Tensor) -> Tensor:
+        """As :meth:`forward`, the captions in float32, and the images as they were encoded, float32 ``[N, D]``."""
+        return self._cosine(image_embeds, self.encode_text_fp32, input_ids)
 
     @torch.inference_mode()
     def score_fp32(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
@@ -180,7 +191,7 @@ class ClipScorer(nn.Module):
             return (images * encode_text(input_ids)).sum(dim=-1)
         is_caption = input_ids[:, :, 0] != NO_CAPTION
         texts = encode_text(input_ids[is_caption])
-        image_of = self._on_device(is_caption.nonzero()[:, 0])
+        image_of = self.on_device(is_caption.nonzero()[:, 0])
         similarities = (images[image_of] * texts).sum(dim=-1)
         scores = similarities.new_empty(len(images))
         return scores.scatter_reduce(0, image_of, similarities, _REDUCTIONS[self.reduce], include_self=False)
@@ -193,7 +204,7 @@ class ClipScorer(nn.Module):
         if self.is_exact:
             return self.encode_image_fp32(pixel_values)
         with self._low_precision():
-            pixel_values = self._on_device(pixel_values)
+            pixel_values = self.on_device(pixel_values)
             groups = torch.split(pixel_values, _IMAGE_GROUP.get(self.device.type, len(pixel_values)))
             return torch.cat([self._image_features(self.fast_model, group) for group in groups])
 
@@ -209,10 +220,10 @@ class ClipScorer(nn.Module):
         order = lengths.argsort()
         with self._low_precision():
             features = [
-                self._text_features(self.fast_model, self._on_device(distinct[group, : int(lengths[group[-1]])]))
+                self._text_features(self.fast_model, self.on_device(distinct[group, : int(lengths[group[-1]])]))
                 for group in torch.split(order, self._caption_group)
             ]
-        return torch.cat(features)[self._on_device(order.argsort()[inverse])]
+        return torch.cat(features)[self.on_device(order.argsort()[inverse])]
 
     def encode_image_fp32(self, pixel_values: Tensor) -> Tensor:
         """uint8 ``[N, 3, H, W]`` -> L2-normalised float32 ``[N, D]``, in float32."""
@@ -231,17 +242,18 @@ class ClipScorer(nn.Module):
             )
             for group in groups
         ]
-        return torch.cat(features)[self._on_device(torch.cat(groups).argsort())]
+        return torch.cat(features)[self.on_device(torch.cat(groups).argsort())]
 
     def _in_equal_batches(self, encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         size, num_rows = self.fp32_rows, len(rows)
         if missing := -num_rows % _FP32_ROWS:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-        rows = self._on_device(rows)
+        rows = self.on_device(rows)
         with onednn_products(self.device, self.width):
             return torch.cat([encode(batch) for batch in torch.split(rows, size)])[:num_rows]
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
+    def on_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on :attr:`device`."""
         # From page-locked memory, a copy waits in the queue of a GPU; from other memory, the host waits for that queue.
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipfilter_wds import recheck as recheck_module
+from clipfilter_wds.captions import NO_CAPTION
 from clipfilter_wds.dataset import ClipWebDataset
 from clipfilter_wds.loader import ClipFilterLoader
 from clipfilter_wds.recheck import NUM_MEASURED, Recheck
@@ -109,16 +110,23 @@ def test_an_audit_that_finds_a_larger_error_widens_the_band(bf16, exact, inputs,
     np.testing.assert_array_equal(scores.scores, bf16(*inputs).numpy())  # an audit changes no score
 
 
-def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact, inputs, monkeypatch):
-    monkeypatch.setattr(recheck_module, "_MARGIN", 20.0)  # so that there is much to recheck
+@pytest.fixture
+def sizes(bf16, monkeypatch):
+    """How many captions, and how many images with theirs, are computed again each time."""
+    sizes = {"captions": [], "images": []}
+    captions, images = bf16.score_captions_fp32, bf16.score_fp32
+    monkeypatch.setattr(
+        bf16, "score_captions_fp32", lambda *args: sizes["captions"].append(len(args[1])) or captions(*args)
+    )
+    monkeypatch.setattr(bf16, "score_fp32", lambda *args: sizes["images"].append(len(args[1])) or images(*args))
+    return sizes
+
+
+def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact, inputs, monkeypatch, sizes):
+    monkeypatch.setattr(recheck_module, "_MARGIN", 30.0)  # so that there is much to recheck
     threshold = float(np.sort(exact(*inputs).numpy())[48])
     recheck = Recheck(bf16, threshold)
     recheck.measure(*inputs)
-    rechecked = []
-    score_fp32 = bf16.score_fp32
-    monkeypatch.setattr(
-        bf16, "score_fp32", lambda pixels, ids: rechecked.append(len(pixels)) or score_fp32(pixels, ids)
-    )
     monkeypatch.setattr(bf16, "fp32_rows", 8)
     taken = []
     batches = (taken.append(number) or batch for number, batch in enumerate(batches_of(inputs, 6)))
@@ -127,11 +135,44 @@ def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact
         decided.append((batch[0], scores))
         waited.append(len(taken) - len(decided))
     assert torch.equal(torch.cat([pixels for pixels, _ in decided]), inputs[0])
-    assert sum(rechecked) >= sum(scores.num_rechecked for _, scores in decided) > 16
-    assert set(rechecked[:-1]) == {8}
+    assert sum(sizes["captions"]) >= sum(scores.num_rechecked for _, scores in decided) > 32
+    assert set(sizes["captions"][:-1]) == {8}
+    assert 8 in sizes["images"]
     assert 0 < max(waited) <= recheck_module._MOST_WAITING
     decisions = np.concatenate([scores.scores for _, scores in decided]) >= threshold
     np.testing.assert_array_equal(decisions, exact(*inputs).numpy() >= threshold)
+
+
+def test_an_image_is_computed_again_only_where_its_caption_does_not_decide(bf16, exact, inputs, sizes):
+    reference, (fast, image_embeds) = exact(*inputs).numpy(), bf16.score_and_embed(*inputs)
+    with_captions = bf16.score_captions_fp32(image_embeds, inputs[1]).numpy()
+    sizes["captions"].clear()
+    errors = [np.abs(scores - reference).max() for scores in (fast.numpy(), with_captions)]
+    assert errors[1] < errors[0] / 2  # of a random model as of a trained one, most of the error is the caption's
+    threshold = float(with_captions[40])
+    recheck = Recheck(bf16, threshold)
+    recheck.measure(*inputs)
+    scores = recheck(*inputs)
+    assert scores.num_rechecked == sum(sizes["captions"]) > 2 * sum(sizes["images"]) > 0
+    is_fast, is_half, is_exact = (scores.scores == of for of in (fast.numpy(), with_captions, reference))
+    assert (is_fast | is_half | is_exact).all()
+    assert is_exact[40]
+    assert (is_half & ~is_fast & ~is_exact).any()
+    np.testing.assert_array_equal(passes(scores.scores, threshold), passes(reference, threshold))
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"reduce": "min"}, {"reduce": "mean", "flip": True}])
+def test_decisions_with_mirror_images_and_several_captions_are_float32s_too(folder, inputs, options):
+    pixel_values, input_ids = (part[:64] for part in inputs)
+    if "reduce" in options:
+        second = input_ids.roll(1, 0)
+        second[::3] = NO_CAPTION
+        input_ids = torch.stack([input_ids, second], dim=1)
+    fast, exact = (ClipScorer(folder, device="cpu", precision=precision, **options) for precision in ("bf16", "fp32"))
+    reference = exact(pixel_values, input_ids).numpy()
+    for threshold in np.sort(reference[reference > 0])[::16].tolist():
+        scores = Recheck(fast, threshold)(pixel_values, input_ids)
+        np.testing.assert_array_equal(passes(scores.scores, threshold), passes(reference, threshold))
 
 
 def test_float32_has_no_band_and_rechecks_nothing(exact, inputs):
