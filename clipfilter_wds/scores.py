@@ -57,8 +57,9 @@ class ShardScores:
         torn: Whether the shard is damaged or cut.
         fingerprint: What the scores depend on beside the shard.
         band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
-        num_rechecked: How many of the scores are in float32 since they lay within the band of the run's threshold.
-        rechecked_at: That threshold, where one is known of which all scores within the band are in float32.
+        num_rechecked: How many samples have their caption in float32, and their image where that does not decide, since
+            their scores lay within the band of the run's threshold.
+        rechecked_at: That threshold, where one is known at which all scores decide as float32 does.
     """
 
     table: pa.Table
