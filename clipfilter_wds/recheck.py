@@ -46,6 +46,7 @@ class _Scored:
     Attributes:
         scores: float32 ``[3, N]``: fast; with the caption in float32; with the image in float32 too.
         num_fp32: Which of them is the best that is known of each sample.
+        caption_embeds: By row, the captions that were encoded in float32.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class _Scored:
         self.is_audited, self.is_all_near = is_audited, is_all_near
         self.scores = np.stack([fast, *[np.full_like(fast, np.nan)] * _NUM_TOWERS])
         self.num_fp32 = np.zeros(len(fast), dtype=np.int64)
+        self.caption_embeds: dict[int, torch.Tensor] = {}
 
     def errors(self, rows: np.ndarray) -> np.ndarray:
         """float32 ``[2, N]``: how far off samples were at first, and with their captions in float32."""
@@ -192,16 +194,16 @@ class Recheck:
                 self._learn(scored.errors(rows))
 
     def _scores_fp32(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int) -> np.ndarray:
-        indices = [torch.from_numpy(rows) for _, rows in parts]
-        batches = [scored for scored, _ in parts]
-        captions = [batch.input_ids[index] for batch, index in zip(batches, indices, strict=True)]
-        input_ids = self.scorer.preprocess.tokenize.join(captions)
+        scorer, indices = self.scorer, [(scored, torch.from_numpy(rows)) for scored, rows in parts]
+        input_ids = scorer.preprocess.tokenize.join([scored.input_ids[index] for scored, index in indices])
+        places = [(scored.caption_embeds, row) for scored, rows in parts for row in rows.tolist()]
         if num_fp32 == 0:
-            on_device = map(self.scorer.on_device, indices)
-            embeds = [batch.image_embeds[index] for batch, index in zip(batches, on_device, strict=True)]
-            return self.scorer.score_captions_fp32(torch.cat(embeds), input_ids).cpu().numpy()
-        pixels = [batch.pixel_values[index] for batch, index in zip(batches, indices, strict=True)]
-        return self.scorer.score_fp32(torch.cat(pixels), input_ids).cpu().numpy()
+            images = torch.cat([scored.image_embeds[scorer.on_device(index)] for scored, index in indices])
+            for (embeds, row), of_row in zip(places, scorer.encode_captions_fp32(input_ids), strict=True):
+                embeds[row] = of_row
+        else:
+            images = scorer.encode_image_fp32(torch.cat([scored.pixel_values[index] for scored, index in indices]))
+        return scorer.score_embeds(images, [embeds[row] for embeds, row in places], input_ids).cpu().numpy()
 
     def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
         while waiting and not self._is_undecided(waiting[0][1]):

@@ -175,16 +175,24 @@ class ClipScorer(nn.Module):
         return self._cosine(image_embeds, self.encode_text, input_ids), image_embeds
 
     @torch.inference_mode()
-    def score_captions_fp32(self, image_embeds: Tensor, input_ids: Tensor) -> Tensor:
-        """As :meth:`forward`, the captions in float32, and the images as they were encoded, float32 ``[N, D]``."""
-        return self._cosine(image_embeds, self.encode_text_fp32, input_ids)
-
-    @torch.inference_mode()
     def score_fp32(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """As :meth:`forward`, in float32 whatever :attr:`precision` is: the reference that decides near a threshold."""
         if not len(pixel_values):
             return torch.empty(0, device=self.device)
         return self._cosine(self.encode_image_fp32(pixel_values), self.encode_text_fp32, input_ids)
+
+    @torch.inference_mode()
+    def encode_captions_fp32(self, input_ids: Tensor) -> Sequence[Tensor]:
+        """Of each of N images its captions, L2-normalised float32 ``[K, D]``, in float32; ``[1, D]`` of ``[N, L]``."""
+        is_caption = input_ids[..., 0] != NO_CAPTION
+        num_captions = is_caption.view(len(input_ids), -1).sum(dim=1)
+        embeds: Sequence[Tensor] = self.encode_text_fp32(input_ids[is_caption]).split(num_captions.tolist())
+        return embeds
+
+    @torch.inference_mode()
+    def score_embeds(self, image_embeds: Tensor, caption_embeds: Sequence[Tensor], input_ids: Tensor) -> Tensor:
+        """As :meth:`forward`, of images float32 ``[N, D]`` and captions that have been encoded."""
+        return self._cosine(image_embeds, lambda _: torch.cat([*caption_embeds]), input_ids)
 
     def _cosine(self, images: Tensor, encode_text: Callable[[Tensor], Tensor], input_ids: Tensor) -> Tensor:
         if input_ids.ndim == 2:

@@ -112,21 +112,27 @@ def test_an_audit_that_finds_a_larger_error_widens_the_band(bf16, exact, inputs,
 
 @pytest.fixture
 def sizes(bf16, monkeypatch):
-    """How many captions, and how many images with theirs, are computed again each time."""
+    """How many captions, and how many images, are computed in float32 each time."""
     sizes = {"captions": [], "images": []}
-    captions, images = bf16.score_captions_fp32, bf16.score_fp32
-    monkeypatch.setattr(
-        bf16, "score_captions_fp32", lambda *args: sizes["captions"].append(len(args[1])) or captions(*args)
-    )
-    monkeypatch.setattr(bf16, "score_fp32", lambda *args: sizes["images"].append(len(args[1])) or images(*args))
+    captions, images = bf16.encode_text_fp32, bf16.encode_image_fp32
+    monkeypatch.setattr(bf16, "encode_text_fp32", lambda ids: sizes["captions"].append(len(ids)) or captions(ids))
+    monkeypatch.setattr(bf16, "encode_image_fp32", lambda rows: sizes["images"].append(len(rows)) or images(rows))
     return sizes
+
+
+def measured(scorer, threshold, inputs, sizes) -> Recheck:
+    recheck = Recheck(scorer, threshold)
+    recheck.measure(*inputs)
+    assert sizes == {"captions": [NUM_MEASURED], "images": [NUM_MEASURED]}
+    for of_tower in sizes.values():
+        of_tower.clear()
+    return recheck
 
 
 def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact, inputs, monkeypatch, sizes):
     monkeypatch.setattr(recheck_module, "_MARGIN", 30.0)  # so that there is much to recheck
     threshold = float(np.sort(exact(*inputs).numpy())[48])
-    recheck = Recheck(bf16, threshold)
-    recheck.measure(*inputs)
+    recheck = measured(bf16, threshold, inputs, sizes)
     monkeypatch.setattr(bf16, "fp32_rows", 8)
     taken = []
     batches = (taken.append(number) or batch for number, batch in enumerate(batches_of(inputs, 6)))
@@ -145,13 +151,11 @@ def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact
 
 def test_an_image_is_computed_again_only_where_its_caption_does_not_decide(bf16, exact, inputs, sizes):
     reference, (fast, image_embeds) = exact(*inputs).numpy(), bf16.score_and_embed(*inputs)
-    with_captions = bf16.score_captions_fp32(image_embeds, inputs[1]).numpy()
-    sizes["captions"].clear()
+    with_captions = (image_embeds * exact.encode_text(inputs[1])).sum(dim=-1).numpy()
     errors = [np.abs(scores - reference).max() for scores in (fast.numpy(), with_captions)]
     assert errors[1] < errors[0] / 2  # of a random model as of a trained one, most of the error is the caption's
     threshold = float(with_captions[40])
-    recheck = Recheck(bf16, threshold)
-    recheck.measure(*inputs)
+    recheck = measured(bf16, threshold, inputs, sizes)
     scores = recheck(*inputs)
     assert scores.num_rechecked == sum(sizes["captions"]) > 2 * sum(sizes["images"]) > 0
     is_fast, is_half, is_exact = (scores.scores == of for of in (fast.numpy(), with_captions, reference))
