@@ -15,9 +15,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawValue
-from queue import Empty
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -90,37 +88,15 @@ class _Loader(DataLoader[T]):
     def _get_iterator(self) -> Any:
         if not self.num_workers:
             return super()._get_iterator()
-        self.multiprocessing_context = _survivable(self.multiprocessing_context)
+        self.multiprocessing_context = _without_locks(self.multiprocessing_context)
         return WorkerIterator(self)
 
 
-def _survivable(context: BaseContext | None) -> BaseContext:
-    """A way to start processes that leaves nobody waiting for one of them that was killed, wherever it was."""
+def _without_locks(context: BaseContext | None) -> BaseContext:
+    """A way to start processes whose events no killed one can hold."""
     context = copy.copy(context or multiprocessing.get_context())
     context.Event = _Flag  # type: ignore[method-assign, assignment]
-    context.Queue = partial(_Messages, ctx=context)  # type: ignore[method-assign]
     return context
-
-
-class _Messages(Queue):  # type: ignore[type-arg]  # it is generic for type checkers only
-    """A queue of processes that holds nothing more, instead of raising, when nobody is left who could put something in.
-
-    Torch's thread that puts batches in page-locked memory ends no other way than by itself.
-    """
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Wait for what comes next."""
-        try:
-            return super().get(block, timeout)
-        except (EOFError, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # the system's; the end inside a message has no number
-                raise
-            raise Empty from None
-
-    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
-        """Put something in, unless this process said that it will no longer."""
-        if not self._writer.closed:  # type: ignore[attr-defined]
-            super().put(obj, block, timeout)
 
 
 class _Flag:
@@ -210,6 +186,9 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if first_iter:  # the workers have been given nothing to do yet
             _widen(self._worker_result_queue)
+            if self._pin_memory:  # that thread waits for ever when it was sent half a message
+                thread = self._pin_memory_thread
+                thread.join = partial(thread.join, 2 * _GRACE_SECONDS)  # type: ignore[method-assign]
             if self._whereabouts is not None:
                 self._keep_watch(self._whereabouts)
         self._is_stopped = False
@@ -220,12 +199,9 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
         self._watch = _Watch(self._workers, whereabouts)
-        if not self._pin_memory:  # there, torch's thread waits, and is told to end through that queue
-            self._leave_writing_to_workers()
+        if not self._pin_memory:  # else it is a thread that waits, and that can be left
+            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
             self._watch.start()
-
-    def _leave_writing_to_workers(self) -> None:
-        self._worker_result_queue._writer.close()  # type: ignore[attr-defined]
 
     def _get_data(self) -> Any:
         """Wait for what any of the workers sends, looking up often."""
@@ -233,6 +209,8 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         while not self._is_stopped and threading.main_thread().is_alive():
             try:
                 has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]  # of the base class
+                if not has_come and self._pin_memory and not self._pin_memory_thread.is_alive():
+                    raise OSError("the thread that puts batches in page-locked memory has ended")
             except (RuntimeError, OSError, EOFError) as error:
                 if (death := self._death(0.0 if isinstance(error, RuntimeError) else 1.0)) is None:
                     raise
@@ -240,8 +218,6 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
                 raise death from error
             if has_come:
                 return data
-            if self._pin_memory and not self._pin_memory_thread.is_alive():
-                raise RuntimeError("the thread that puts batches in page-locked memory has ended")
         raise WorkersStoppedError("the workers were stopped")
 
     def _death(self, seconds: float) -> WorkerDiedError | None:
@@ -264,10 +240,6 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         ended = threading.Event()
         helper = threading.Thread(target=_end_soon, args=(self._workers, ended), name="clipfilter-end", daemon=True)
         helper.start()
-        if self._pin_memory and self._death(0.0):  # it may have left half a message
-            for worker in self._workers:
-                worker.kill()
-            self._leave_writing_to_workers()
         super()._shutdown_workers()
         if self._watch is not None:
             self._watch.stop()

@@ -105,8 +105,8 @@ class Recheck:
 
     @property
     def band(self) -> float:
-        """Scores this close to the threshold, or closer, are computed again."""
-        return self._half_widths[0] if self.is_measured else _WHOLE
+        """Scores may be this far off float32's; those that are no farther from the threshold are computed again."""
+        return max(self._half_widths) if self.is_measured else _WHOLE
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
         """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
@@ -154,10 +154,17 @@ class Recheck:
 
     def _start(self, streams: Streams, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
         self.measure(pixel_values, input_ids)
-        fetch = _fetch(streams.run(self.scorer.score_and_embed, pixel_values, input_ids), self.scorer.device)
+        fetch = _fetch(streams.run(self._scores_and_embeds, pixel_values, input_ids), self.scorer.device)
         is_audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
         is_all_near = not self.is_measured  # as long as it is not, whatever is known when the scores are there
         return lambda: _Scored(pixel_values, input_ids, *fetch(), is_audited=is_audited, is_all_near=is_all_near)
+
+    @torch.inference_mode()
+    def _scores_and_embeds(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = self.scorer.encode_image(pixel_values) if len(pixel_values) else torch.empty(0)
+        return self.scorer(pixel_values, input_ids, image_embeds=embeds), embeds
 
     def _settle(
         self, streams: Streams, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
@@ -193,6 +200,7 @@ class Recheck:
             if num_fp32 + 1 == _NUM_TOWERS:
                 self._learn(scored.errors(rows))
 
+    @torch.inference_mode()
     def _scores_fp32(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int) -> np.ndarray:
         scorer, indices = self.scorer, [(scored, torch.from_numpy(rows)) for scored, rows in parts]
         input_ids = scorer.preprocess.tokenize.join([scored.input_ids[index] for scored, index in indices])

@@ -153,26 +153,23 @@ class ClipScorer(nn.Module):
         return dict(self._fingerprint)
 
     @torch.inference_mode()
-    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, *, image_embeds: Tensor | None = None) -> Tensor:
         """Cosine similarity of N images with their captions, in :attr:`precision`.
 
         Args:
             pixel_values: uint8 ``[N, 3, H, W]`` as :attr:`preprocess` makes them, on any device.
             input_ids: int64 ``[N, L]`` likewise; or ``[N, K, L]`` for up to K captions per image, of whose similarities
                 the result is the largest, mean or smallest.
+            image_embeds: What :meth:`encode_image` makes of the images, where that has been done.
 
         Returns:
             float32 ``[N]`` in [-1, 1] up to rounding, on :attr:`device`; not clipped.
         """
-        return self.score_and_embed(pixel_values, input_ids)[0]
-
-    @torch.inference_mode()
-    def score_and_embed(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, and what :meth:`encode_image` returns."""
         if not len(pixel_values):
-            return torch.empty(0, device=self.device), torch.empty(0, 0, device=self.device)
-        image_embeds = self.encode_image(pixel_values)
-        return self._cosine(image_embeds, self.encode_text, input_ids), image_embeds
+            return torch.empty(0, device=self.device)
+        if image_embeds is None:
+            image_embeds = self.encode_image(pixel_values)
+        return self._cosine(image_embeds, self.encode_text, input_ids)
 
     @torch.inference_mode()
     def score_fp32(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import re
 import signal
 import struct
 import sys
-import threading
 import time
 from collections import deque
 from functools import partial
@@ -32,6 +31,7 @@ from clipfilter_wds.shards import expand_shards
 from clipfilter_wds.table import TableConfig, process_table
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.whereabouts import Whereabouts, WorkerDiedError
+from tests.processes import in_fresh_process
 from tests.restore import Recipe, image_number, keys, load_scorer, text_number, write_numbered
 from tests.rewrite.test_rewrite import bits, check_accounting
 from tests.toys import encoded, pair, photo, write_shard
@@ -457,23 +457,23 @@ def test_a_tables_timeout_that_is_no_time_is_refused(tmp_path):
 
 
 class Numbers(IterableDataset):
-    """Yields without end; worker 0 is killed when it has sent half of its second."""
+    """Yields without end; worker 0 is killed, or what else the harm is, when it has sent half of its second."""
 
-    def __init__(self, whereabouts: Whereabouts) -> None:
-        self.whereabouts = whereabouts
+    def __init__(self, whereabouts: Whereabouts, harm=out_of_memory) -> None:
+        self.whereabouts, self.harm = whereabouts, harm
 
     def __iter__(self):
         yield 1
         if get_worker_info().id == 0:
             self.whereabouts.trail().at("a.tar", 7)
-            multiprocessing.connection.Connection._send_bytes = send_half
+            multiprocessing.connection.Connection._send_bytes = self.send_half
         while True:
             yield 2
 
-
-def send_half(connection: multiprocessing.connection.Connection, message: bytes) -> None:
-    connection._send(struct.pack("!i", len(message)) + bytes(message)[: len(message) // 2])
-    out_of_memory()
+    def send_half(self, message: bytes) -> None:
+        writer = sys._getframe(1).f_locals["self"]
+        writer._send(struct.pack("!i", len(message)) + bytes(message)[: len(message) // 2])
+        self.harm()
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -493,25 +493,26 @@ def test_a_worker_that_is_killed_while_it_sends_keeps_nobody_waiting(method, per
         deque(numbers, maxlen=0)
 
 
-@pytest.fixture
-def pinning(monkeypatch):
-    """Let torch's thread that pins memory run where no accelerator is; it hands on what is no tensor."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-
-
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("persistent", [False, True])
-def test_nor_does_it_where_a_thread_waits_that_puts_batches_in_page_locked_memory(pinning, persistent):
+def test_nor_does_it_where_a_thread_waits_that_puts_batches_in_page_locked_memory(persistent):
+    in_fresh_process(_read_pinned, persistent, timeout=60)
+
+
+def _read_pinned(persistent: bool) -> None:
+    """Torch's thread that pins memory hands on what is no tensor; so it can run where no accelerator is."""
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.current_accelerator = lambda: None
+    torch.accelerator.current_device_index = lambda: 0
+    torch.accelerator.set_device_index = lambda index: None
     whereabouts = Whereabouts(["a.tar"], 2)
-    batches = worker_loader(
-        Numbers(whereabouts), num_workers=2, whereabouts=whereabouts, persistent_workers=persistent, pin_memory=True
-    )
-    with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "), iterating(batches) as numbers:
-        deque(numbers, maxlen=0)
-    assert not [thread for thread in threading.enumerate() if "_pin_memory_loop" in thread.name]
+    options = {"num_workers": 2, "whereabouts": whereabouts, "pin_memory": True, "persistent_workers": persistent}
+    with iterating(worker_loader(Numbers(whereabouts, loop), **options)):
+        time.sleep(1.0)  # until half a message has come
+    train, other = worker_loader(Numbers(whereabouts), **options), worker_loader(Collection(), num_workers=1)
+    with iterating(train) as numbers, iterating(other) as more:
+        next(more)  # of a process that could write to what the first one reads
+        with pytest.raises(WorkerDiedError, match=r"SIGKILL.* at sample 7 of "):
+            deque(numbers, maxlen=0)
 
 
 class Holder(IterableDataset):
