@@ -95,7 +95,7 @@ class _Loader(DataLoader[T]):
 def _without_locks(context: BaseContext | None) -> BaseContext:
     """A way to start processes whose events no killed one can hold."""
     context = copy.copy(context or multiprocessing.get_context())
-    context.Event = _Flag  # type: ignore[method-assign, assignment]
+    context.Event = _Flag  # type: ignore[method-assign, assignment]  # all of an event that torch uses
     return context
 
 
@@ -188,6 +188,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
             _widen(self._worker_result_queue)
             if self._pin_memory:  # that thread waits for ever when it was sent half a message
                 thread = self._pin_memory_thread
+                # torch joins it without a limit
                 thread.join = partial(thread.join, 2 * _GRACE_SECONDS)  # type: ignore[method-assign]
             if self._whereabouts is not None:
                 self._keep_watch(self._whereabouts)

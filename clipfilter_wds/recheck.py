@@ -80,7 +80,7 @@ class Recheck:
     float32 too. A band is twice the largest such error among all pairings of the first 32 images and captions; and
     twice the error of a later sample, when that is over three quarters of the band. Later errors are known of all whose
     images are rechecked, and of a share of 1/1024 of all other samples. (For the usual bf16 and fp16 models the errors
-    are nearly normal, and a band is six to seven of their standard deviations.) With a scorer in float32 there is no
+    are nearly normal, and a band is five to seven of their standard deviations.) With a scorer in float32 there is no
     band and nothing is rechecked.
 
     Args:

@@ -169,35 +169,33 @@ class ClipScorer(nn.Module):
             return torch.empty(0, device=self.device)
         if image_embeds is None:
             image_embeds = self.encode_image(pixel_values)
-        return self._cosine(image_embeds, self.encode_text, input_ids)
+        return self._cosine(image_embeds, self.encode_text(_captions(input_ids)), input_ids)
 
     @torch.inference_mode()
     def score_fp32(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """As :meth:`forward`, in float32 whatever :attr:`precision` is: the reference that decides near a threshold."""
         if not len(pixel_values):
             return torch.empty(0, device=self.device)
-        return self._cosine(self.encode_image_fp32(pixel_values), self.encode_text_fp32, input_ids)
+        captions = self.encode_text_fp32(_captions(input_ids))
+        return self._cosine(self.encode_image_fp32(pixel_values), captions, input_ids)
 
     @torch.inference_mode()
     def encode_captions_fp32(self, input_ids: Tensor) -> Sequence[Tensor]:
         """Of each of N images its captions, L2-normalised float32 ``[K, D]``, in float32; ``[1, D]`` of ``[N, L]``."""
-        is_caption = input_ids[..., 0] != NO_CAPTION
-        num_captions = is_caption.view(len(input_ids), -1).sum(dim=1)
-        embeds: Sequence[Tensor] = self.encode_text_fp32(input_ids[is_caption]).split(num_captions.tolist())
+        num_captions = _is_caption(input_ids).view(len(input_ids), -1).sum(dim=1)
+        embeds: Sequence[Tensor] = self.encode_text_fp32(_captions(input_ids)).split(num_captions.tolist())
         return embeds
 
     @torch.inference_mode()
     def score_embeds(self, image_embeds: Tensor, caption_embeds: Sequence[Tensor], input_ids: Tensor) -> Tensor:
         """As :meth:`forward`, of images float32 ``[N, D]`` and captions that have been encoded."""
-        return self._cosine(image_embeds, lambda _: torch.cat([*caption_embeds]), input_ids)
+        return self._cosine(image_embeds, torch.cat([*caption_embeds]), input_ids)
 
-    def _cosine(self, images: Tensor, encode_text: Callable[[Tensor], Tensor], input_ids: Tensor) -> Tensor:
+    def _cosine(self, images: Tensor, captions: Tensor, input_ids: Tensor) -> Tensor:
         if input_ids.ndim == 2:
-            return (images * encode_text(input_ids)).sum(dim=-1)
-        is_caption = input_ids[:, :, 0] != NO_CAPTION
-        texts = encode_text(input_ids[is_caption])
-        image_of = self.on_device(is_caption.nonzero()[:, 0])
-        similarities = (images[image_of] * texts).sum(dim=-1)
+            return (images * captions).sum(dim=-1)
+        image_of = self.on_device(_is_caption(input_ids).nonzero()[:, 0])
+        similarities = (images[image_of] * captions).sum(dim=-1)
         scores = similarities.new_empty(len(images))
         return scores.scatter_reduce(0, image_of, similarities, _REDUCTIONS[self.reduce], include_self=False)
 
@@ -288,6 +286,17 @@ class ClipScorer(nn.Module):
 
 #: torch's names.
 _REDUCTIONS = {"max": "amax", "mean": "mean", "min": "amin"}
+
+
+def _is_caption(input_ids: Tensor) -> Tensor:
+    """Bool ``[N]`` or ``[N, K]``: which rows are captions."""
+    return input_ids[..., 0] != NO_CAPTION
+
+
+def _captions(input_ids: Tensor) -> Tensor:
+    """int64 ``[N, L]`` or ``[N, K, L]`` -> ``[M, L]``, the captions of all images one after another."""
+    return input_ids if input_ids.ndim == 2 else input_ids[_is_caption(input_ids)]
+
 
 # --- loading ---
 

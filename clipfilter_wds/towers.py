@@ -39,6 +39,7 @@ class Towers(nn.Module):
 
     def compile(self, *args: Any, with_text: bool = True, **options: Any) -> None:
         """Compile each tower, or the image tower alone; nobody calls the module as a whole."""
+        # Methods of this instance, as Module.compile has one for the module as a whole.
         self.image_features = torch.compile(self.image_features, *args, **options)  # type: ignore[method-assign]
         if with_text:
             self.text_features = torch.compile(self.text_features, *args, **options)  # type: ignore[method-assign]

@@ -153,7 +153,7 @@ def test_an_image_is_computed_again_only_where_its_caption_does_not_decide(bf16,
     reference, fast, image_embeds = exact(*inputs).numpy(), bf16(*inputs), bf16.encode_image(inputs[0])
     with_captions = (image_embeds * exact.encode_text(inputs[1])).sum(dim=-1).numpy()
     errors = [np.abs(scores - reference).max() for scores in (fast.numpy(), with_captions)]
-    assert errors[1] < errors[0] / 2  # of a random model as of a trained one, most of the error is the caption's
+    assert errors[1] < errors[0] / 2  # of this model, most of the error is the caption's
     threshold = float(with_captions[40])
     recheck = measured(bf16, threshold, inputs, sizes)
     scores = recheck(*inputs)
