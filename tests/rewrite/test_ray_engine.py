@@ -18,8 +18,8 @@ from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.rewrite.ray_engine import RayEngine
 from clipfilter_wds.scorer import ClipScorer
 from clipfilter_wds.types import DropReason
+from tests.evil import EvilImageFile, write_shards
 from tests.rewrite.test_rewrite import bits, check_accounting
-from tests.test_processes import EvilImageFile, write_shards
 from tests.toys import make_clip, pair, write_shard
 
 ray = pytest.importorskip("ray")
