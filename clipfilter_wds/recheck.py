@@ -135,7 +135,7 @@ class Recheck:
             for batch, finish in started:
                 yield from self._settle(streams, waiting, batch, finish)
             while waiting:
-                self._recheck_some(streams, waiting)
+                self._recheck_oldest(streams, waiting)
                 yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
@@ -175,12 +175,14 @@ class Recheck:
             while sum(int(self._todo(scored, num_fp32).sum()) for _, scored in waiting) >= self.scorer.fp32_rows:
                 self._recheck(streams, waiting, num_fp32)
         while len(waiting) > _MOST_WAITING and self._is_undecided(waiting[0][1]):
-            self._recheck_some(streams, waiting)
+            self._recheck_oldest(streams, waiting)
         yield from self._decided(waiting)
 
-    def _recheck_some(self, streams: Streams, waiting: deque[tuple[T, _Scored]]) -> None:
+    def _recheck_oldest(self, streams: Streams, waiting: deque[tuple[T, _Scored]]) -> None:
+        """Don't wait for more than there are, with the towers that the oldest batch needs."""
         for num_fp32 in range(_NUM_TOWERS):
-            self._recheck(streams, waiting, num_fp32)
+            if self._todo(waiting[0][1], num_fp32).any():
+                self._recheck(streams, waiting, num_fp32)
 
     def _recheck(self, streams: Streams, waiting: deque[tuple[T, _Scored]], num_fp32: int) -> None:
         """Fill one batch of a float32 tower with the first that have to be computed again, and are as exact as that."""
