@@ -25,6 +25,12 @@ from tests.toys import encoded, photo, write_shard
 
 DEATHS = {segfault: "SIGSEGV", out_of_memory: "SIGKILL", leave: "exit code 0", loop_in_c: "longer than worker_timeout"}
 
+each_harm = pytest.mark.parametrize(
+    "harm",
+    [segfault, loop_in_c, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (out_of_memory, leave))],
+    ids=lambda harm: harm.__name__,
+)
+
 
 @pytest.fixture
 def evil(monkeypatch, tmp_path):
@@ -44,11 +50,7 @@ def reasons(table: Path) -> dict[int, str]:
 # --- rewrite and score ---
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [segfault, loop_in_c, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (out_of_memory, leave))],
-    ids=lambda harm: harm.__name__,
-)
+@each_harm
 def test_rewrite_goes_on_without_a_sample_that_kills_its_process_twice(
     scorer, evil, monkeypatch, tmp_path, caplog, harm
 ):
@@ -319,11 +321,7 @@ def filter_table(table: Path, scorer: ClipScorer, **options: object) -> tuple[Pa
     return tally, [(row["image"], row["score"]) for row in map(json.loads, output.read_text().splitlines())]
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [segfault, loop_in_c, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (out_of_memory, leave))],
-    ids=lambda harm: harm.__name__,
-)
+@each_harm
 def test_a_row_of_a_table_whose_image_kills_twice_scores_as_an_unreadable_one(
     scorer, evil, monkeypatch, tmp_path, caplog, harm
 ):
