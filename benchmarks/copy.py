@@ -14,9 +14,10 @@ import webdataset
 from benchmarks.options import Options
 from benchmarks.report import Report
 from benchmarks.rounds import Spread, ratios
-from clipfilter_wds.dataset import SampleRow
-from clipfilter_wds.rewrite import RewriteConfig, process_shards
-from clipfilter_wds.scores import ShardScores
+from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.types import SampleRow
 
 #: 5.4 GB: more than a system leaves lying in memory for the disk, so that cp has to write as well.
 _NUM_SHARDS, _SAMPLES_PER_SHARD, _IMAGE_BYTES = 48, 2000, 50_000

@@ -17,7 +17,7 @@ from benchmarks.options import Options
 from benchmarks.report import Report
 from benchmarks.rounds import Spread
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
-from clipfilter_wds.precision import resolve_precision
+from clipfilter_wds.models.precision import resolve_precision
 
 #: Cost of a training step in forward passes of the CLIP that filters.
 _COSTS = (1, 4, 16)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.material import Data, Size, make_data, make_model
-from clipfilter_wds.precision import resolve_device
-from clipfilter_wds.rewrite.scoring import default_num_workers
+from clipfilter_wds.models.precision import resolve_device
+from clipfilter_wds.workers.cpus import default_num_workers
 
 
 @dataclass(frozen=True, kw_only=True)

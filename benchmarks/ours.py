@@ -10,11 +10,11 @@ from benchmarks.material import Data, make_model
 from benchmarks.options import Options
 from benchmarks.rounds import Contender, Outcome
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, ScoreConfig, process_shards
-from clipfilter_wds.pairs import Pair, batched, score_pairs
-from clipfilter_wds.recheck import Recheck
-from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.selection import select
-from clipfilter_wds.watch import StarvationError
+from clipfilter_wds.models.recheck import Recheck
+from clipfilter_wds.scores.selection import select
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.tables.scoring import Pair, batched, score_pairs
+from clipfilter_wds.training.keep_rate import StarvationError
 
 #: Keeps part of the samples by the tiny model's scores.
 _TINY_THRESHOLD = 0.1

@@ -2,31 +2,33 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from clipfilter_wds.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from clipfilter_wds.datamodule import ClipFilterDataModule, ClipFilterMonitor
-    from clipfilter_wds.dataset import ClipWebDataset
-    from clipfilter_wds.loader import ClipFilterLoader
-    from clipfilter_wds.operator import ImageClipFilter
-    from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig, process_shards
-    from clipfilter_wds.scorer import ClipScorer
-    from clipfilter_wds.scores import ScoreTable
+    from clipfilter_wds.models.scorer import ClipScorer
+    from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+    from clipfilter_wds.offline.run import process_shards
+    from clipfilter_wds.scores.folder import ScoreFolder
+    from clipfilter_wds.tables.operator import ImageClipFilter
+    from clipfilter_wds.training.datamodule import ClipFilterDataModule
+    from clipfilter_wds.training.dataset import ClipWebDataset
+    from clipfilter_wds.training.loader import ClipFilterLoader
+    from clipfilter_wds.training.monitor import ClipFilterMonitor
     from clipfilter_wds.types import DropReason, FilterStats
 
 _HOME = {
-    "ClipFilterDataModule": "datamodule",
-    "ClipFilterLoader": "loader",
-    "ClipFilterMonitor": "datamodule",
-    "ClipScorer": "scorer",
-    "ClipWebDataset": "dataset",
+    "ClipFilterDataModule": "training.datamodule",
+    "ClipFilterLoader": "training.loader",
+    "ClipFilterMonitor": "training.monitor",
+    "ClipScorer": "models.scorer",
+    "ClipWebDataset": "training.dataset",
     "DropReason": "types",
     "FilterStats": "types",
-    "ImageClipFilter": "operator",
-    "RewriteConfig": "rewrite",
-    "ScoreConfig": "rewrite",
-    "ScoreTable": "scores",
-    "process_shards": "rewrite",
+    "ImageClipFilter": "tables.operator",
+    "RewriteConfig": "offline.config",
+    "ScoreConfig": "offline.config",
+    "ScoreFolder": "scores.folder",
+    "process_shards": "offline.run",
 }
 
 __all__ = [
@@ -40,7 +42,7 @@ __all__ = [
     "ImageClipFilter",
     "RewriteConfig",
     "ScoreConfig",
-    "ScoreTable",
+    "ScoreFolder",
     "process_shards",
 ]
 

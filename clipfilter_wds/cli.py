@@ -9,18 +9,20 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 
+from clipfilter_wds.console import plain
 from clipfilter_wds.demo.run import demo
-from clipfilter_wds.progress import run_with_progress
-from clipfilter_wds.remote import without_secrets
-from clipfilter_wds.report import ReportConfig, check_page, write_report
-from clipfilter_wds.rewrite import RewriteConfig, ScoreConfig
-from clipfilter_wds.rewrite.ranks import DEFAULT_RANK_TIMEOUT
-from clipfilter_wds.rewrite.ray_engine import RayEngine
-from clipfilter_wds.scorer import DEFAULT_MODEL, ClipScorer
-from clipfilter_wds.selection import DEFAULT_THRESHOLD
-from clipfilter_wds.table import TableConfig, process_table
-from clipfilter_wds.terminal import plain
-from clipfilter_wds.whereabouts import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
+from clipfilter_wds.models.loading import DEFAULT_MODEL
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT
+from clipfilter_wds.offline.engines.ray import RayEngine
+from clipfilter_wds.offline.progress import run_with_progress
+from clipfilter_wds.report.run import ReportConfig, check_page, write_report
+from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
+from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.tables.config import TableConfig
+from clipfilter_wds.tables.run import process_table
+from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
 from clipfilter_wds.world import World
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130

@@ -123,3 +123,25 @@ class FilterStats:
     def keep_rate(self) -> float:
         """Share of the seen samples that were kept, 0.0 when none was seen."""
         return self.kept / self.seen if self.seen else 0.0
+
+
+class UnusableError(Exception):
+    """A sample that can't be scored, and why."""
+
+    def __init__(self, reason: DropReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What is known of one sample beside its pixels and tokens; a row of the score table, but for the score."""
+
+    key: str
+    index: int
+    reason: DropReason | None = None
+    num_tokens: int = 0
+    truncated: bool = False
+    width: int = 0
+    height: int = 0
+    uid: bytes | None = None

@@ -7,10 +7,10 @@ import fsspec
 import pytest
 import torch
 
-from clipfilter_wds import remote
-from clipfilter_wds.scorer import ClipScorer
-from tests.servers import FailingProxy, s3_server
-from tests.toys import make_clip
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.storage import errors as remote
+from tests.support.servers import FailingProxy, s3_server
+from tests.support.toys import make_clip
 
 # The models here are tiny: a second thread costs more than it brings, above all beside DataLoader workers.
 torch.set_num_threads(1)

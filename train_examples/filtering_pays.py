@@ -37,7 +37,7 @@ from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, Rewrite
 from clipfilter_wds.demo.drawing import draw, to_jpeg
 from clipfilter_wds.demo.run import MODEL, demo_threshold
 from clipfilter_wds.demo.scenes import describe, different_scene, random_scene
-from clipfilter_wds.scorer import BUNDLED_MODELS
+from clipfilter_wds.models.loading import BUNDLED_MODELS
 
 GALLERY_SIZE = 100
 NUM_EVALUATIONS = 12

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from clipfilter_wds.demo.drawing import draw
 from clipfilter_wds.demo.scenes import Scene, contradicts, describe, random_scene
-from clipfilter_wds.preprocess import ClipPreprocess, RgbImage
+from clipfilter_wds.preprocess.clip import ClipPreprocess
+from clipfilter_wds.preprocess.image import RgbImage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from small_clip import SmallClip
 
-from clipfilter_wds.datamodule import ClipFilterDataModule, ClipFilterMonitor
+from clipfilter_wds.training.datamodule import ClipFilterDataModule
+from clipfilter_wds.training.monitor import ClipFilterMonitor
 
 
 class ClipModule(L.LightningModule):

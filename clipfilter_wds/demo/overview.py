@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipfilter_wds.writer import publish
+from clipfilter_wds.storage.publish import publish
 
 _COLUMNS, _TILE, _TEXT, _GAP, _HEADING = 6, 168, 78, 14, 30
 _KEPT_COLOUR, _DROPPED_COLOUR, _INK, _PAPER = "#1a7f37", "#b42318", "#1f2328", "#ffffff"

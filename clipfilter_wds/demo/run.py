@@ -9,15 +9,16 @@ from rich.console import Console
 
 from clipfilter_wds.demo.overview import Picture, write_overview
 from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, write_demo_shards
-from clipfilter_wds.preprocess import read_captions
-from clipfilter_wds.progress import run_with_progress
-from clipfilter_wds.report import ReportConfig, write_report
-from clipfilter_wds.rewrite import RewriteConfig
-from clipfilter_wds.samples import SampleLayout, read_samples
-from clipfilter_wds.scorer import BUNDLED_MODELS, ClipScorer
-from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.selection import select
-from clipfilter_wds.shards import open_shard
+from clipfilter_wds.models.loading import BUNDLED_MODELS
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.progress import run_with_progress
+from clipfilter_wds.preprocess.members import read_captions
+from clipfilter_wds.report.run import ReportConfig, write_report
+from clipfilter_wds.scores.selection import select
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.open import open_shard
+from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import Sample
 
 MODEL = "demo-tiny"

@@ -11,8 +11,9 @@ from PIL import Image
 
 from clipfilter_wds.demo.drawing import draw, to_jpeg
 from clipfilter_wds.demo.scenes import Scene, describe, different_scene, random_scene
+from clipfilter_wds.shards.tar_writer import TarWriter
+from clipfilter_wds.storage.publish import publish
 from clipfilter_wds.types import Member
-from clipfilter_wds.writer import TarWriter, publish
 
 NUM_SHARDS, SAMPLES_PER_SHARD, MISMATCHED_PERCENT = 4, 256, 30
 _TORN_SHARD, _TORN_SHARE = 3, 0.95

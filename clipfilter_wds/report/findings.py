@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from clipfilter_wds.paths import AnyPath, any_path
 from clipfilter_wds.report.histogram import ScoreCounts
 from clipfilter_wds.report.picks import Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
-from clipfilter_wds.scores import Fingerprint, ScoreTable, ShardScores
-from clipfilter_wds.selection import passes
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.types import DropReason
 
 #: Captions longer than this many times the text tower's limit are counted together.
@@ -24,7 +26,7 @@ _TOKEN_LIMITS = 2
 class ScoredRun:
     """Score tables, and what the run that wrote them said of itself: ``summary.json``, empty where there is none."""
 
-    table: ScoreTable
+    table: ScoreFolder
     summary: dict[str, Any]
 
     @classmethod
@@ -34,7 +36,7 @@ class ScoredRun:
         Raises:
             ValueError: When there are none, they don't go together, or the summary is damaged.
         """
-        table = ScoreTable(scores)
+        table = ScoreFolder(scores)
         beside = table.folder.parent if table.folder.name == "_scores" else table.folder
         return cls(table, _read_summary((beside if run is None else any_path(run)) / "summary.json"))
 

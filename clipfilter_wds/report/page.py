@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from clipfilter_wds import __version__
 from clipfilter_wds.report.findings import Findings
 from clipfilter_wds.report.histogram import STEPS
 from clipfilter_wds.report.pictures import Card
 from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
 from clipfilter_wds.types import DropReason
+from clipfilter_wds.version import __version__
 
 #: Shards in the chart and lines in its table; of the rest, some of those that are no outliers are left out.
 _MAX_SHARD_POINTS, _MAX_OUTLIERS, _MAX_OUTLIER_LINES = 2000, 500, 50

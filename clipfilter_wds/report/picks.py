@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipfilter_wds.selection import passes
+from clipfilter_wds.scores.selection import passes
 
 _SPREAD_WIDTH = 0.001
 

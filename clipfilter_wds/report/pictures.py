@@ -8,13 +8,15 @@ from itertools import groupby
 
 from PIL import Image
 
-from clipfilter_wds.preprocess import ImageView, UnusableError, first_image, read_captions
+from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.preprocess.members import first_image, read_captions
 from clipfilter_wds.report.findings import ScoredRun
 from clipfilter_wds.report.picks import Pick
-from clipfilter_wds.samples import SampleLayout, read_samples
-from clipfilter_wds.scores import Fingerprint, ShardScores
-from clipfilter_wds.shards import open_shard
-from clipfilter_wds.types import Sample, ShardError
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.open import open_shard
+from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.types import Sample, ShardError, UnusableError
 
 _SIDE = 240
 _QUALITIES = (78, 60, 40, 20)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from clipfilter_wds.paths import AnyPath, RemotePath, any_path
-from clipfilter_wds.remote import without_secrets
 from clipfilter_wds.report.findings import Findings, ScoredRun, gather
 from clipfilter_wds.report.histogram import STEPS, ScoreCounts
 from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
-from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.selection import DEFAULT_THRESHOLD, check_threshold
-from clipfilter_wds.shards import expand_shards
-from clipfilter_wds.writer import publish
+from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.storage.paths import AnyPath, RemotePath, any_path
+from clipfilter_wds.storage.publish import publish
 
 #: More of them would make a page that is slow to open on a phone.
 _MAX_THUMBNAILS = 200
@@ -28,7 +28,7 @@ class ReportConfig:
     Attributes:
         scores: The output folder of a ``score`` or ``rewrite`` run.
         output: The HTML file to write; one that is there is replaced.
-        shards: Where captions and pictures come from: whatever :func:`~clipfilter_wds.shards.expand_shards` takes, or
+        shards: Where captions and pictures come from: whatever ``expand_shards`` takes, or
             None for a report without them.
         run: The output folder of the ``rewrite`` run to show, where its tables lie elsewhere (``rewrite --scores``).
         threshold: Where the slider begins; None is where the run's own choice lies.

@@ -8,8 +8,8 @@ from PIL import Image
 
 from clipfilter_wds.demo.run import demo_threshold
 from clipfilter_wds.demo.shards import write_demo_shards
-from tests.rewrite.test_rewrite import check_accounting
-from tests.toys import tar_members
+from tests.offline.test_run import check_accounting
+from tests.support.toys import tar_members
 
 
 def test_demo_runs_within_a_minute_and_finds_the_truth(tmp_path):

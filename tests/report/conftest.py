@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipfilter_wds.report import ReportConfig, write_report
-from clipfilter_wds.rewrite import RewriteConfig, process_shards
-from clipfilter_wds.scores import ShardScores
-from clipfilter_wds.selection import select
-from tests.toys import pair, write_shard
+from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.report.run import ReportConfig, write_report
+from clipfilter_wds.scores.selection import select
+from clipfilter_wds.scores.table import ShardScores
+from tests.support.toys import pair, write_shard
 
 THRESHOLD = 0.1237  # on a step of the slider's counts, and not of the slider
 HOSTILE = "<script>alert(1)</script> </script><b>bold</b> \x1b[31mred\x1b[0m \u2028 &lt;tag&gt;"

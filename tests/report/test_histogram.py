@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipfilter_wds.report.histogram import STEPS, ScoreCounts
-from clipfilter_wds.selection import passes
+from clipfilter_wds.scores.selection import passes
 
 # As a run finds them, and those that comparisons go wrong at: multiples of a step, and their neighbours.
 ON_A_STEP = st.integers(-STEPS, STEPS).map(lambda step: np.float32(step / STEPS))

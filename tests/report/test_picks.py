@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipfilter_wds.report.picks import Pick, Picker
-from clipfilter_wds.selection import passes
+from clipfilter_wds.scores.selection import passes
 
 
 def pick(tables: list[np.ndarray], threshold: float, num_picks: int) -> list[Pick]:

@@ -1,0 +1,1 @@
+"""Turns pixels and tokens into cosine similarities, with a dual encoder of any library."""

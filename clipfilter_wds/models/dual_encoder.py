@@ -1,0 +1,76 @@
+"""A dual encoder, wherever it comes from: an image tower and a text tower whose outputs can be compared."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipfilter_wds.preprocess.clip import ClipPreprocess
+
+
+class ModelError(ValueError):
+    """A model that can't be used; the message says why and what to do."""
+
+
+class Towers(nn.Module):
+    """Two towers around a model of some library.
+
+    Attributes:
+        model: As the library has it.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels, float ``[N, 3, H, W]`` -> embeddings ``[N, D]``, of any length."""
+
+    @abstractmethod
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """int64 ``[N, L]`` -> embeddings ``[N, D]``, of any length."""
+
+    def compile(self, *args: Any, with_text: bool = True, **options: Any) -> None:
+        """Compile each tower, or the image tower alone; nobody calls the module as a whole."""
+        # Methods of this instance, as Module.compile has one for the module as a whole.
+        self.image_features = torch.compile(self.image_features, *args, **options)  # type: ignore[method-assign]
+        if with_text:
+            self.text_features = torch.compile(self.text_features, *args, **options)  # type: ignore[method-assign]
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names and values of all weights, whatever files they came in."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualEncoder:
+    """A loaded model with all that it takes to use it.
+
+    Attributes:
+        family: What kind it is; part of the fingerprint.
+        towers: In float32, on the CPU.
+        preprocess: Samples -> what the towers take, but for rescaling and normalising.
+        mean: Per channel, for pixels in [0, 1].
+        std: Likewise.
+        rescale: What pixels in 0..255 are multiplied by.
+        width: Of the wider tower.
+    """
+
+    family: str
+    towers: Towers
+    preprocess: ClipPreprocess
+    mean: Sequence[float]
+    std: Sequence[float]
+    rescale: float = 1 / 255
+    width: int

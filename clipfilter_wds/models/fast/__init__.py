@@ -1,0 +1,1 @@
+"""Runs CLIP's towers faster on CPUs."""

@@ -1,0 +1,149 @@
+"""The same embeddings with less work: what a model that only scores can leave out or do at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipfilter_wds.models.fast.attention import matmul_attention
+
+
+def take_shortcuts(towers: nn.Module) -> None:
+    """Rewrite the layers of a model where they are known, in place, before its weights are in low precision.
+
+    Embeddings stay the same up to rounding. Measured with the image tower of ViT-B/32 in bf16, on one core: 1.06 times
+    as fast by the last layer's shortcut, 1.04 by that of the patches, 1.05 by that of attention.
+    """
+    for name, module in list(towers.named_modules()):
+        _fold_quick_gelu(module)
+        if isinstance(module, nn.Conv2d) and _is_of_patches(module):
+            towers.set_submodule(name, _Patches(module))
+        if type(module).__name__ in _FIRST_TOKEN_TOWERS and hasattr(module, "encoder"):
+            _shorten_layers(module.encoder.layers)
+
+
+# --- activations ---
+
+#: Of OpenAI's models, whose activation is x * sigmoid(1.702 x): in transformers, and in open_clip.
+_QUICK_GELUS = ("QuickGELUActivation", "QuickGELU")
+_QUICK_GELU_SCALE = 1.702
+
+
+def _fold_quick_gelu(block: nn.Module) -> None:
+    """Where a QuickGELU is between two linear layers, let these do the scaling: one SiLU is left of three steps.
+
+    x * sigmoid(a x) = SiLU(a x) / a. That saves a few hundredths of the forward pass.
+    """
+    children = dict(block.named_children())
+    names = [name for name, child in children.items() if type(child).__name__ in _QUICK_GELUS]
+    layers = [child for child in children.values() if isinstance(child, nn.Linear)]
+    if len(names) != 1 or len(layers) != 2:
+        return
+    before, after = layers
+    before.weight.data *= _QUICK_GELU_SCALE
+    before.bias.data *= _QUICK_GELU_SCALE
+    after.weight.data /= _QUICK_GELU_SCALE
+    block.set_submodule(names[0], nn.SiLU(inplace=True))
+
+
+# --- patches ---
+
+
+def _is_of_patches(convolution: nn.Conv2d) -> bool:
+    is_plain = convolution.groups == 1 and convolution.dilation == (1, 1) and convolution.padding in ((0, 0), "valid")
+    return is_plain and convolution.kernel_size == convolution.stride
+
+
+class _Patches(nn.Module):
+    """A convolution whose windows do not overlap, as one product, which is faster on a processor."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.size = convolution.kernel_size
+        bias = convolution.bias
+        self.linear = nn.Linear(convolution.weight[0].numel(), convolution.out_channels, bias=bias is not None)
+        self.linear.weight.data = convolution.weight.data.flatten(1)
+        if bias is not None:
+            self.linear.bias.data = bias.data
+
+    @property
+    def weight(self) -> Tensor:
+        """Looked at for its type by who calls this."""
+        return self.linear.weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, D, H // size, W // size]``."""
+        (high, wide), (height, width) = self.size, pixels.shape[2:]
+        patches = pixels[:, :, : height // high * high, : width // wide * wide]
+        patches = patches.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        features: Tensor = self.linear(patches)
+        return features.permute(0, 3, 1, 2)
+
+
+# --- transformer layers ---
+
+#: Image towers whose embedding comes from the first token of their last layer; of CLIP's kind in transformers.
+_FIRST_TOKEN_TOWERS = ("CLIPVisionModel", "AltCLIPVisionModel", "ChineseCLIPVisionModel")
+
+
+def _shorten_layers(layers: Any) -> None:
+    for layer in layers:
+        layer.self_attn = _Attention(layer.self_attn)
+    layers[-1] = _LastLayer(layers[-1])
+
+
+class _Attention(nn.Module):
+    """Every token attends to every token.
+
+    On a processor by plain products: torch's fused kernel takes 1.2 to 2 times as long in bf16 for an image of 50 to
+    257 tokens, and as long for 577.
+    """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.out_proj = attention.out_proj
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """As the library's layers call it."""
+        return self.attend(hidden_states), None
+
+    def attend(self, hidden_states: Tensor, num_queries: int | None = None) -> Tensor:
+        """``[N, T, D]`` -> what the first ``num_queries`` tokens (None: all) find, ``[N, num_queries, D]``."""
+        hidden_states = hidden_states.to(self.q_proj.weight.dtype)  # once for all three
+        queries = self._heads(self.q_proj(hidden_states[:, :num_queries]))
+        keys, values = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            find = matmul_attention if hidden_states.device.type == "cpu" else functional.scaled_dot_product_attention
+            found = find(queries, keys, values, scale=self.scale)
+        attended: Tensor = self.out_proj(found.transpose(1, 2).flatten(2))
+        return attended
+
+    def _heads(self, features: Tensor) -> Tensor:
+        heads: Tensor = features.unflatten(-1, (self.num_heads, -1))
+        return heads.transpose(1, 2)
+
+
+class _LastLayer(nn.Module):
+    """The last layer of a tower that looks at its first token only: a sixth of the work, with the same bits."""
+
+    self_attn: _Attention
+    mlp: nn.Module
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        """``[N, T, D]`` -> ``[N, 1, D]``."""
+        first = hidden_states[:, :1] + self.self_attn.attend(self.layer_norm1(hidden_states), num_queries=1)
+        output: Tensor = first + self.mlp(self.layer_norm2(first))
+        return output

@@ -1,0 +1,82 @@
+"""In which precision a model multiplies its matrices."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipfilter_wds.models.dual_encoder import Towers
+from clipfilter_wds.models.fast.image_tower import take_shortcuts
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: A model whose widest tower is narrower than this gains little from low precision (measured: 1.5 times at 128,
+#: 2.5 at 256), and that little is lost in rechecking.
+NARROW = 256
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device that ``device`` names; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: When it names a device that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:1") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def resolve_precision(precision: Precision, device: torch.device, width: int) -> Precision:
+    """What ``auto`` means for a device and a model whose wider tower has this width."""
+    if precision not in ("auto", "fp32", *DTYPES):
+        raise ValueError(f"precision is {precision!r}; use auto, fp32, bf16 or fp16")
+    if precision != "auto":
+        return precision
+    if width < NARROW:
+        return "fp32"
+    if device.type == "cuda":
+        return "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def low_precision(model: Towers, precision: Precision) -> Towers:
+    """A copy whose matrices are in low precision; norms, embeddings and what flows between the layers stay in float32.
+
+    So do the last projections, into the space where both embeddings meet. Against a model that is low precision
+    throughout, that more than halves the error of the scores at the same speed.
+    """
+    fast = copy.deepcopy(model)
+    take_shortcuts(fast)
+    for name, module in list(fast.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_projection"):
+            fast.set_submodule(name, _Float32Linear(module))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(DTYPES[precision])
+    return fast
+
+
+class _Float32Linear(nn.Module):
+    """Stays in float32 under autocast."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return functional.linear(features.float(), self.weight, self.bias)

@@ -1,0 +1,1 @@
+"""Scores shards ahead of training, and writes what is kept of them."""

@@ -1,0 +1,180 @@
+"""Shards -> their scores. Everything that it takes is passed in, so that it can be done anywhere."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from clipfilter_wds.models.recheck import NUM_MEASURED, BatchScores, Recheck
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.subset import Subset
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.shards.split import ShardPart
+from clipfilter_wds.types import SampleRow, ShardEnd
+from clipfilter_wds.workers.cpus import default_num_workers
+
+#: Blocks that are looked through for usable samples to measure the error of the scores on.
+MAX_MEASURED_BLOCKS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How shards are scored. Picklable.
+
+    Attributes:
+        layout: Where image and caption are.
+        batch_size: Samples per forward pass.
+        num_workers: Processes that decode; None chooses by device and number of processors.
+        threshold: Scores near it are computed in float32.
+        worker_timeout: Seconds that one sample may take to decode; 0 is for ever.
+        subset: Decode and score only the samples that are listed.
+        measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
+            all who do shards of the run, now or when it goes on, so that all compute the same bits.
+    """
+
+    layout: SampleLayout
+    batch_size: int
+    num_workers: int | None
+    worker_timeout: float
+    threshold: float | None = None
+    subset: Subset | None = None
+    measured_on: tuple[str, ...] = ()
+
+    def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
+        """What the scores depend on beside the shards."""
+        return {
+            **scorer.fingerprint,
+            **self.layout.fingerprint,
+            **({} if self.subset is None else {"subset": self.subset.digest}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedShard:
+    """A shard that can't be used, and why."""
+
+    url: str
+    why: str
+
+
+def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
+    """What scores shards, its error measured on the first samples of ``options.measured_on``."""
+    recheck = Recheck(scorer, options.threshold)
+    dataset = BlockDataset(
+        options.measured_on,
+        scorer.preprocess,
+        batch_size=NUM_MEASURED,
+        layout=options.layout,
+        subset=options.subset,
+    )
+    # One worker gives the blocks in order; none of them is decoded here, where it could kill the run.
+    num_workers = 0 if options.num_workers == 0 else 1
+    with closing(read_blocks(dataset, num_workers=num_workers, worker_timeout=options.worker_timeout)) as blocks:
+        for block in islice(blocks, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
+            recheck.measure(block.pixel_values, block.input_ids)
+            if recheck.is_measured:
+                break
+    return recheck
+
+
+def score_shards(
+    urls: Sequence[str],
+    recheck: Recheck,
+    options: ScoringOptions,
+    *,
+    on_batch: Callable[[int], None] = lambda num_samples: None,
+) -> Generator[tuple[str, ShardScores] | FailedShard]:
+    """Score shards; each is yielded when it is complete. The scores of a shard don't depend on the others.
+
+    Args:
+        urls: One shard or many.
+        recheck: The model.
+        options: How.
+        on_batch: Called with the number of samples of each batch.
+    """
+    scorer = recheck.scorer
+    dataset = BlockDataset(
+        urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout, subset=options.subset
+    )
+    num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
+    blocks = read_blocks(
+        dataset,
+        num_workers=num_workers,
+        worker_timeout=options.worker_timeout,
+        pin_memory=scorer.device.type == "cuda",
+    )
+    with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
+        yield from collect_shards(blocks, recheck, options.fingerprint(scorer), on_batch)
+
+
+def collect_shards(
+    batches: Iterable[Block],
+    recheck: Recheck,
+    fingerprint: Fingerprint,
+    on_batch: Callable[[int], None],
+) -> Iterator[tuple[str, ShardScores] | FailedShard]:
+    """Score batches and yield each shard with its URL when all its parts have ended.
+
+    Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
+
+    Args:
+        batches: From ``BlockDataset``, of any number of workers.
+        recheck: Scores them.
+        fingerprint: Goes into each table.
+        on_batch: Called with the number of samples of each batch.
+    """
+    pending: dict[str, _PendingShard] = {}
+    for batch, scored in recheck.map(batches, lambda batch: (batch.pixel_values, batch.input_ids)):
+        shard = pending.setdefault(batch.part.url, _PendingShard(batch.part))
+        shard.add(batch, scored)
+        on_batch(len(batch.rows))
+        if shard.is_complete:
+            del pending[batch.part.url]
+            yield shard.finish(fingerprint, recheck.band)
+
+
+@dataclass
+class _PendingShard:
+    part: ShardPart
+    rows: list[SampleRow] = field(default_factory=list)
+    scores: list[BatchScores] = field(default_factory=list)
+    ends: list[ShardEnd] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, batch: Block, scores: BatchScores) -> None:
+        self.rows += batch.rows
+        self.scores.append(scores)
+        if batch.end is not None:
+            self.ends.append(batch.end)
+        if batch.error is not None:
+            self.errors.append(batch.error)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.ends) + len(self.errors) == self.part.num_parts
+
+    def finish(self, fingerprint: Fingerprint, band: float) -> tuple[str, ShardScores] | FailedShard:
+        url = self.part.url
+        if self.errors:
+            return FailedShard(url=url, why=self.errors[0])
+        if len(set(self.ends)) > 1:
+            return FailedShard(url=url, why="it changed while it was being read")
+        end = self.ends[0]
+        if len(self.rows) != end.num_samples:
+            raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(self.rows)} arrived")
+        return url, ShardScores.from_rows(
+            self.rows,
+            np.concatenate([batch.scores for batch in self.scores]),
+            source=public_url(url),
+            num_bytes=end.num_bytes,
+            torn=end.torn,
+            fingerprint=fingerprint,
+            band=band,
+            num_rechecked=sum(batch.num_rechecked for batch in self.scores),
+        )

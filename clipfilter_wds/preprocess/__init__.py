@@ -1,0 +1,1 @@
+"""Makes of a sample what the model sees: pixels and tokens."""

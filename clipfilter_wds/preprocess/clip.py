@@ -1,0 +1,114 @@
+"""Prepares samples for CLIP: pixels and tokens, and the rows that describe them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from clipfilter_wds.preprocess.image import ImageView, RgbImage
+from clipfilter_wds.preprocess.members import decode_members, decode_pair, decode_sample, read_uid
+from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens
+from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.types import DropReason, Sample, SampleRow, UnusableError
+
+#: Version of the pixel and text policy in this file; part of the fingerprint of every score.
+POLICY_VERSION = 1
+
+_TXT = SampleLayout()
+
+
+class OpenPair(NamedTuple):
+    """A usable pair: the image's uint8 view, its captions, and the size of the image as stored, in pixels."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPreprocess:
+    """What a ``ClipScorer`` needs done to a sample before it can score it."""
+
+    view: ImageView
+    tokenize: CaptionTokenizer
+
+    def with_view(self, **changes: Any) -> Self:
+        """The same, but for these fields of the view."""
+        return replace(self, view=replace(self.view, **changes))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a score depends on in this file. JSON-ready."""
+        return {
+            "resize": self.view.resize if isinstance(self.view.resize, int) else list(self.view.resize),
+            "crop": list(self.view.crop),
+            "interpolation": self.view.interpolation,
+            "resampler": self.view.resampler,
+            "max_pixels": self.view.max_pixels,
+            "fast_decode": self.view.fast_decode,
+            "tokenizer": self.tokenize.fingerprint(),
+            "max_tokens": self.tokenize.max_length,
+            "pads_to_max": self.tokenize.pads_to_max,
+            "policy": POLICY_VERSION,
+        }
+
+    def __call__(self, sample: Mapping[str, Any], layout: SampleLayout = _TXT) -> dict[str, Any]:
+        """A stage for a pipeline of your own: ``webdataset.WebDataset(...).map(scorer.preprocess).batched(64)``.
+
+        Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for
+        K captions) and ``reason``: empty, or why the sample can't be scored. Such samples go through, so that a
+        ClipFilterLoader can count them.
+
+        Args:
+            sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
+            layout: Where the caption is.
+        """
+        reason = ""
+        try:
+            rgb, captions = decode_members(sample, layout, self.view)
+            pixels = self.view(rgb)
+        except UnusableError as unusable:
+            captions, pixels, reason = [""], torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
+        ids = self.tokenize([captions]).input_ids[0]
+        padding = (0, self.tokenize.max_length - ids.shape[-1])
+        padded = torch.nn.functional.pad(ids, padding, value=self.tokenize.pad_id)
+        return {**sample, "pixel_values": pixels, "input_ids": padded, "reason": reason}
+
+    def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
+        """Read caption and image of a sample, and prepare its view.
+
+        Raises:
+            UnusableError: With the reason that the sample is dropped for.
+        """
+        return self.prepare(*decode_sample(sample, layout, self.view))
+
+    def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
+        """Decode an image and prepare its view.
+
+        Raises:
+            UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
+        """
+        return self.prepare(*decode_pair(encoded, [caption], self.view))
+
+    def prepare(self, rgb: RgbImage, captions: list[str]) -> OpenPair:
+        """Prepare the view of a decoded image."""
+        return OpenPair(self.view(rgb), captions, rgb.width, rgb.height)
+
+    def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
+        """Pairs -> what ``ClipScorer`` scores: uint8 ``[N, 3, H, W]``, and tokens."""
+        views = [pair.pixels for pair in pairs]
+        pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
+        return pixel_values, self.tokenize([pair.captions for pair in pairs])
+
+
+def sample_rows(samples: Sequence[tuple[Sample, OpenPair | DropReason]], tokens: Tokens) -> list[SampleRow]:
+    """The rows of samples, the usable ones of which have these tokens."""
+    counts = zip(tokens.num_tokens, tokens.truncated, strict=True)
+    return [
+        SampleRow(sample.key, sample.index, None, *next(counts), opened.width, opened.height, read_uid(sample))
+        if isinstance(opened, OpenPair)
+        else SampleRow(sample.key, sample.index, opened, uid=read_uid(sample))
+        for sample, opened in samples
+    ]

@@ -1,0 +1,223 @@
+"""Bytes -> what CLIP sees: an RGB image as a uint8 view, a caption as token ids. Picklable, so it runs in workers."""
+
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from torch.utils.dlpack import from_dlpack
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from clipfilter_wds.preprocess.jpeg import decode_plain_jpeg
+from clipfilter_wds.types import DropReason, UnusableError
+
+#: Pillow's names of the formats that are ever opened. None of them starts a program or runs a script.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+
+#: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
+_MAX_RESIZED_PIXELS = 1 << 28
+
+
+class _WithoutWarnings:
+    """Keeps Pillow from warning of each odd file, whose outcome is counted instead, while any thread decodes.
+
+    Of two threads with a ``warnings.catch_warnings`` each, the last to end would leave the other's filters behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside == 1:
+                self._caught = warnings.catch_warnings(action="ignore")
+                self._caught.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_without_warnings = _WithoutWarnings()
+# A thread of the parent may hold the lock while a worker is forked.
+os.register_at_fork(after_in_child=_without_warnings.__init__)  # type: ignore[misc]  # as if it were new
+
+
+class RgbImage(NamedTuple):
+    """An RGB image, and its width and height as stored, in pixels.
+
+    With ``fast_decode`` it may be decoded at 1 / ``scale`` of that, rounded up: its last row and column are cut ones.
+
+    Attributes:
+        decoded: By Pillow, or uint8 ``[4, H, W]`` with a channel of padding.
+        width: As stored.
+        height: As stored.
+        scale: What both were divided by.
+        info: What Pillow found beside the pixels: EXIF, colour profile, ...
+    """
+
+    decoded: Image.Image | torch.Tensor
+    width: int
+    height: int
+    scale: int = 1
+    info: Mapping[Any, Any] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Self:
+        """An image that was decoded elsewhere."""
+        return cls(_to_rgb(image), *image.size)
+
+    @property
+    def image(self) -> Image.Image:
+        """As Pillow has it."""
+        if isinstance(self.decoded, Image.Image):
+            return self.decoded
+        pixels = self.decoded.permute(1, 2, 0).numpy()
+        image = Image.frombytes("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX")
+        image.info = dict(self.info)
+        return image
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """uint8 ``[3 or 4, H, W]``, of which the first three are red, green and blue."""
+        return _pixels(self.decoded) if isinstance(self.decoded, Image.Image) else self.decoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageView:
+    """How an image becomes the model's input: resized and centre cropped, both in uint8.
+
+    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or its likes) before it rescales and normalises,
+    unless ``fast_decode`` is on.
+
+    Attributes:
+        resize: Length of the shortest edge after resizing, in pixels; or height and width, whatever the image's own.
+        crop: Height and width of the centre crop, in pixels.
+        interpolation: torchvision's name of the resampling; antialiased.
+        resampler: Whose pixels: ``torchvision``'s on tensors, as in transformers, or ``pillow``'s, as in open_clip.
+        max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
+        fast_decode: Decode a JPEG at a half, a quarter or an eighth of its size where that is not below ``resize``.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str = "bicubic"
+    resampler: Literal["torchvision", "pillow"] = "torchvision"
+    max_pixels: int = 89_478_485  # Pillow's own limit
+    fast_decode: bool = False
+
+    @classmethod
+    def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Self:
+        """The view that scores of this fingerprint were made with."""
+        resize = fingerprint["resize"]
+        return cls(
+            resize=resize if isinstance(resize, int) else tuple(resize),
+            crop=tuple(fingerprint["crop"]),
+            interpolation=fingerprint["interpolation"],
+            resampler=fingerprint["resampler"],
+            max_pixels=fingerprint["max_pixels"],
+            fast_decode=fingerprint["fast_decode"],
+        )
+
+    def decode(self, data: bytes) -> RgbImage:
+        """The first frame of an encoded image, as RGB.
+
+        Raises:
+            UnusableError: ``unreadable_image`` or ``image_too_large``.
+        """
+        try:
+            with _without_warnings:
+                image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+                width, height = image.size
+                self._check_size(width, height)
+                drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
+                scale = 1 if drafted is None else round(width / drafted[1][2])
+                pixels = decode_plain_jpeg(data, image) if scale == 1 else None
+                return RgbImage(_to_rgb(image) if pixels is None else pixels, width, height, scale, image.info)
+        except UnusableError:
+            raise
+        except Image.DecompressionBombError:
+            raise UnusableError(DropReason.IMAGE_TOO_LARGE) from None
+        except Exception as error:  # decoders fail with any type there is
+            raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
+
+    def __call__(self, rgb: RgbImage) -> torch.Tensor:
+        """Resize and crop to uint8 ``[3, crop_height, crop_width]``."""
+        size = self._resized(rgb.width, rgb.height)
+        if self.resampler == "pillow":
+            box = (0, 0, rgb.width / rgb.scale, rgb.height / rgb.scale)
+            pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()], box))
+        elif rgb.scale == 1 or self.interpolation not in ("bilinear", "bicubic"):
+            interpolation = InterpolationMode(self.interpolation)
+            pixels = tvf.resize(rgb.pixels, list(size), interpolation, antialias=True)
+        else:
+            # The size of the output is rounded down, which must not make it a pixel less.
+            factors = [(to + 1 / 64) * rgb.scale / of for to, of in zip(size, (rgb.height, rgb.width), strict=True)]
+            reduced = rgb.pixels[None]
+            pixels = interpolate(reduced, scale_factor=factors, mode=self.interpolation, antialias=True)[0]
+        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
+        whole = round if self.resampler == "pillow" else int
+        top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
+        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)[:3].contiguous()
+        return view
+
+    @property
+    def _smallest(self) -> tuple[int, int]:
+        """The width and height below which no image is decoded."""
+        return self.resize[::-1] if isinstance(self.resize, tuple) else (self.resize, self.resize)
+
+    def _check_size(self, width: int, height: int) -> None:
+        resized_height, resized_width = self._resized(width, height)
+        if width * height > self.max_pixels or resized_height * resized_width > _MAX_RESIZED_PIXELS:
+            raise UnusableError(DropReason.IMAGE_TOO_LARGE)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width."""
+        if isinstance(self.resize, tuple):
+            return self.resize
+        long = int(self.resize * max(width, height) / min(width, height))
+        return (long, self.resize) if width <= height else (self.resize, long)
+
+
+def _pixels(rgb: Image.Image) -> torch.Tensor:
+    """An RGB image's pixels, uint8 ``[3 or 4, H, W]``: if possible Pillow's own memory, whose fourth byte is padding.
+
+    Channels-last, the layout that the antialiasing kernel is fastest on; it is faster on four channels than on three.
+    """
+    height, width = rgb.height, rgb.width
+    try:
+        pixels = from_dlpack(pa.array(rgb).flatten()).view(height, width, 4)
+    except ValueError:  # an image of more than 16 MiB lies in several pieces of memory
+        pixels = torch.from_numpy(np.array(rgb))
+    return pixels.permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow's convert saturates 16-bit greyscale to white; its own 8 high bits are the image.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.array(image, dtype=np.uint32)
+        grey += 128  # in place, as this may be an image of the largest size
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    image.load()
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    if rgb.info.get("transparency") is None:
+        return rgb
+    # Pillow keeps a transparent colour (of a palette, or PNG's tRNS) beside the pixels, and CLIPImageProcessor puts
+    # such an image on white. An alpha channel, in contrast, is gone after convert.
+    white = Image.new("RGBA", rgb.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")

@@ -1,0 +1,1 @@
+"""Keeps scores in tables, and chooses samples by them."""

@@ -1,0 +1,28 @@
+"""Refuses scores that were made in another way."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Fingerprint = Mapping[str, Any]
+
+
+def check_fingerprint(found: Fingerprint, expected: Fingerprint, where: str) -> None:
+    """Refuse scores that were made in another way. The model's name may differ as long as its weights don't.
+
+    Raises:
+        ValueError: Naming the differing entries with both values.
+    """
+    names = [name for name in {**expected, **found} if name != "model" and found.get(name) != expected.get(name)]
+    if "weights" in names and found.get("model") != expected.get("model"):
+        names = ["model", *names]
+    if names:
+        differences = "; ".join(
+            f"{name} {_short(found.get(name))} there, {_short(expected.get(name))} here" for name in names
+        )
+        raise ValueError(f"{where} was made with other settings ({differences})")
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] + "…" if len(text) == 64 else text

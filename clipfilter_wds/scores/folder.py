@@ -1,0 +1,116 @@
+"""Finds the score table of a shard in a folder of them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.table import ShardScores, check_version, naming_file, read_scores
+from clipfilter_wds.shards.names import public_url, shard_path
+from clipfilter_wds.types import ShardError
+
+#: Folder within a folder of tables in which a loader records scores of shards that it has not read whole.
+PARTS_FOLDER = "_parts"
+
+
+class ScoreFolder:
+    """The score tables of a folder, one per shard, looked up by shard; each is read when it is asked for.
+
+    A shard's table is the one that was made from its URL; where the shards have moved, the one whose name in the folder
+    (``00000``, ``a/00000``) is the longest that the shard's path ends with. Either way the shard must have the size
+    that was recorded.
+
+    Args:
+        folder: What ``clipfilter-wds score`` or ``rewrite`` wrote: a folder of tables, or one that holds ``_scores``.
+
+    Raises:
+        ValueError: When the folder holds no table, a file that is none, or tables of different fingerprints.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder).expanduser()
+        #: Where the tables lie.
+        self.folder = folder / "_scores" if (folder / "_scores").is_dir() else folder
+        self._name_by_source: dict[str, str] = {}
+        self._names_by_stem: dict[str, list[str]] = defaultdict(list)
+        fingerprint: Fingerprint | None = None
+        #: The tables, sorted.
+        self.paths: list[Path] = []
+        for path, metadata in read_all_metadata(self.folder):
+            name = path.relative_to(self.folder).with_suffix("").as_posix()
+            if name.startswith(f"{PARTS_FOLDER}/"):
+                continue
+            fingerprint = fingerprint or metadata["fingerprint"]
+            in_the_way = f"{str(path)!r} does not go with the tables before it: it"
+            check_fingerprint(metadata["fingerprint"], fingerprint, in_the_way)
+            self.paths.append(path)
+            self._add(name, metadata["shard"])
+        if fingerprint is None:
+            raise ValueError(
+                f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
+            )
+        #: What all the scores depend on beside the shards.
+        self.fingerprint = fingerprint
+        #: Shards that the run that wrote the tables could not use, and why.
+        self.failed = _failed_shards(self.folder)
+
+    def _add(self, name: str, source: str) -> None:
+        self._names_by_stem[PurePosixPath(name).name].append(name)
+        if not source.startswith("pipe:"):  # what is public of a command does not tell which shard it reads
+            self._name_by_source.setdefault(source, name)
+
+    def read(self, url: str) -> ShardScores:
+        """The scores of a shard.
+
+        Raises:
+            ShardError: When there are none, or the shard has another size than the one that was scored.
+            ValueError: When the table is damaged.
+        """
+        path = self.path(url)
+        if path is None:
+            raise ShardError(f"there is no score table of it in {str(self.folder)!r}; score it first")
+        return read_scores(path, url)
+
+    def path(self, url: str) -> Path | None:
+        """A shard's table."""
+        name = self._find(url)
+        return None if name is None else self.folder / f"{name}.parquet"
+
+    def lacking(self, urls: Iterable[str]) -> list[str]:
+        """The shards that have no table."""
+        return [url for url in urls if self._find(url) is None]
+
+    def _find(self, url: str) -> str | None:
+        """The name of a shard's table."""
+        if (name := self._name_by_source.get(public_url(url))) is not None:
+            return name
+        path = PurePosixPath(shard_path(url)).parts
+        names = [name for name in self._names_by_stem.get(path[-1], ()) if _is_end(PurePosixPath(name).parts, path)]
+        return max(names, key=lambda name: name.count("/"), default=None)
+
+
+def read_all_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every table in a folder and below, in order of name, with what it says of itself (``shard``, ``fingerprint``).
+
+    Raises:
+        ValueError: When a parquet file is no score table.
+    """
+    for path in sorted(folder.rglob("*.parquet")):
+        with naming_file(path):
+            metadata = check_version(pq.read_metadata(path).metadata)
+            checked = {"shard": metadata["shard"], "fingerprint": metadata["fingerprint"]}
+        yield path, checked
+
+
+def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    return path[len(path) - len(end) :] == end
+
+
+def _failed_shards(folder: Path) -> dict[str, str]:
+    summary = (folder.parent if folder.name == "_scores" else folder) / "summary.json"
+    failed: dict[str, str] = json.loads(summary.read_bytes())["failed_shards"] if summary.is_file() else {}
+    return failed

@@ -1,0 +1,159 @@
+"""Scores -> keep or drop, with a reason."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipfilter_wds.scores.fraction import Cutoff, check_fraction
+from clipfilter_wds.scores.subset import Subset
+from clipfilter_wds.scores.table import NO_REASON, REASON_CODES, ShardScores
+from clipfilter_wds.types import DropReason, FilterStats, ShardError
+
+DEFAULT_THRESHOLD = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """What is kept of a shard.
+
+    Attributes:
+        reasons: int8 ``[num_samples]``: ``NO_REASON`` for what is kept; for the others, the
+            position of the reason in ``DropReason``.
+    """
+
+    reasons: np.ndarray
+
+    @property
+    def keep(self) -> np.ndarray:
+        """Whether each sample is kept: bool ``[num_samples]``."""
+        keep: np.ndarray = self.reasons == NO_REASON
+        return keep
+
+    @property
+    def stats(self) -> FilterStats:
+        """The counts."""
+        return self.stats_between(0, len(self.reasons))
+
+    def stats_between(self, start: int, stop: int) -> FilterStats:
+        """The counts of the samples with ``start <= index < stop``."""
+        reasons = self.reasons[start:stop]
+        counts = np.bincount(reasons[reasons != NO_REASON], minlength=len(DropReason)).tolist()
+        dropped = {reason: count for reason, count in zip(DropReason, counts, strict=True) if count}
+        return FilterStats(seen=len(reasons), kept=int((reasons == NO_REASON).sum()), dropped=dropped)
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold, if a cosine can lie on both sides of it.
+
+    Raises:
+        ValueError: When it does not lie in [-1, 1].
+    """
+    if not -1.0 <= threshold <= 1.0:
+        hint = (
+            f" Did you mean {threshold / 10 if threshold < 10 else threshold / 100:g}?" if 1 < threshold <= 100 else ""
+        )
+        raise ValueError(f"threshold is {threshold:g}; a cosine lies in [-1, 1].{hint}")
+    return threshold
+
+
+def passes(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether ``clip(score, 0, 1) >= threshold``, for raw cosines, float32 ``[N]``; never for what is not a number."""
+    # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
+    passed: np.ndarray = np.clip(scores.astype(np.float64), 0.0, 1.0) >= threshold
+    return passed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a run keeps of the pairs that could be scored. Picklable.
+
+    Attributes:
+        threshold: Keep when ``clip(cosine, 0, 1)`` is at least this; None sets none.
+        keep_fraction: Keep this share of all, those with the highest scores; None for no such limit.
+        subset: Keep what is listed only.
+
+    Raises:
+        ValueError: When one of them can't be used, or they contradict each other.
+    """
+
+    threshold: float | None = None
+    keep_fraction: float | None = None
+    subset: Subset | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.keep_fraction is not None:
+            raise ValueError(
+                f"threshold {self.threshold:g} and keep_fraction {self.keep_fraction:g} both say which scores to keep; "
+                "give one"
+            )
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        if self.keep_fraction is not None:
+            check_fraction(self.keep_fraction)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it is, ready for JSON."""
+        subset = None if self.subset is None else self.subset.digest
+        return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset}
+
+    def candidates(self, scores: ShardScores) -> np.ndarray:
+        """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
+        candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset).keep]
+        return candidates
+
+    def num_in_band(self, scores: ShardScores, cutoff: Cutoff | None) -> int:
+        """How many candidates of a shard score so near the threshold or cutoff that float32 might decide otherwise.
+
+        An upper bound: scores that were computed again in float32 are counted as well.
+        """
+        limit = self.threshold if cutoff is None else cutoff.score
+        if scores.band == 0.0 or limit is None:
+            return 0
+        return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= scores.band).sum())
+
+    def select(self, scores: ShardScores, cutoff: Cutoff | None) -> Selection:
+        """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""
+        assert (cutoff is None) == (self.keep_fraction is None)
+        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset)
+
+
+def select(
+    scores: ShardScores, threshold: float | None, *, cutoff: Cutoff | None = None, subset: Subset | None = None
+) -> Selection:
+    """Keep what could be scored, passes and is in the subset.
+
+    A score that is not a number never passes. Samples that could not be scored are dropped whatever the threshold.
+
+    Args:
+        scores: Of one shard.
+        threshold: Keep ``clip(score, 0, 1) >= threshold``; None sets none.
+        cutoff: Keep what is among the run's highest scores; None for no such limit.
+        subset: Keep what is listed; None for no such limit.
+
+    Raises:
+        ShardError: When the subset lists uids and no sample of the shard has one.
+    """
+    reasons = scores.reasons
+    if subset is not None:
+        # A sample that was not read is dropped for that: nobody knows what it is.
+        is_read = ~np.isin(reasons, [REASON_CODES[DropReason.TORN], REASON_CODES[DropReason.MEMBER_TOO_LARGE]])
+        reasons[is_read & ~_listed(scores, subset, is_read)] = REASON_CODES[DropReason.NOT_IN_SUBSET]
+    if threshold is not None:
+        reasons[(reasons == NO_REASON) & ~passes(scores.scores, threshold)] = REASON_CODES[DropReason.BELOW_THRESHOLD]
+    if cutoff is not None:
+        candidates = np.flatnonzero(reasons == NO_REASON)
+        low = candidates[~cutoff.keeps(scores.scores[candidates])]
+        reasons[low] = REASON_CODES[DropReason.BELOW_THRESHOLD]
+    return Selection(reasons=reasons)
+
+
+def _listed(scores: ShardScores, subset: Subset, is_read: np.ndarray) -> np.ndarray:
+    uids = scores.uids
+    if subset.by_uid and is_read.any() and not any(uids):
+        raise ShardError(
+            f"subset {str(subset.path)!r} lists uids, and none of the samples has one: 32 hexadecimal digits, "
+            "as 'uid' in its json member"
+        )
+    return subset.holds(scores.keys, uids)

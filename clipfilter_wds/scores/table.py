@@ -1,0 +1,250 @@
+"""Score tables: one parquet file per shard, with the fingerprint of what made the scores."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.shards.open import shard_num_bytes
+from clipfilter_wds.storage.paths import AnyPath
+from clipfilter_wds.types import DropReason, SampleRow, ShardError
+
+_METADATA_KEY = b"clipfilter_wds"
+_FORMAT_VERSION = 1
+
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("index", pa.int32()),
+        ("score", pa.float32()),
+        ("reason", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("uid", pa.binary(16)),
+    ]
+)
+
+#: What stands for a reason in an array, and for none.
+REASON_CODES = {reason: code for code, reason in enumerate(DropReason)}
+NO_REASON = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardScores:
+    """The scores of one shard, a row per sample in the order of the shard.
+
+    Attributes:
+        table: Columns ``key``, ``index``, ``score`` (raw cosine; 0.0 where there is a reason), ``reason`` (a
+            ``DropReason`` or null), ``num_tokens``, ``truncated``, ``width``, ``height``,
+            ``uid`` (16 bytes, big-endian; null where the sample's json member tells none).
+        source: The shard's URL, without credentials.
+        num_bytes: The shard's size as stored, -1 when unknown.
+        torn: Whether the shard is damaged or cut.
+        fingerprint: What the scores depend on beside the shard.
+        band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
+        num_rechecked: How many samples have their caption in float32, and their image where that does not decide, since
+            their scores lay within the band of the run's threshold.
+        rechecked_at: That threshold, where one is known at which all scores decide as float32 does.
+    """
+
+    table: pa.Table
+    source: str
+    num_bytes: int
+    torn: bool
+    fingerprint: Fingerprint
+    band: float = 0.0
+    num_rechecked: int = 0
+    rechecked_at: float | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[SampleRow],
+        scores: np.ndarray,
+        *,
+        source: str,
+        num_bytes: int,
+        torn: bool,
+        fingerprint: Fingerprint,
+        band: float = 0.0,
+        num_rechecked: int = 0,
+        rechecked_at: float | None = None,
+    ) -> Self:
+        """Put rows, in any order, and the scores of those without a reason, in the same order, together.
+
+        A score that is NaN or infinite is none: its sample has the reason ``not_finite``.
+        """
+        all_scores = np.zeros(len(rows), dtype=np.float32)
+        usable = np.array([row.reason is None for row in rows], dtype=bool)
+        if len(scores) != usable.sum():
+            raise ValueError(f"{usable.sum()} samples could be scored, and there are {len(scores)} scores")
+        all_scores[usable] = scores
+        finite = np.isfinite(all_scores)
+        reasons = [row.reason if ok else DropReason.NOT_FINITE for row, ok in zip(rows, finite, strict=True)]
+        computed = {"score": np.where(finite, all_scores, 0.0), "reason": reasons}
+        table = pa.table(
+            [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
+            schema=_SCHEMA,
+        )
+        table = table.sort_by("index").combine_chunks()
+        return cls(
+            table=table,
+            source=source,
+            num_bytes=num_bytes,
+            torn=torn,
+            fingerprint=fingerprint,
+            band=band,
+            num_rechecked=num_rechecked,
+            rechecked_at=rechecked_at,
+        )
+
+    def write(self, file: BinaryIO) -> None:
+        """Write as parquet."""
+        metadata = {
+            "version": _FORMAT_VERSION,
+            "shard": self.source,
+            "num_bytes": self.num_bytes,
+            "num_samples": self.table.num_rows,
+            "torn": self.torn,
+            "fingerprint": dict(self.fingerprint),
+            "band": self.band,
+            "rechecked": self.num_rechecked,
+            "rechecked_at": self.rechecked_at,
+        }
+        pq.write_table(self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)}), file)
+
+    @classmethod
+    def read(cls, path: AnyPath) -> Self:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            ValueError: When the file is no score table of this version.
+        """
+        with naming_file(path):
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            metadata = check_version(table.schema.metadata)
+            if table.num_rows != metadata["num_samples"]:
+                raise ValueError(f"it holds {table.num_rows} of {metadata['num_samples']} samples")
+            return cls(
+                table=table,
+                source=metadata["shard"],
+                num_bytes=metadata["num_bytes"],
+                torn=metadata["torn"],
+                fingerprint=metadata["fingerprint"],
+                band=metadata["band"],
+                num_rechecked=metadata["rechecked"],
+                rechecked_at=metadata["rechecked_at"],
+            )
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Raw cosines, float32 ``[num_samples]``."""
+        scores: np.ndarray = self.table["score"].to_numpy()
+        return scores
+
+    @property
+    def keys(self) -> list[str]:
+        """Per sample, its key."""
+        keys: list[str] = self.table["key"].to_pylist()
+        return keys
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Per sample, whether it could be scored: bool ``[num_samples]``."""
+        usable: np.ndarray = self.table["reason"].is_null().to_numpy()
+        return usable
+
+    @property
+    def uids(self) -> list[bytes | None]:
+        """Per sample, its uid."""
+        uids: list[bytes | None] = self.table["uid"].to_pylist()
+        return uids
+
+    @property
+    def reasons(self) -> np.ndarray:
+        """Per sample, why it could not be scored: int8 ``[num_samples]`` of :data:`REASON_CODES`, or NO_REASON."""
+        codes = pc.index_in(self.table["reason"], pa.array(list(DropReason), pa.string()))
+        reasons: np.ndarray = codes.fill_null(NO_REASON).to_numpy().astype(np.int8)
+        return reasons
+
+    @property
+    def num_truncated(self) -> int:
+        """How many captions were longer than the text tower takes."""
+        return int(self.table["truncated"].to_numpy().sum())
+
+    @property
+    def dropped(self) -> dict[DropReason, int]:
+        """Per reason, how many samples could not be scored."""
+        counts = Counter(self.table["reason"].drop_null().to_pylist())
+        return {reason: counts[reason] for reason in DropReason if counts[reason]}
+
+
+def no_rows() -> pa.Table:
+    """The table of a shard without samples."""
+    return _SCHEMA.empty_table()
+
+
+def read_scores(path: AnyPath, url: str) -> ShardScores:
+    """The scores of a shard, from its table.
+
+    Raises:
+        ShardError: When the shard has another size than the one that was scored.
+        ValueError: When the table is damaged.
+    """
+    scores = ShardScores.read(path)
+    _check_num_bytes(scores.num_bytes, path, url)
+    return scores
+
+
+def check_table(path: AnyPath, url: str) -> None:
+    """See that a shard has the size of the one whose scores a table holds, without reading the scores.
+
+    Raises:
+        ShardError: When it has not.
+        ValueError: When the file is no table.
+    """
+    with naming_file(path):
+        source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
+        metadata = check_version(pq.read_metadata(source).metadata)
+    _check_num_bytes(metadata["num_bytes"], path, url)
+
+
+def _check_num_bytes(scored: int, path: AnyPath, url: str) -> None:
+    found = -1 if scored == -1 else shard_num_bytes(url)
+    if found not in (-1, scored):
+        raise ShardError(f"it is not the shard that was scored: {found} bytes here, {scored} in {str(path)!r}")
+
+
+@contextmanager
+def naming_file(path: AnyPath) -> Iterator[None]:
+    """Say which file is no score table, in whatever way reading it fails."""
+    try:
+        yield
+    except _VersionError as error:
+        raise ValueError(f"{str(path)!r} {error}") from None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error
+
+
+class _VersionError(Exception):
+    """A table of another version."""
+
+
+def check_version(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """What a table's metadata says, if this version can read it."""
+    found: dict[str, Any] = json.loads((metadata or {})[_METADATA_KEY])
+    if found["version"] != _FORMAT_VERSION:
+        raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
+    return found

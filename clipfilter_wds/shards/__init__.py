@@ -1,0 +1,1 @@
+"""Turns shard patterns into samples, and samples into tars."""

@@ -1,0 +1,166 @@
+"""Shard URLs: expand them, share them out, open one."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+import zstandard
+from webdataset.gopen import gopen
+
+from clipfilter_wds.storage.cache import source_of
+from clipfilter_wds.storage.errors import reason, retrying
+from clipfilter_wds.storage.filesystem import filesystem, is_local
+from clipfilter_wds.storage.open import open_file, read_into
+from clipfilter_wds.types import ShardError
+
+_BUFFER_BYTES = 1 << 18
+#: A compressed shard that unpacks to more than this many times its size is a bomb. Images hardly shrink at all; gzip's
+#: limit is 1,032, Zstandard has none.
+_MAX_EXPANSION = 200
+_UNCHECKED_BYTES = 1 << 28
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # behind any byte 0x5?; pzstd begins with such a frame
+
+
+class DamagedStreamError(Exception):
+    """A compressed shard that can't be unpacked any further."""
+
+
+# --- opening one ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenShard:
+    """A shard that is being read: its unpacked bytes, and its size as stored (-1: the storage does not tell)."""
+
+    url: str
+    stream: io.BufferedIOBase
+    num_bytes: int
+
+
+@contextmanager
+def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
+    """Open a shard for one pass from front to back, unpacking gzip and Zstandard by their magic bytes.
+
+    Raises:
+        ShardError: When it can't be opened, and from ``stream`` when reading fails or the storage delivers fewer bytes
+            than it announced.
+    """
+    with _open_raw(url, allow_pipe) as (raw, num_bytes):
+        yield OpenShard(url=url, stream=_unpack(_WholeRaw(raw, num_bytes, url)), num_bytes=num_bytes)
+
+
+@contextmanager
+def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
+    if url.startswith("pipe:"):
+        if not allow_pipe:
+            raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
+        yield from _open_pipe(url)
+        return
+    try:
+        raw, num_bytes = open_file(url)
+    except Exception as error:  # each storage has errors of its own
+        raise ShardError(f"can't open it: {reason(error, url)}") from error
+    with raw:
+        yield raw, num_bytes
+
+
+def _open_pipe(url: str) -> Iterator[tuple[BinaryIO, int]]:
+    raw = gopen(url)
+    failed = True
+    try:
+        yield raw, -1
+        failed = False
+    finally:
+        try:
+            raw.close()
+        except OSError as error:  # the command's exit status; no news when reading has failed already
+            if not failed:
+                raise ShardError(f"the command failed: {error}") from error
+
+
+def shard_num_bytes(url: str) -> int:
+    """Size of a shard as stored, -1 when the storage does not tell.
+
+    Raises:
+        ShardError: When it can't be reached.
+    """
+    try:
+        fs, path = filesystem(source_of(url))
+        num_bytes = fs.size(path) if is_local(fs) else retrying(lambda: fs.size(path))
+    except Exception as error:  # each storage has errors of its own
+        raise ShardError(f"can't open it: {reason(error, url)}") from error
+    return -1 if num_bytes is None else int(num_bytes)
+
+
+class _WholeRaw(io.RawIOBase):
+    """Passes bytes through and checks that the storage delivers all that it announced: a lost connection is no end."""
+
+    def __init__(self, raw: BinaryIO, num_bytes: int, url: str) -> None:
+        self._raw, self._num_bytes, self._url, self._position = raw, num_bytes, url, 0
+
+    @property
+    def num_read(self) -> int:
+        """Bytes that have come so far."""
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
+        filled, view = 0, memoryview(buffer)  # of what may be a bytearray, of which a slice would be a copy
+        while filled < len(buffer) and (num_bytes := self._read(view[filled:])):
+            filled += num_bytes
+        return filled
+
+    def _read(self, buffer: memoryview) -> int:
+        try:
+            num_bytes = read_into(self._raw, buffer)
+        except Exception as error:  # each storage has errors of its own
+            raise ShardError(f"reading failed at byte {self._position}: {reason(error, self._url)}") from error
+        if not num_bytes and self._position < self._num_bytes:
+            raise ShardError(f"the connection ended after {self._position} of {self._num_bytes} bytes; try again")
+        self._position += num_bytes
+        return num_bytes
+
+
+class _UnpackedRaw(io.RawIOBase):
+    """Unpacks a compressed stream and gives its many ways to be damaged one name."""
+
+    def __init__(self, stream: io.BufferedIOBase, packed: _WholeRaw) -> None:
+        self._stream, self._packed, self._num_bytes = stream, packed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # as above
+        try:
+            data = self._stream.read1(len(buffer))  # read would throw away what it has when it meets the damage
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DamagedStreamError(str(error)) from error
+        self._num_bytes += len(data)
+        if not self._num_bytes:
+            raise DamagedStreamError("it ends before anything can be unpacked")
+        if self._num_bytes > max(_MAX_EXPANSION * self._packed.num_read, _UNCHECKED_BYTES):
+            raise ShardError(
+                f"{self._packed.num_read} bytes of it unpack to {self._num_bytes}, over {_MAX_EXPANSION} times as many,"
+                " as in files that are made to do harm. If you trust it, unpack it first"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _unpack(whole: _WholeRaw) -> io.BufferedIOBase:
+    raw = io.BufferedReader(whole, buffer_size=_BUFFER_BYTES)
+    magic = raw.peek(4)[:4]
+    if magic.startswith(_GZIP_MAGIC):
+        packed = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
+    elif magic == _ZSTD_MAGIC or (magic[1:] == _SKIPPABLE_MAGIC and magic[0] >> 4 == 5):
+        packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    else:
+        return raw
+    return io.BufferedReader(_UnpackedRaw(packed, whole), buffer_size=_BUFFER_BYTES)

@@ -1,0 +1,189 @@
+"""One tar stream -> its samples. Grouping never crosses the shard; torn and unsorted shards are found here."""
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from clipfilter_wds.shards.open import DamagedStreamError, OpenShard
+from clipfilter_wds.shards.tar_reader import TarEntry, TarStream, stored_member
+from clipfilter_wds.types import DropReason, Member, Sample, ShardEnd, ShardError, StoredMember
+
+#: Extensions of members that are looked at as the image, best first.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif")
+
+_KEY_AND_EXTENSION = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLayout:
+    """Which members of a sample are the image and the caption.
+
+    Attributes:
+        caption: Extension of the member that holds the caption (``txt``), or ``json:FIELD`` for a field of the
+            sample's ``json`` member, which may be a list of captions. Several of these, separated by commas, are
+            several captions of the same image.
+        max_member_bytes: A sample with a larger member is dropped as ``member_too_large``.
+
+    Raises:
+        ValueError: When ``caption`` names no extension or no field.
+    """
+
+    caption: str = "txt"
+    max_member_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if not all(extension and field != "" for extension, field in self.caption_sources):
+            raise ValueError(f"caption is {self.caption!r}; name a member (txt) or a JSON field (json:caption)")
+
+    @property
+    def caption_sources(self) -> list[tuple[str, str | None]]:
+        """Where captions are: a member's extension, and its JSON field or None when the whole member is the caption."""
+        sources = (source.strip().partition(":") for source in self.caption.split(","))
+        return [(extension.lower().lstrip("."), field if colon else None) for extension, colon, field in sources]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a score depends on in this class. JSON-ready."""
+        return {"caption": self.caption, "max_member_bytes": self.max_member_bytes}
+
+    def is_pair_member(self, extension: str) -> bool:
+        """Whether a member with this extension is needed to score a sample, or to know it by its uid."""
+        return extension == "json" or extension in IMAGE_EXTENSIONS or extension in self.caption_extensions
+
+    @property
+    def caption_extensions(self) -> set[str]:
+        """Extensions of the members that hold captions."""
+        return {extension for extension, _ in self.caption_sources}
+
+
+def read_samples(
+    shard: OpenShard,
+    layout: SampleLayout,
+    *,
+    wanted: Callable[[int], bool] = lambda index: True,
+    pair_only: bool = False,
+    to_copy: bool = False,
+) -> Iterator[Sample | ShardEnd]:
+    """Yield the wanted samples of a shard in order, then its :class:`ShardEnd`.
+
+    A sample is a run of adjacent members with one key. The last one of a torn shard is not known to be whole and has
+    the problem ``torn``, even when the cut lies between two members. Links, devices and folders are passed over, as are
+    names that have no key or no extension and webdataset's ``__meta__`` names.
+
+    Args:
+        shard: An open shard, read once from front to back.
+        layout: Where image and caption are.
+        wanted: By index, whether to read and yield a sample. The others are only counted.
+        pair_only: Read only image, caption and json members, not the others.
+        to_copy: Read all members as they stand in the tar, to ``stored`` instead of ``members``.
+
+    Raises:
+        ShardError: When the file is no tar archive, reading fails, or the tar is unsorted: a key comes back and one of
+            its groups lacks image or caption.
+    """
+    tar = TarStream(shard.stream, layout.max_member_bytes)
+    groups = _Groups(layout, wanted, pair_only, to_copy)
+    torn = True
+    try:
+        for entry in tar:
+            if name := _KEY_AND_EXTENSION.fullmatch(entry.name):
+                if (done := groups.begin_member(name[1], name[2].lower())) is not None:
+                    yield done
+                groups.read_member(tar, entry, name[2].lower())
+        torn = not tar.has_ended()
+    except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        # Damage ends the archive here, as torn, whatever it looks like to tarfile.
+        if tar.failed_at_first_header:
+            raise ShardError(f"it is not a tar archive ({error})") from error
+        if isinstance(error, DamagedStreamError) and not tar.num_read:
+            raise ShardError(f"it is damaged at its very beginning and can't be unpacked ({error})") from error
+    if (last := groups.finish(torn)) is not None:
+        yield last
+    yield ShardEnd(num_samples=groups.num_samples, torn=torn, num_bytes=shard.num_bytes)
+
+
+class _Groups:
+    """Gathers members into samples and knows which keys have come by."""
+
+    def __init__(self, layout: SampleLayout, wanted: Callable[[int], bool], pair_only: bool, to_copy: bool) -> None:
+        self._layout, self._wanted, self._pair_only, self._to_copy = layout, wanted, pair_only, to_copy
+        self._caption_extensions = layout.caption_extensions
+        self._whole_by_key: dict[str, bool] = {}
+        self._key: str | None = None
+        self._extensions: set[str] = set()
+        self._members: list[Member] = []
+        self._stored: list[StoredMember] = []
+        self._problem: DropReason | None = None
+        self._is_wanted = False
+        self.num_samples = 0
+
+    def begin_member(self, key: str, extension: str) -> Sample | None:
+        """Note a member's name; returns the sample before it, if this member begins another one."""
+        if key == self._key and extension not in self._extensions:
+            self._extensions.add(extension)
+            return None
+        done = self._close()
+        self._key, self._extensions, self._problem = key, {extension}, None
+        self._members, self._stored = [], []
+        self._is_wanted = self._wanted(self.num_samples)
+        self.num_samples += 1
+        return done
+
+    def read_member(self, tar: TarStream, entry: TarEntry, extension: str) -> None:
+        """Read the bytes of the member that was begun, if anybody wants them.
+
+        Raises:
+            tarfile.ReadError: When it is damaged. Whether that is found must not depend on who wants to read it, or
+                the workers that share a shard would not agree on what is in it.
+        """
+        if not entry.is_possible:
+            raise tarfile.ReadError(f"{entry.name!r} declares an impossible size")
+        if entry.size > self._layout.max_member_bytes:
+            self._problem = DropReason.MEMBER_TOO_LARGE
+        elif self._is_wanted and self._to_copy:
+            self._stored.append(tar.read_stored(entry))
+        elif self._is_wanted and (not self._pair_only or self._layout.is_pair_member(extension)):
+            self._members.append(Member(name=entry.name, extension=extension, data=tar.read(entry)))
+        elif entry.sparse is not None:
+            tar.read(entry)
+
+    def finish(self, torn: bool) -> Sample | None:
+        """The last sample, which is not known to be whole if the shard is torn."""
+        if torn:
+            self._problem = DropReason.TORN
+        return self._close()
+
+    def _close(self) -> Sample | None:
+        if self._key is None:
+            return None
+        if self._problem is not DropReason.TORN:
+            self._check_sorted(self._key)
+        if not self._is_wanted:
+            return None
+        key = self._key.encode("utf-8", errors="backslashreplace").decode()
+        index = self.num_samples - 1
+        if self._problem:
+            return Sample(key=key, index=index, problem=self._problem)
+        return Sample(key=key, index=index, members=tuple(self._members), stored=tuple(self._stored))
+
+    def _check_sorted(self, key: str) -> None:
+        """A key may come back with a second whole sample; parts of a sample that lie apart can't be paired."""
+        has_caption = not self._extensions.isdisjoint(self._caption_extensions)
+        whole = has_caption and not self._extensions.isdisjoint(IMAGE_EXTENSIONS)
+        if key not in self._whole_by_key:
+            self._whole_by_key[key] = whole
+        elif not (whole and self._whole_by_key[key]):
+            raise ShardError(
+                f"the tar is not sorted: members of {key!r} lie apart or appear twice, so images and captions can't be "
+                "paired. Write it again with each sample's members side by side, for example with `tar --sort=name`"
+            )
+
+
+def with_suffix(member: StoredMember, suffix: str) -> StoredMember:
+    """The member under its sample's key with something behind it: ``a/b.seg.png`` with ``_1`` is ``a/b_1.seg.png``."""
+    parts = _KEY_AND_EXTENSION.fullmatch(member.name)
+    assert parts is not None
+    data = member.window[member.data : member.data + member.size]
+    return stored_member(f"{parts[1]}{suffix}.{parts[2]}", data)

@@ -1,0 +1,1 @@
+"""Reads and writes files of this machine and of any fsspec storage."""

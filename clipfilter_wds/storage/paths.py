@@ -1,0 +1,142 @@
+"""Where a run writes to: a folder of this machine, or of any fsspec storage."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, TypeVar
+
+from fsspec import AbstractFileSystem
+
+from clipfilter_wds.storage.errors import reason, retrying, without_secrets
+from clipfilter_wds.storage.filesystem import filesystem, is_local, protocols
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder of another storage, with as much of :class:`pathlib.Path` as a run needs.
+
+    It may be pickled, and used in threads and forked processes. Every request is retried while what is wrong may pass.
+
+    Raises:
+        OSError: From every method, when the storage fails; without what is secret in the URL.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return without_secrets(self.url)
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        """The folder."""
+        return RemotePath(self.url.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        """Whether there is such a file."""
+        return self.num_bytes() is not None
+
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        return self.exists()
+
+    def num_bytes(self) -> int | None:
+        """Size of the file, None when there is none."""
+
+        def ask(fs: AbstractFileSystem, path: str) -> int | None:
+            try:
+                return int(fs.size(path))
+            except FileNotFoundError:
+                return None
+
+        return self._request("look for", ask)
+
+    def read_bytes(self) -> bytes:
+        """All that is in the file."""
+        return self._request("read", lambda fs, path: bytes(fs.cat_file(path)))
+
+    def upload(self, file: IO[bytes]) -> None:
+        """Store the whole of an open file of this machine here. Nothing is to be seen of it before it is whole."""
+
+        def send(fs: AbstractFileSystem, path: str) -> None:
+            num_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            fs.put_file(f"/dev/fd/{file.fileno()}", path)
+            if (stored := fs.size(path)) != num_bytes:
+                raise OSError(f"{stored} of {num_bytes} bytes were stored")
+
+        self._request("write", send)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the file."""
+
+        def delete(fs: AbstractFileSystem, path: str) -> None:
+            try:
+                fs.rm_file(path)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+
+        self._request("delete", delete)
+
+    def rglob(self, pattern: str) -> Iterator["RemotePath"]:
+        """The files of this folder, and of those in it, whose name matches."""
+
+        def find(fs: AbstractFileSystem, path: str) -> list[str]:
+            try:
+                return [name[len(path) :] for name in fs.find(path)]
+            except FileNotFoundError:
+                return []
+
+        for name in self._request("list", find):
+            if fnmatchcase(name.rpartition("/")[2], pattern):
+                yield self / name.lstrip("/")
+
+    def _request(self, what: str, request: Callable[[AbstractFileSystem, str], T]) -> T:
+        # Asked for anew each time, since that of a parent process is of no use in a forked one; fsspec keeps them.
+        # What other processes write must be seen at once, so nothing is remembered of what a folder holds.
+        fs, path = filesystem(self.url, use_listings_cache=False)
+        try:
+            return retrying(lambda: request(fs, path))
+        except Exception as error:  # each storage has errors of its own
+            raise OSError(f"can't {what} {str(self)!r}: {reason(error, self.url)}") from error
+
+
+AnyPath = Path | RemotePath
+
+
+def any_path(url: str | Path) -> AnyPath:
+    """A path or URL as something to write to.
+
+    Raises:
+        ValueError: When the storage can't be written to, as the web can't, or its package is not installed.
+    """
+    fs, path = filesystem(str(url))
+    if is_local(fs):
+        return Path(path) if "://" in str(url) else Path(url).expanduser()
+    if "http" in protocols(fs):
+        raise ValueError(f"{without_secrets(str(url))!r} can be read but not written to")
+    return RemotePath(str(url).rstrip("/"))
+
+
+def folder_identity(folder: AnyPath) -> str:
+    """What two ways to write one folder have in common."""
+    return str(folder.resolve()) if isinstance(folder, Path) else str(folder)
+
+
+def num_bytes_of(path: AnyPath) -> int | None:
+    """Size of a file, None when there is none."""
+    if isinstance(path, RemotePath):
+        return path.num_bytes()
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,106 @@
+"""Reads a remote file from front to back, resuming where a connection broke."""
+
+import io
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from clipfilter_wds.storage.errors import ChangedError, retrying
+from clipfilter_wds.storage.filesystem import filesystem, protocols
+
+_VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "last_modified", "mtime", "created")
+
+
+# --- reading ---
+
+
+class RemoteReader(io.RawIOBase):
+    """Reads a remote file once from front to back, and goes on where it was when a connection breaks.
+
+    Args:
+        url: The file.
+
+    Attributes:
+        num_bytes: Its size; -1 when the storage does not tell.
+        version: What tells it from another file of that URL, as far as the storage does.
+
+    Raises:
+        Exception: The storage's own, when it can't be reached (retried) or has no such file (not retried).
+        ChangedError: From ``read``, when the file was replaced between two connections.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._position = url, 0
+        self._file: BinaryIO | None = None
+        self.num_bytes, self.version = retrying(self._look)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to ``size`` bytes; none at the end only, which is never before ``num_bytes`` bytes have come."""
+        data: bytes = retrying(lambda: self._read(size))
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        """End the connection."""
+        self._disconnect()
+        super().close()
+
+    def _look(self) -> tuple[int, tuple[Any, ...]]:
+        fs, path = filesystem(self._url)
+        info = fs.info(path)
+        num_bytes = -1 if info.get("size") is None else int(info["size"])
+        return num_bytes, (num_bytes, *(info.get(key) for key in _VERSION_KEYS))
+
+    def _connect(self) -> None:
+        fs, path = filesystem(self._url)
+        if self._position:
+            fs.invalidate_cache()
+            if self._look()[1] != self.version:
+                raise ChangedError("it changed while it was being read")
+        if "http" in protocols(fs):
+            self._file = _open_http(fs, path, self._position, self.num_bytes)
+        else:
+            self._file = fs.open(path, "rb")
+            self._file.seek(self._position)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._connect()
+            assert self._file is not None
+            data: bytes = self._file.read(size)
+            if not data and self._position < self.num_bytes:
+                raise ConnectionError(
+                    f"the connection ended after {self._position} of {self.num_bytes} bytes; try again"
+                )
+        except Exception:
+            self._disconnect()
+            raise
+        return data
+
+    def _disconnect(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _open_http(fs: fsspec.AbstractFileSystem, path: str, position: int, num_bytes: int) -> BinaryIO:
+    """A web server's file from a position on, in one request: not every server can deliver ranges."""
+    from aiohttp import ClientTimeout
+
+    # A shard may take hours to read, as slowly as its samples are used, but not a minute without a single byte.
+    timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    headers = {**fs.kwargs.get("headers", {}), **({"Range": f"bytes={position}-"} if position else {})}
+    # A stream needs no size, but without one fsspec would ask for it once more, and trip over the timeout.
+    file: Any = fs.open(path, "rb", block_size=0, size=max(num_bytes, 1), headers=headers, timeout=timeout)
+    skip = position if file.r.status != 206 else 0
+    while skip > 0 and (data := file.read(min(skip, 1 << 20))):
+        skip -= len(data)
+    if skip:
+        file.close()
+        raise ConnectionError(f"the connection ended {skip} bytes before byte {position}; try again")
+    return cast(BinaryIO, file)

@@ -1,0 +1,194 @@
+"""A file storage for operators, for those who have no DataFlow: one file per step of a pipeline."""
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
+
+from clipfilter_wds.storage.publish import publish
+from clipfilter_wds.tables.formats.json_lines import BadLines, dump_record, read_json_lines
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CacheType = Literal["json", "jsonl", "csv", "parquet"]
+
+_ROWS_AT_A_TIME = 10_000
+
+_logger = logging.getLogger(__name__)
+
+
+class FileStorage:
+    """Reads a table from one file and writes the next one beside it, as DataFlow's ``FileStorage`` does.
+
+    Step 0 is the file that a pipeline begins with; what the operator of step ``n`` writes is
+    ``{cache_path}/{file_name_prefix}_step{n + 1}.{cache_type}``.
+
+    Unlike DataFlow's: files are whole or absent, values come back as they are in the file (no numbers made of strings,
+    no dates guessed, ``None`` and ``NA`` in a CSV are text), and lines of a jsonl that are no JSON objects are passed
+    over and logged. Needs pandas: ``pip install 'clipfilter-wds[dataflow]'``.
+
+    Args:
+        first_entry_file_name: The first file; its suffix tells what it is.
+        cache_path: Folder of the files that are written.
+        file_name_prefix: What their names begin with.
+        cache_type: What they are: ``json``, ``jsonl``, ``csv`` or ``parquet``.
+
+    Raises:
+        ModuleNotFoundError: When pandas is not installed.
+        ValueError: When ``cache_type`` is none of these.
+    """
+
+    def __init__(
+        self,
+        first_entry_file_name: str,
+        cache_path: str = "./cache",
+        file_name_prefix: str = "dataflow_cache",
+        cache_type: CacheType = "jsonl",
+    ) -> None:
+        _import_pandas()
+        self.first_entry_file_name = first_entry_file_name
+        self.cache_path = cache_path
+        self.file_name_prefix = file_name_prefix
+        self.cache_type = _check_type(cache_type, "cache_type")
+        self.operator_step = -1
+
+    def step(self) -> Self:
+        """Go on to the next step, and get the storage as it is at that step, for one operator to use."""
+        self.operator_step += 1
+        return copy.copy(self)
+
+    def reset(self) -> Self:
+        """Go back to before the first step."""
+        self.operator_step = -1
+        return self
+
+    def read(self, output_type: Literal["dataframe", "dict"] = "dataframe") -> Any:
+        """The table of this step: a pandas ``DataFrame``, or a list with a dict per row.
+
+        Raises:
+            FileNotFoundError: When its file is not there.
+            ValueError: When the file can't be read as what its suffix says, or is a pickle.
+            RuntimeError: When no step has begun.
+        """
+        if output_type not in ("dataframe", "dict"):
+            raise ValueError(f"output_type is {output_type!r}; use 'dataframe' or 'dict'")
+        path = self._path(self.operator_step)
+        dataframe = _read(path, _check_type(path.suffix.removeprefix("."), str(path)))
+        return dataframe if output_type == "dataframe" else dataframe.to_dict(orient="records")
+
+    def write(self, data: "pd.DataFrame | list[dict[str, Any]]") -> str:
+        """Write the table that the next step reads, whole or not at all.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            TypeError: When ``data`` is neither a ``DataFrame`` nor a list of dicts.
+            RuntimeError: When no step has begun.
+        """
+        pandas = _import_pandas()
+        if isinstance(data, list) and all(isinstance(row, dict) for row in data):
+            data = pandas.DataFrame(data)
+        if not isinstance(data, pandas.DataFrame):
+            raise TypeError(f"data is a {type(data).__name__}; give a DataFrame or a list of dicts")
+        self._path(self.operator_step)  # before the first step, the next file would be the input itself
+        path = self._path(self.operator_step + 1)
+        with publish(path) as file:
+            _write(data, file, self.cache_type)
+        return str(path)
+
+    def _path(self, step: int) -> Path:
+        if step < 0:
+            raise RuntimeError("no step has begun; call storage.step() and hand what it returns to an operator")
+        if step == 0:
+            return Path(self.first_entry_file_name)
+        return Path(self.cache_path) / f"{self.file_name_prefix}_step{step}.{self.cache_type}"
+
+
+def _check_type(file_type: str, where: str) -> CacheType:
+    if file_type in ("pickle", "pkl"):
+        raise ValueError(
+            f"{where}: a pickle can run any code when it is read, so it is never read or written here; "
+            "save the table as parquet"
+        )
+    if file_type not in get_args(CacheType):
+        raise ValueError(f"{where}: {file_type!r} is no type of table; use {', '.join(get_args(CacheType))}")
+    return file_type  # type: ignore[return-value]  # mypy does not narrow by get_args
+
+
+def _read(path: Path, file_type: CacheType) -> "pd.DataFrame":
+    pandas = _import_pandas()
+    with path.open("rb") as file:
+        try:
+            if file_type == "parquet":
+                return pandas.read_parquet(file)
+            if file_type == "csv":
+                return pandas.read_csv(file, keep_default_na=False, na_values=[""])
+            if file_type == "json":
+                return pandas.DataFrame(_parse(file.read()))
+            return _read_jsonl(path, file)
+        except pandas.errors.EmptyDataError:
+            return pandas.DataFrame()
+        except ValueError as error:
+            raise ValueError(f"can't read {str(path)!r} as {file_type}: {error}") from error
+
+
+def _read_jsonl(path: Path, file: BinaryIO) -> "pd.DataFrame":
+    bad = BadLines()
+    records = [_parse(line) if _may_hold_surrogates(line) else record for line, record in read_json_lines(file, bad)]
+    if bad.count and not records:
+        raise ValueError(f"no line is a JSON object ({bad})")
+    if bad.count:
+        _logger.warning("passed over %s lines of %s that are no JSON objects (%s)", f"{bad.count:,}", path, bad)
+    return _import_pandas().DataFrame(records)
+
+
+def _parse(text: bytes) -> Any:
+    """JSON with half surrogate pairs replaced: one of them in a column, and pandas can't hold the table."""
+    parsed = json.loads(text)
+    if _may_hold_surrogates(text):
+        parsed = json.loads(json.dumps(parsed, ensure_ascii=False).encode("utf-8", errors="replace"))
+    return parsed
+
+
+def _may_hold_surrogates(text: bytes) -> bool:
+    return b"\\ud" in text or b"\\uD" in text
+
+
+def _write(dataframe: "pd.DataFrame", file: BinaryIO, file_type: CacheType) -> None:
+    if file_type == "parquet":
+        dataframe.to_parquet(file, index=False)
+    elif file_type == "csv":
+        dataframe.to_csv(file, index=False)
+    elif file_type == "jsonl":
+        file.writelines(line + b"\n" for line in _json_rows(dataframe))
+    else:
+        file.write(b"[" + b",".join(b"\n  " + line for line in _json_rows(dataframe)) + b"\n]\n")
+
+
+def _json_rows(dataframe: "pd.DataFrame") -> Iterator[bytes]:
+    # Not pandas' to_json, which rounds numbers to 15 digits at best.
+    for start in range(0, len(dataframe), _ROWS_AT_A_TIME):
+        rows = dataframe.iloc[start : start + _ROWS_AT_A_TIME].astype(object)
+        for record in rows.where(rows.notna(), None).to_dict(orient="records"):
+            yield dump_record({str(column): value for column, value in record.items()}, default=_json_value)
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON has no type for: numpy arrays and numbers become lists and numbers, dates ISO text, the rest text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _import_pandas() -> Any:
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"tables in memory need pandas ({error}): pip install 'clipfilter-wds[dataflow]'", name=error.name
+        ) from None
+    return pandas

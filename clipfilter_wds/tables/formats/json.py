@@ -1,0 +1,139 @@
+"""Tables of JSON objects: a line each, or all of them in one array."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import BinaryIO
+
+import numpy as np
+
+from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, read_json_lines
+from clipfilter_wds.tables.formats.rows import Rows, RowsBuilder, TableWriter, Wanted
+
+#: Rows that are looked at to learn which columns there are.
+_MAX_PEEKED = 1000
+
+
+class JsonLinesReader:
+    """JSON lines. Kept lines are written as they were, byte for byte, unless a score is added to them.
+
+    Args:
+        file: The open file.
+        wanted: What is asked of it.
+
+    Raises:
+        ValueError: When no line is a JSON object, or none of the first thousand has a wanted column.
+    """
+
+    def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
+        self.bad_lines = BadLines()
+        self._file, self._wanted, self._size = file, wanted, max(1, os.fstat(file.fileno()).st_size)
+        self._records = peek(read_json_lines(file, self.bad_lines), wanted, self.bad_lines)
+
+    def read(self) -> Iterator[Rows]:
+        """See :class:`TableReader`."""
+        return rows_of(self._records, self._wanted)
+
+    def done(self) -> float:
+        """See :class:`TableReader`."""
+        return self._file.tell() / self._size
+
+    def writer(self, file: BinaryIO) -> TableWriter:
+        """See :class:`TableReader`."""
+        return _JsonWriter(file, self._wanted.score_key, begin=b"", between=b"\n", end=b"\n", empty=b"")
+
+
+class JsonArrayReader:
+    """An array of JSON objects, which is held in memory.
+
+    Args:
+        file: The open file.
+        wanted: What is asked of it.
+
+    Raises:
+        ValueError: When it is no such array, or no object has a wanted column.
+    """
+
+    def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
+        self.bad_lines = BadLines()
+        array = json.load(file)
+        if not isinstance(array, list):
+            raise ValueError(
+                f"it holds a {type(array).__name__}, not an array of objects; for JSON lines, name it .jsonl"
+            )
+        self._wanted, self._num_read, self._num_records = wanted, 0, max(1, len(array))
+        self._records = peek(self._objects(array), wanted, self.bad_lines)
+
+    def _objects(self, array: list[object]) -> Iterator[tuple[bytes, Record]]:
+        for self._num_read, record in enumerate(array, 1):
+            if isinstance(record, dict):
+                yield dump_record(record), record
+            else:
+                self.bad_lines.add(f"element {self._num_read}", f"it is a {type(record).__name__}, not an object")
+
+    def read(self) -> Iterator[Rows]:
+        """See :class:`TableReader`."""
+        return rows_of(self._records, self._wanted)
+
+    def done(self) -> float:
+        """See :class:`TableReader`."""
+        return self._num_read / self._num_records
+
+    def writer(self, file: BinaryIO) -> TableWriter:
+        """See :class:`TableReader`."""
+        return _JsonWriter(file, self._wanted.score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
+
+
+def peek(
+    records: Iterator[tuple[bytes, Record]], wanted: Wanted, bad_lines: BadLines
+) -> Iterable[tuple[bytes, Record]]:
+    """Check a table's columns by its first records, and give all records back."""
+    head: list[tuple[bytes, Record]] = []
+    columns: dict[str, None] = {}
+    for line, record in records:
+        head.append((line, record))
+        columns.update(dict.fromkeys(record))
+        if len(head) == _MAX_PEEKED or {wanted.image_key, wanted.caption_key} <= columns.keys():
+            break
+    if head:
+        wanted.check(list(columns))
+    elif bad_lines.count:
+        raise ValueError(f"there is no JSON object in it ({bad_lines})")
+    return chain(head, records)
+
+
+def rows_of(records: Iterable[tuple[bytes, Record]], wanted: Wanted) -> Iterator[Rows]:
+    """Make runs of records. A record that lacks a column says nothing in it."""
+    builder = RowsBuilder()
+    for line, record in records:
+        stored = line if wanted.score_key is None else record
+        builder.add(stored, record.get(wanted.image_key), record.get(wanted.caption_key))
+        if len(builder) == wanted.num_rows:
+            yield builder.build()
+            builder = RowsBuilder()
+    if len(builder):
+        yield builder.build()
+
+
+class _JsonWriter:
+    def __init__(
+        self, file: BinaryIO, score_key: str | None, *, begin: bytes, between: bytes, end: bytes, empty: bytes
+    ) -> None:
+        self._file, self._score_key = file, score_key
+        self._before, self._between, self._end, self._empty = begin, between, end, empty
+        self._is_empty = True
+
+    def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
+        for row in np.flatnonzero(keep):
+            self._file.write(self._before + self._line(rows.stored[row], float(similarity[row])))
+            self._before, self._is_empty = self._between, False
+
+    def _line(self, stored: bytes | Record, score: float) -> bytes:
+        if isinstance(stored, bytes):
+            return stored
+        return dump_record({**stored, self._score_key or "": None if math.isnan(score) else score})
+
+    def finish(self) -> None:
+        self._file.write(self._empty if self._is_empty else self._end)

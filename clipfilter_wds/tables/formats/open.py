@@ -1,0 +1,36 @@
+"""Which file is what type of table."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from clipfilter_wds.tables.formats.csv import CsvReader
+from clipfilter_wds.tables.formats.json import JsonArrayReader, JsonLinesReader
+from clipfilter_wds.tables.formats.parquet import ParquetReader
+from clipfilter_wds.tables.formats.rows import TableReader, Wanted
+
+_READERS: dict[str, Callable[[BinaryIO, Wanted], TableReader]] = {
+    ".jsonl": JsonLinesReader,
+    ".csv": CsvReader,
+    ".parquet": ParquetReader,
+    ".json": JsonArrayReader,
+}
+
+#: What the names of tables end with.
+SUFFIXES = tuple(_READERS)
+
+
+@contextmanager
+def open_table(path: Path, wanted: Wanted) -> Iterator[TableReader]:
+    """Open a table file by its suffix, one of :data:`SUFFIXES`.
+
+    Raises:
+        ValueError: When it is no such file or lacks a wanted column.
+    """
+    with path.open("rb") as file:
+        try:
+            reader = _READERS[path.suffix.lower()](file, wanted)
+        except ValueError as error:
+            raise ValueError(f"can't use {str(path)!r}: {error}") from error
+        yield reader

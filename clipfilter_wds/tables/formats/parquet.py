@@ -1,0 +1,94 @@
+"""Tables in parquet."""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter_wds.tables.formats.json_lines import BadLines
+from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted
+
+_READ_BYTES = 1 << 20
+#: A row group is written when it has so many rows or bytes.
+_GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 26
+
+
+class ParquetReader:
+    """A parquet file. Schema, metadata and compression stay as they are.
+
+    Args:
+        file: The open file.
+        wanted: What is asked of it.
+
+    Raises:
+        ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no text.
+    """
+
+    def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
+        self.bad_lines = BadLines()
+        # Read as it is needed, a piece of a column at a time: a row group may be larger than memory.
+        self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+        self._wanted, self._num_read = wanted, 0
+        wanted.check(self._file.schema_arrow.names)
+        for key in (wanted.image_key, wanted.caption_key):
+            _check_type(key, self._file.schema_arrow.types[self._index(key)])
+
+    def read(self) -> Iterator[Rows]:
+        """See :class:`TableReader`."""
+        image, caption = self._index(self._wanted.image_key), self._index(self._wanted.caption_key)
+        for batch in self._file.iter_batches(batch_size=self._wanted.num_rows):
+            self._num_read += batch.num_rows
+            yield Rows(stored=batch, images=batch.column(image).to_pylist(), captions=batch.column(caption).to_pylist())
+
+    def done(self) -> float:
+        """See :class:`TableReader`."""
+        return float(self._num_read / max(1, self._file.metadata.num_rows))
+
+    def writer(self, file: BinaryIO) -> TableWriter:
+        """See :class:`TableReader`."""
+        metadata = self._file.metadata
+        compression = metadata.row_group(0).column(0).compression if metadata.num_row_groups else "snappy"
+        return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, compression)
+
+    def _index(self, key: str) -> int:
+        index: int = self._file.schema_arrow.names.index(key)  # the first, if there are two of that name
+        return index
+
+
+def _check_type(key: str, found: pa.DataType) -> None:
+    if pa.types.is_nested(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found):
+        raise ValueError(f"column {key!r} holds {found}; paths or URLs of images and captions are text")
+
+
+class _ParquetWriter:
+    def __init__(self, file: BinaryIO, schema: pa.Schema, score_key: str | None, compression: str) -> None:
+        self._has_score = score_key is not None
+        self._schema = schema if score_key is None else schema.append(pa.field(score_key, pa.float32()))
+        self._writer = pq.ParquetWriter(
+            file, self._schema, compression=compression.lower().replace("uncompressed", "none")
+        )
+        self._waiting: list[pa.RecordBatch] = []
+
+    def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
+        columns = rows.stored.columns
+        if self._has_score:
+            columns = [*columns, pa.array(similarity)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema).filter(pa.array(keep))
+        self._waiting.append(batch)
+        if (
+            sum(b.num_rows for b in self._waiting) >= _GROUP_ROWS
+            or sum(b.nbytes for b in self._waiting) >= _GROUP_BYTES
+        ):
+            self._write_group()
+
+    def finish(self) -> None:
+        self._write_group()
+        self._writer.close()
+
+    def _write_group(self) -> None:
+        table = pa.Table.from_batches(self._waiting, schema=self._schema)
+        if table.num_rows:
+            self._writer.write_table(table, row_group_size=table.num_rows)
+        self._waiting = []

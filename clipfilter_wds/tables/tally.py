@@ -1,0 +1,61 @@
+"""Counts how the pairs of a table fared."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clipfilter_wds.tables.scoring import Pair, PairScores
+from clipfilter_wds.types import DropReason, FilterStats
+
+# --- counting ---
+
+
+@dataclass(kw_only=True)
+class PairTally:
+    """How the pairs of a table fared.
+
+    Attributes:
+        counts: Kept and dropped, by reason.
+        unusable: Per reason, how many pairs could not be scored and have similarity 0.0, kept ones included.
+        first: Per such reason, its first pair: row number, counting from 0, and image.
+        truncated_captions: How many captions were longer than the text tower takes.
+        started: When scoring began, by ``time.perf_counter``.
+    """
+
+    counts: FilterStats = field(default_factory=FilterStats)
+    unusable: dict[DropReason, int] = field(default_factory=dict)
+    first: dict[DropReason, tuple[int, str | None]] = field(default_factory=dict)
+    truncated_captions: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Time since scoring began."""
+        return time.perf_counter() - self.started
+
+    def add(self, pairs: Sequence[Pair], scores: PairScores, keep: np.ndarray) -> None:
+        """Count a batch: the pairs, their scores and which of them are kept."""
+        dropped: dict[DropReason, int] = {}
+        for row, (pair, reason, kept) in enumerate(zip(pairs, scores.reasons, keep, strict=True), self.counts.seen):
+            if reason is not None:
+                self.unusable[reason] = self.unusable.get(reason, 0) + 1
+                self.first.setdefault(reason, (row, pair.image))
+            if not kept:
+                reason = reason or DropReason.BELOW_THRESHOLD
+                dropped[reason] = dropped.get(reason, 0) + 1
+        self.counts += FilterStats(seen=len(pairs), kept=int(keep.sum()), dropped=dropped)
+        self.truncated_captions += scores.num_truncated
+
+    def describe_unusable(self) -> Iterator[str]:
+        """One line per reason that pairs could not be scored for."""
+        for reason in sorted(self.unusable):
+            row, image = self.first[reason]
+            yield f"{reason}: {self.unusable[reason]:,}, the first in row {row:,} (image {image!r})"
+
+    def log(self, logger: logging.Logger) -> None:
+        """Say once per reason what could not be scored."""
+        for line in self.describe_unusable():
+            logger.warning("scored 0.0 of %s pairs as %s", f"{self.counts.seen:,}", line)

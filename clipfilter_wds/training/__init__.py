@@ -1,0 +1,1 @@
+"""Filters while training runs: batches of constant size, resumable, on any number of ranks."""

@@ -1,0 +1,73 @@
+"""How a loader works."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+
+End = Literal["sync", "repeat"]
+OnCrash = Literal["skip", "raise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a :class:`ClipFilterLoader` works.
+
+    Attributes:
+        threshold: Keep a pair when ``clip(score, 0, 1)`` is at least this; None keeps all and only adds scores.
+        batch_size: Pairs per training batch.
+        score_batch_size: Samples per forward pass of the scorer.
+        num_workers: Processes that read and decode.
+        drop_last: Leave out an epoch's last batch when it is smaller than the others.
+        end: With several ranks, how an epoch ends. ``sync``: for all together, when the first has no further batch.
+            ``repeat``: after ``batches_per_epoch`` batches; the stream of shards goes on for ever.
+        batches_per_epoch: For ``repeat``.
+        record: Folder to record the scores of shards in. What it holds already is not scored again, nor are the later
+            epochs; samples that were dropped are then not decoded either.
+        starvation_limit: Samples in a row without one that is kept after which to raise an error.
+        worker_timeout: Seconds that one sample may take to decode and transform in a worker, before that counts as a
+            crash; 0 is for ever.
+        on_crash: What becomes of a sample that kills its worker. ``skip``: it is tried once more and then dropped as
+            ``decoder_crash``. ``raise``: a ``WorkerDiedError`` that names it.
+        persistent_workers: Keep the workers from one epoch to the next (``end="sync"``).
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
+
+    Raises:
+        ValueError: When one of them can't be used.
+    """
+
+    threshold: float | None = DEFAULT_THRESHOLD
+    batch_size: int = 256
+    score_batch_size: int = 64
+    num_workers: int = 0
+    drop_last: bool = False
+    end: End = "sync"
+    batches_per_epoch: int | None = None
+    record: str | Path | None = None
+    starvation_limit: int = 100_000
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
+    on_crash: OnCrash = "skip"
+    persistent_workers: bool = False
+    multiprocessing_context: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        for name, lowest in (("batch_size", 1), ("score_batch_size", 1), ("num_workers", 0), ("starvation_limit", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        check_worker_timeout(self.worker_timeout)
+        if self.on_crash not in ("skip", "raise"):
+            raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
+        if self.end not in ("sync", "repeat"):
+            raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
+        if self.persistent_workers and (self.num_workers == 0 or self.end == "repeat"):
+            raise ValueError("persistent_workers needs num_workers of at least 1, and end='sync'")
+        if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
+            raise ValueError(f"batches_per_epoch is {self.batches_per_epoch}; it must be at least 1")
+        if (self.end == "repeat") != (self.batches_per_epoch is not None):
+            raise ValueError(
+                f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"
+            )

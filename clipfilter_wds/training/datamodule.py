@@ -1,0 +1,270 @@
+"""Lightning wiring, and nothing else: a data module that filters while it streams, and a monitor of the filter."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+from torch import distributed
+
+from clipfilter_wds.models.loading import DEFAULT_MODEL
+from clipfilter_wds.models.precision import Precision
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
+from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.training.config import End
+from clipfilter_wds.training.dataset import ClipWebDataset
+from clipfilter_wds.training.loader import ClipFilterLoader
+from clipfilter_wds.world import World
+
+
+class ClipFilterDataModule(L.LightningDataModule):
+    """Streams image-caption shards into training and drops mispaired samples on the way.
+
+    Batches are those of ``ClipFilterLoader``. Checkpoints hold the exact position on every
+    rank: ``trainer.fit(..., ckpt_path=...)`` goes on with the batch after the one that was trained last.
+
+    Args:
+        train: Shards to train on: a path, glob, brace range, ``@file.txt`` or a list of these.
+        val: Shards to validate on, if any.
+        scores: Folder of score tables of all these shards, from ``clipfilter-wds score`` or ``rewrite`` or an earlier
+            ``record``. They decide then, and no model is loaded.
+        record: Folder to record the scores of the training shards in; what it holds is not scored again.
+        model: The CLIP that filters: a Hugging Face hub id, a local folder, or ``demo-tiny``.
+        revision: Branch, tag or commit of a hub model.
+        precision: Arithmetic of its forward pass; ``auto`` is the fastest whose decisions equal fp32's.
+        fast_decode: Decode large JPEGs for it at a fraction of their size; in full for ``image_transform``.
+        threshold: Keep a pair when its cosine, clipped to [0, 1], is at least this. ``null`` keeps all and adds scores.
+        filter_train: Whether to filter training samples.
+        filter_val: Whether to filter validation samples.
+        image_transform: RGB image -> training view; ``null`` gives CLIP's own view, uint8 ``[3, H, W]``.
+        text_transform: Caption -> training view; ``null`` gives the caption.
+        caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``).
+        batch_size: Pairs per training batch and rank.
+        score_batch_size: Samples per forward pass of the filter.
+        num_workers: Processes that read and decode, per rank.
+        shuffle: Shuffle shards, and samples within windows of this many; 0 keeps the order. Validation is not shuffled.
+        seed: Of the order.
+        end: How a training epoch ends on several ranks: ``sync`` when the first rank has no more batches, ``repeat``
+            after ``batches_per_epoch``.
+        batches_per_epoch: For ``repeat``.
+        drop_last: Leave out an epoch's last batch when it is smaller than the others; in training only.
+        starvation_limit: Samples in a row without one that is kept after which to raise an error.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        *,
+        scores: str | None = None,
+        record: str | None = None,
+        model: str = DEFAULT_MODEL,
+        revision: str | None = None,
+        precision: Precision = "auto",
+        fast_decode: bool = False,
+        threshold: float | None = DEFAULT_THRESHOLD,
+        filter_train: bool = True,
+        filter_val: bool = False,
+        image_transform: Callable[[Any], Any] | None = None,
+        text_transform: Callable[[str], Any] | None = None,
+        caption: str = "txt",
+        batch_size: int = 256,
+        score_batch_size: int = 64,
+        num_workers: int = 0,
+        shuffle: int = 1000,
+        seed: int = 0,
+        end: End = "sync",
+        batches_per_epoch: int | None = None,
+        drop_last: bool = False,
+        starvation_limit: int = 100_000,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["image_transform", "text_transform"])
+        self._image_transform, self._text_transform = image_transform, text_transform
+        self._scorer: ClipScorer | ScoreFolder | None = None
+        self._epoch_loader: _EpochLoader | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        #: The training loader, once there is one.
+        self.train_loader: ClipFilterLoader | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the filter's model to this rank's device, or find its score tables."""
+        options = self.hparams
+        if self._scorer is None and options["scores"] is not None:
+            self._scorer = ScoreFolder(options["scores"])
+        elif self._scorer is None:
+            self._scorer = ClipScorer(
+                options["model"],
+                revision=options["revision"],
+                device=str(self._trainer.strategy.root_device),
+                precision=options["precision"],
+                fast_decode=options["fast_decode"],
+            )
+
+    def train_dataloader(self) -> "_EpochLoader":
+        """Batches to train on."""
+        options = self.hparams
+        self.train_loader = self._loader(
+            options["train"],
+            filtered=options["filter_train"],
+            shuffle=options["shuffle"],
+            end=options["end"],
+            batches_per_epoch=options["batches_per_epoch"],
+            drop_last=options["drop_last"],
+            record=options["record"] if options["filter_train"] else None,
+        )
+        self._epoch_loader = _EpochLoader(self.train_loader, self._trainer, self._resumed)
+        self._resumed = None
+        return self._epoch_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of every rank's training stream."""
+        return {} if self._epoch_loader is None else self._epoch_loader.position()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: When the checkpoint was written by another number of ranks.
+        """
+        if not state_dict:
+            return
+        num_ranks = len(state_dict["ranks"])
+        if num_ranks != self._trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was written by {num_ranks} ranks and is read by {self._trainer.world_size}"
+            )
+        self._resumed = state_dict
+
+    def val_dataloader(self) -> Any:
+        """Batches to validate on; none without ``val``."""
+        if self.hparams["val"] is None:
+            return []
+        loader = self._loader(self.hparams["val"], filtered=self.hparams["filter_val"], shuffle=0)
+        return _SameEveryTime(loader)
+
+    def _loader(self, shards: str | list[str], *, filtered: bool, shuffle: int, **options: Any) -> ClipFilterLoader:
+        hparams, trainer, scorer = self.hparams, self._trainer, self._scorer
+        if scorer is None:
+            raise RuntimeError("the data module has no model yet; its setup() comes first")
+        dataset = ClipWebDataset(
+            shards,
+            None if isinstance(scorer, ScoreFolder) else scorer.preprocess,
+            image_transform=self._image_transform,
+            text_transform=self._text_transform,
+            shuffle=shuffle,
+            seed=hparams["seed"],
+            layout=SampleLayout(caption=hparams["caption"]),
+            world=World(rank=trainer.global_rank, world_size=trainer.world_size),
+        )
+        return ClipFilterLoader(
+            dataset,
+            scorer if filtered or isinstance(scorer, ScoreFolder) else None,
+            threshold=hparams["threshold"] if filtered else None,
+            batch_size=hparams["batch_size"],
+            score_batch_size=hparams["score_batch_size"],
+            num_workers=hparams["num_workers"],
+            starvation_limit=hparams["starvation_limit"],
+            **options,
+        )
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("ClipFilterDataModule works with a Trainer; without one, use ClipFilterLoader")
+        return self.trainer
+
+
+class _EpochLoader:
+    """The training loader as the fit loop iterates it.
+
+    The fit loop may make two iterators for one epoch, so an epoch begins where it began before. And it counts an epoch
+    that ``max_steps`` or ``should_stop`` cut off; a run that goes on gives the rest of that epoch as its next one, so
+    the loader counts its own.
+    """
+
+    def __init__(self, loader: ClipFilterLoader, trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
+        self._loader, self._trainer, self._resumed = loader, trainer, resumed
+        self._epoch = self._counted = -1  # the loader's, and how many the fit loop had counted when it began
+        self._begin: Mapping[str, Any] = {}
+        self._num_before = 0  # batches that were trained before the loader's epoch
+        if resumed is not None:
+            loader.load_state_dict(resumed["ranks"][trainer.global_rank])
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Not trainer.current_epoch, which lags behind when a run goes on from the end of an epoch.
+        counted: int = self._fit_loop.epoch_progress.current.processed
+        if counted != self._counted:
+            self._start_epoch(counted)
+        self._loader.load_state_dict(self._begin)
+        return iter(self._loader)
+
+    def _start_epoch(self, counted: int) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            self._epoch = counted if self._epoch < 0 else self._epoch + counted - self._counted
+            self._loader.set_epoch(self._epoch)
+        else:
+            self._epoch = resumed["epoch"]
+            if not resumed["within_epoch"]:
+                self._loader.set_epoch(self._epoch)
+        self._counted, self._begin = counted, self._loader.state_dict()
+        self._num_before = self._num_trained - self._begin["batches"]
+
+    def position(self) -> dict[str, Any]:
+        """Where all ranks are, after the batch that was trained last."""
+        epoch_loop = self._fit_loop.epoch_loop
+        # The fit loop fetches one batch ahead of the one that it trains on.
+        mine = self._loader.state_dict(after=self._num_trained - self._num_before)
+        # Only rank zero's checkpoint is written, so it holds the states of all.
+        ranks: list[Any] = [mine]
+        if self._trainer.world_size > 1:
+            ranks = [None] * self._trainer.world_size
+            distributed.all_gather_object(ranks, mine)
+        within_epoch = self._fit_loop.epoch_progress.current.processed == self._counted
+        is_through = (
+            epoch_loop.batch_progress.is_last_batch
+            or epoch_loop.batch_progress.current.ready == self._trainer.num_training_batches  # may be limited
+        )
+        return {
+            "epoch": self._epoch + (is_through and not within_epoch),
+            "within_epoch": within_epoch,
+            "ranks": ranks,
+        }
+
+    @property
+    def _num_trained(self) -> int:
+        """Batches since training began; those of the epoch may or may not begin anew when a run goes on."""
+        num_trained: int = self._fit_loop.epoch_loop.batch_progress.total.processed
+        return num_trained
+
+    @property
+    def _fit_loop(self) -> Any:  # whose progress Lightning types too widely
+        return self._trainer.fit_loop
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells Lightning that the loader can be resumed; the data module holds the state.
+
+        Lightning restores a loader's own state when it stopped within an epoch, but not at the end of one.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Called when Lightning goes on within an epoch."""
+        # Saved with an epoch's last batch and of unknown length, the flag would end every later epoch before it begins.
+        self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+
+
+class _SameEveryTime:
+    """A loader that begins at its first epoch whenever it is iterated, as validation should."""
+
+    def __init__(self, loader: ClipFilterLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._loader.set_epoch(0)
+        return iter(self._loader)

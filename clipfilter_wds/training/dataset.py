@@ -1,0 +1,185 @@
+"""Shards -> batches ready to score, decoded in DataLoader workers; each carries its own position."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from clipfilter_wds.preprocess.clip import ClipPreprocess
+from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.training.batches import BatchBuilder, BatchSettings, ImageTransform, StreamBatch, TextTransform
+from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
+from clipfilter_wds.training.stream import PartEnd, Position, ShardFailure, StreamOrder, read_stream
+from clipfilter_wds.workers.crashes import CrashTracker
+from clipfilter_wds.world import World
+
+
+class ClipWebDataset(IterableDataset[StreamBatch]):
+    """Streams image-caption pairs from shards: read, decoded, prepared for CLIP and for training, not yet filtered.
+
+    Give it to a ``ClipFilterLoader``, which runs it in workers and drops what CLIP finds
+    mispaired.
+
+    Args:
+        shards: Whatever ``expand_shards`` takes.
+        preprocess: The scorer's ``preprocess``. None for a loader that takes all scores from a table.
+        image_transform: RGB image -> the training view of it. The image is the one that CLIP's view was made from, so
+            it is decoded once, except that one which ``fast_decode`` reduced is decoded again in full. None gives
+            CLIP's own view, uint8 ``[3, H, W]``.
+        text_transform: Caption -> its training view; None gives the caption. Of an image with several,
+            the list of them.
+        shuffle: Shuffle the shards, and the samples within windows of this many; 0 keeps the order.
+        seed: Of the order.
+        layout: Which members are image and caption.
+        allow_pipe: Read ``pipe:`` URLs, which run shell commands.
+        world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
+
+    Raises:
+        ValueError: When no shard matches, or ``shuffle`` is negative.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        preprocess: ClipPreprocess | None = None,
+        *,
+        image_transform: ImageTransform | None = None,
+        text_transform: TextTransform | None = None,
+        shuffle: int = 0,
+        seed: int = 0,
+        layout: SampleLayout | None = None,
+        allow_pipe: bool = False,
+        world: World | None = None,
+    ) -> None:
+        if shuffle < 0:
+            raise ValueError(f"shuffle is {shuffle}; it is the number of samples that are shuffled together, or 0")
+        self.urls = expand_shards(shards, allow_pipe=allow_pipe)
+        self.preprocess = preprocess
+        self.image_transform = image_transform
+        self.text_transform = text_transform
+        self.shuffle = shuffle
+        self.seed = seed
+        self.layout = layout or SampleLayout()
+        self.allow_pipe = allow_pipe
+        self.world = world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order shards and samples for this epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[StreamBatch]:
+        """One epoch, in batches of 64 samples (for use without a loader).
+
+        Raises:
+            ValueError: Without ``preprocess``.
+        """
+        info = get_worker_info()
+        # Not looked up: this runs in workers, whose environment may name a world and no rank.
+        world, num_workers = self.world or World(), info.num_workers if info else 1
+        start = [Position(epoch=self.epoch)] * num_workers
+        return iter(
+            StreamWorker(self, world=world, num_workers=num_workers, batch_size=64, epoch=self.epoch, start=start)
+        )
+
+
+class StreamWorker(IterableDataset[StreamBatch]):
+    """A :class:`ClipWebDataset` with all that a worker must be told: it never looks anything up itself.
+
+    Args:
+        dataset: What to read.
+        world: This rank among all.
+        num_workers: Workers of this rank.
+        batch_size: Samples per batch, unusable ones included.
+        epoch: The epoch to read.
+        start: Per worker, its position; in a later epoch for a worker that has nothing left in this one.
+        first: The worker whose batch comes first. DataLoader always begins with its worker 0, so that one is it.
+        endless: Go on with the next epoch for ever.
+        lookup: What is known of a shard before it is read. Samples known to be dropped are not read.
+        view: How images are decoded; None for that of the dataset's ``preprocess``.
+        tracker: Where workers leave what they are at.
+
+    Raises:
+        ValueError: When there is neither ``view`` nor ``preprocess``.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipWebDataset,
+        *,
+        world: World,
+        num_workers: int,
+        batch_size: int,
+        epoch: int,
+        start: Sequence[Position],
+        first: int = 0,
+        endless: bool = False,
+        lookup: ScoreLookup = no_scores,
+        view: ImageView | None = None,
+        tracker: CrashTracker | None = None,
+    ) -> None:
+        if view is None:
+            if dataset.preprocess is None:
+                raise ValueError("the dataset has no preprocess: give it the scorer's, or its loader a ScoreFolder")
+            view = dataset.preprocess.view
+        self.order = StreamOrder(
+            urls=dataset.urls, shuffle=dataset.shuffle, seed=dataset.seed, world=world, num_workers=num_workers
+        )
+        self.batch_size = batch_size
+        self.epoch = epoch
+        self.start = list(start)
+        self.first = first
+        self.endless = endless
+        self.lookup = lookup
+        self.settings = BatchSettings(
+            layout=dataset.layout,
+            view=view,
+            preprocess=dataset.preprocess,
+            image_transform=dataset.image_transform,
+            text_transform=dataset.text_transform,
+        )
+        self.allow_pipe = dataset.allow_pipe
+        self.tracker = tracker or CrashTracker(dataset.urls, num_workers)
+
+    def __iter__(self) -> Iterator[StreamBatch]:
+        """This worker's batches. Iterated again, as persistent workers are, they are those of the next epoch."""
+        info = get_worker_info()
+        worker = ((info.id if info else 0) + self.first) % self.order.num_workers
+        position, epoch = self.start[worker], self.epoch
+        self.epoch, self.start, self.first = epoch + 1, [Position(epoch=epoch + 1)] * self.order.num_workers, 0
+        return self._batches(worker, position, epoch)
+
+    def _batches(self, worker: int, position: Position, epoch: int) -> Iterator[StreamBatch]:
+        # A worker whose position is in the next epoch already has nothing more to give in this one.
+        while self.endless or position.epoch == epoch:
+            yield from self._epoch(worker, position)
+            position = Position(epoch=position.epoch + 1)
+
+    def _epoch(self, worker: int, start: Position) -> Iterator[StreamBatch]:
+        worker_tracker = self.tracker.for_worker()
+        builder = BatchBuilder(worker, self.settings, worker_tracker)
+        items = read_stream(
+            self.order,
+            worker,
+            start,
+            self.settings.layout,
+            worker_tracker,
+            lookup=self.lookup,
+            allow_pipe=self.allow_pipe,
+        )
+        after = start
+        for item in items:
+            if isinstance(item, PartEnd):
+                builder.ends.append(item)
+                continue
+            after = item.after
+            if isinstance(item, ShardFailure):
+                builder.failures.append((item.url, item.why))
+            else:
+                builder.add(item)
+            if len(builder) == self.batch_size:
+                yield builder.build(after)
+        # The epoch's last batch says that the epoch is over, even when it holds no sample.
+        yield builder.build(Position(epoch=after.epoch + 1))

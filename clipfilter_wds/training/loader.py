@@ -1,0 +1,285 @@
+"""The loader that training iterates: epochs, ranks and state."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.training.config import LoaderConfig
+from clipfilter_wds.training.dataset import ClipWebDataset
+from clipfilter_wds.training.epoch import Epoch, Workers
+from clipfilter_wds.training.precomputed import FolderLookup, no_scores
+from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
+from clipfilter_wds.training.state import LoaderState
+from clipfilter_wds.types import FilterStats
+from clipfilter_wds.world import Agreement, World
+
+if TYPE_CHECKING:
+    from clipfilter_wds.models.recheck import Recheck
+    from clipfilter_wds.models.scorer import ClipScorer
+
+_log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+#: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
+_NUM_REMEMBERED = 4
+_READY, _OUT_OF_BATCHES, _FAILED = 2, 1, 0
+
+
+class ClipFilterLoader:
+    """Training batches of the pairs whose caption describes the image.
+
+    A batch is a dict: ``image`` and ``text`` (what the dataset's transforms made of them, collated), ``score`` (raw
+    cosine, float32 ``[batch_size]``), ``__key__`` and ``__url__`` (lists of str); all on the CPU. Workers read and
+    decode, a thread scores a few batches ahead, and training gets what is kept.
+
+    Args:
+        dataset: A ``ClipWebDataset``; or any iterable of dicts that hold ``pixel_values``
+            and ``input_ids`` as ``scorer.preprocess`` makes them, whose other columns are passed on (such a
+            loader can't be resumed).
+        scorer: The model; or a ``ScoreFolder``, whose scores decide before an image is
+            decoded, with no model at all, and give the batches that a model gives. None keeps everything and adds no
+            scores, for loaders that are sometimes filtered.
+        world: This rank among all; None takes it from ``torch.distributed`` or the environment.
+        options: As :class:`LoaderConfig`.
+
+    Raises:
+        ValueError: From :class:`LoaderConfig`; and when the scorer, or score table, does not fit the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipWebDataset | Iterable[Mapping[str, Any]],
+        scorer: "ClipScorer | ScoreFolder | None",
+        *,
+        world: World | None = None,
+        **options: Any,
+    ) -> None:
+        self.dataset = dataset
+        self.table = scorer if isinstance(scorer, ScoreFolder) else None
+        self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
+        self.config = LoaderConfig(**options)
+        if scorer is None and self.config.threshold is not None:
+            raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
+        self.world = world or getattr(dataset, "world", None)
+        #: Batches that the ranks had ready when the last epoch ended and did not hand out (``end="sync"``).
+        self.left_over = 0
+        self._agreement: Agreement | None = None
+        self._asked_epoch: int = getattr(dataset, "epoch", 0)
+        self._reported: set[str] = set()  # bad shards that were warned of
+        self._recorder: Recorder | None = None
+        self._workers = self._open_workers()
+        self._run: Epoch | None = None
+        self._next = LoaderState.start(self._num_positions, self._asked_epoch, FilterStats())
+        self._remembered: deque[LoaderState] = deque([self._next], maxlen=_NUM_REMEMBERED)
+
+    def _open_workers(self) -> Workers:
+        """What decodes, with what it knows beforehand."""
+        dataset, table, record = self.dataset, self.table, self.config.record
+        if record is not None and self.scorer is None:
+            raise ValueError(f"record is {str(record)!r}, but there is no scorer whose scores could be recorded")
+        if not isinstance(dataset, ClipWebDataset):
+            if table is not None or record is not None:
+                raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
+            return Workers(self.config, no_scores, None)
+        if table is not None:
+            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, self.config.threshold)
+            view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
+            return Workers(self.config, lookup, view)
+        if dataset.preprocess is None:
+            raise ValueError("the dataset has no preprocess: give it the scorer's, or the loader a ScoreFolder")
+        if record is None or self.scorer is None:
+            return Workers(self.config, no_scores, dataset.preprocess.view)
+        fingerprint = {**self.scorer.fingerprint, **dataset.layout.fingerprint}
+        folder = RecordFolder.open(record, dataset.urls, fingerprint, self.config.threshold)
+        self._recorder = Recorder(folder)
+        return Workers(self.config, RecordLookup(record=folder), dataset.preprocess.view)
+
+    @property
+    def _num_positions(self) -> int:
+        return max(1, self.config.num_workers)
+
+    @property
+    def stats(self) -> FilterStats:
+        """Counts of all samples that this rank has scored since training began, those before a resume included."""
+        return self._run.progress.stats if self._run else self._next.progress.stats
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is.
+
+        A position within this epoch, from :meth:`load_state_dict`, is kept.
+        """
+        if self.config.end == "repeat":
+            self._begin_at(replace(self._next, batches=0))
+        elif epoch == self._next.epoch:
+            self._begin_at(self._next)  # so that the state is this beginning, too, after an epoch that was broken off
+        else:
+            self._begin_at(LoaderState.start(self._num_positions, epoch, self.stats))
+
+    def _begin_at(self, mark: LoaderState) -> None:
+        self._next = mark
+        self._run = None
+        self._remembered.clear()
+        self._remembered.append(mark)
+
+    def __len__(self) -> int:
+        """Batches per epoch, which is known for ``end="repeat"`` only."""
+        if self.config.batches_per_epoch is None:
+            raise TypeError("how many batches pass the filter is not known beforehand")
+        return self.config.batches_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The batches of one epoch; after a ``break``, of the next one.
+
+        Raises:
+            StarvationError: When nothing is kept.
+            RuntimeError: When another rank failed.
+        """
+        asked = getattr(self.dataset, "epoch", 0)
+        if asked != self._asked_epoch:
+            self._asked_epoch = asked
+            self.set_epoch(asked)
+        return self._iterate(self._next)
+
+    def _iterate(self, begin: LoaderState) -> Iterator[dict[str, Any]]:
+        world = self.world or World.current()
+        if self._agreement is None:
+            self._agreement = Agreement(world)
+        self._begin_at(begin)
+        run = self._run = Epoch(
+            self.dataset,
+            self._new_recheck(),
+            self.config,
+            world,
+            begin,
+            self._workers,
+            self._recorder,
+            self._reported,
+            has_scores=self.scorer is not None or self.table is not None,
+        )
+        try:
+            yield from self._hand_out(run, self._agreement)
+        finally:
+            run.close()
+            if self._run is run:  # nobody has set another beginning meanwhile
+                self._next = self._following(run)
+
+    def _new_recheck(self) -> "Recheck | None":
+        if self.scorer is None:
+            return None
+        from clipfilter_wds.models.recheck import Recheck
+
+        return Recheck(self.scorer, self.config.threshold)
+
+    def _following(self, run: Epoch) -> LoaderState:
+        """Where the iteration after this one begins."""
+        if self.config.end == "repeat":
+            return replace(self._remembered[-1], batches=0)
+        return LoaderState.start(self._num_positions, run.begun_at.epoch + 1, run.progress.stats)
+
+    def _hand_out(self, run: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
+        batches = run.begun_at.batches
+        while self.config.batches_per_epoch is None or batches < self.config.batches_per_epoch:
+            try:
+                batch = run.next_batch()
+            except Exception:
+                agreement.lowest(_FAILED)  # the other ranks must not wait for this one
+                raise
+            status = agreement.lowest(_READY if batch is not None else _OUT_OF_BATCHES)
+            if status == _FAILED:
+                raise RuntimeError("another rank's data loading failed; its own error says why")
+            if status == _OUT_OF_BATCHES:
+                self._finish_epoch(run, agreement, batches, unused=batch is not None)
+                break
+            batches += 1
+            self._remembered.append(run.mark(batches))
+            self._next = self._following(run)  # now, since a trainer may never come back to this iterator
+            yield batch  # type: ignore[misc]  # every rank has one
+        # Only reached when the epoch was not broken off.
+        self._remembered.append(self._following(run))
+
+    def _finish_epoch(self, run: Epoch, agreement: Agreement, batches: int, *, unused: bool) -> None:
+        whole = math.floor if self.config.drop_last else math.ceil
+        ready = whole(run.num_ready / self.config.batch_size) + unused
+        run.flush_record()  # before any rank begins the next epoch, in which it reads what others have recorded
+        told = agreement.gather((ready, run.num_kept, run.num_seen))
+        self.left_over = sum(ready for ready, _, _ in told)
+        if batches == 0 and not any(kept for _, kept, _ in told):
+            raise run.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
+        if self.left_over and run.world.rank == 0:  # once, as every rank knows the totals
+            _log.warning(
+                "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
+                "and left over (by rank: %s). More shards, shuffling, or end='repeat' use them",
+                batches,
+                self.left_over,
+                [ready for ready, _, _ in told],
+            )
+
+    # --- state ---
+
+    def state_dict(self, *, after: int | None = None) -> dict[str, Any]:
+        """Where this rank is, after the batch handed out last; holds positions only, never samples. JSON-ready.
+
+        Args:
+            after: Instead, after this many batches of the epoch, for a trainer that fetches ahead of the batch that it
+                trains on. At most three batches back.
+
+        Raises:
+            ValueError: When the dataset is not a :class:`ClipWebDataset`, or ``after`` lies too far back.
+        """
+        settings = self._settings()
+        marks = [mark for mark in self._remembered if after is None or mark.batches == after]
+        if not marks:
+            raise ValueError(
+                f"the state after {after} batches is no longer known; {self._remembered[-1].batches} are out"
+            )
+        return {"version": _STATE_VERSION, "settings": settings, **marks[-1].to_json()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, with the next iteration, where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: When the state is of another version, world, dataset or setting; with both values.
+        """
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(f"the state has version {state['version']}, this version reads {_STATE_VERSION}")
+        here, there = self._settings(), state["settings"]
+        if self.scorer is not None:
+            here.pop("precision", None)  # a model decides alike in any
+        differences = [
+            f"{name} is {here[name]!r} here and {there.get(name)!r} in the state"
+            for name in here
+            if here[name] != there.get(name)
+        ]
+        if differences:
+            raise ValueError("can't go on from this state: " + "; ".join(differences))
+        self._begin_at(LoaderState.from_json(state))
+
+    def _settings(self) -> dict[str, Any]:
+        """All that the order of batches depends on."""
+        if not isinstance(self.dataset, ClipWebDataset):
+            raise ValueError("only a loader of a ClipWebDataset can be resumed")
+        world, config = self.world or World.current(), self.config
+        names = "\n".join(public_url(url) for url in self.dataset.urls)
+        scores = self.table or self.scorer
+        fingerprint = scores.fingerprint if scores is not None else {}
+        return {
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "num_workers": config.num_workers,
+            "dataset": f"{len(self.dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
+            "shuffle": self.dataset.shuffle,
+            "seed": self.dataset.seed,
+            "threshold": config.threshold,
+            "batch_size": config.batch_size,
+            "score_batch_size": config.score_batch_size,
+            "end": config.end,
+            **self.dataset.layout.fingerprint,
+            **{name: value for name, value in fingerprint.items() if name != "model"},
+        }

@@ -1,0 +1,89 @@
+"""Batches scored ahead, in a thread of their own, so that scoring and training overlap."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from clipfilter_wds.workers.pool import WorkerIterator, WorkersStoppedError
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+#: Seconds until the thread notices that the program has come to its end, at most.
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class _End:
+    """Comes behind the last item, with what was raised, if anything."""
+
+    error: BaseException | None = None
+
+
+class Prefetcher(Generic[T, S]):
+    """Runs items through a function, a few ahead of whoever takes what comes out.
+
+    What the iterable or the function raises is raised again where the item would have been taken.
+
+    Args:
+        items: Iterated in the feed's thread; its iterator is made in this one, since that may start processes.
+        apply: Items -> what is fed; a generator, mostly.
+        depth: How many items to be ahead.
+        keep: Leave the iterable's processes for the next one who iterates it.
+    """
+
+    def __init__(
+        self, items: Iterable[T], apply: Callable[[Iterator[T]], Iterator[S]], *, depth: int = 2, keep: bool = False
+    ) -> None:
+        self._iterator = iter(items)
+        self._applied, self._keep = apply(self._iterator), keep
+        self._made: SimpleQueue[S | _End] = SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="clipfilter-scorer")
+        self._thread.start()
+
+    def _run(self) -> None:
+        end = _End()
+        try:
+            while self._wait_for_room():
+                self._made.put(next(self._applied))
+        except (StopIteration, WorkersStoppedError):
+            pass
+        except BaseException as error:  # noqa: BLE001  # raised again where the item is taken
+            end = _End(error)
+        self._made.put(end)
+        del end  # which holds this frame, by its error's traceback
+
+    def _wait_for_room(self) -> bool:
+        """Whether another item is wanted. A program that ends while this is open waits for the thread first."""
+        while not self._is_closed and threading.main_thread().is_alive():
+            if self._room.acquire(timeout=_POLL_SECONDS):
+                return not self._is_closed
+        return False
+
+    def __iter__(self) -> Iterator[S]:
+        """The fed items, until the iterable ends."""
+        while not isinstance(item := self._made.get(), _End):
+            self._room.release()
+            yield item
+        if item.error is not None:
+            raise item.error
+
+    def close(self) -> None:
+        """Stop, wait for the item that is being scored, and let go of the iterable and its processes."""
+        self._is_closed = True
+        self._room.release()
+        iterator = self.__dict__.pop("_iterator", None)
+        if isinstance(iterator, WorkerIterator):
+            iterator.stop()  # what workers are at is not waited for
+        self._thread.join()
+        while not self._made.empty():
+            self._made.get()  # scored ahead, for nobody; it may be in memory shared with workers, which takes files
+        self._made.put(_End())
+        # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
+        self.__dict__.pop("_applied", None)
+        if not self._keep and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()

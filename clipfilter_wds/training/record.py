@@ -1,0 +1,265 @@
+"""Scores that loaders have made, in a folder for later epochs and runs."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Self
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+
+from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
+from clipfilter_wds.scores.table import ShardScores, no_rows, read_scores
+from clipfilter_wds.shards.names import output_names, public_url
+from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
+from clipfilter_wds.training.batches import StreamBatch
+from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, precomputed_scores
+from clipfilter_wds.training.stream import PartEnd
+from clipfilter_wds.types import SampleRow, ShardEnd, ShardError
+
+_log = logging.getLogger(__name__)
+
+#: Rows of a shard that are held back until they are written; what a killed run loses of each shard it was reading.
+_MAX_HELD_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordFolder:
+    """A folder of score tables that grows: one per shard that was scored whole, and parts of the others in ``_parts``.
+
+    Any number of ranks and runs may write to it at once. Files appear whole, and whoever writes a shard's last part
+    makes one table of them all.
+
+    Attributes:
+        folder: Where.
+        names: Per shard, its name in the folder.
+        fingerprint: What the scores depend on beside the shards.
+        threshold: What scores are compared with; those within the error band around it are in float32.
+    """
+
+    folder: Path
+    names: Mapping[str, str]
+    fingerprint: Fingerprint
+    threshold: float | None
+
+    @classmethod
+    def open(cls, folder: str | Path, urls: Sequence[str], fingerprint: Fingerprint, threshold: float | None) -> Self:
+        """Make the folder, or go on with it.
+
+        Raises:
+            ValueError: When it can't be written, or holds scores of another fingerprint.
+        """
+        if "://" in str(folder):
+            raise ValueError(f"record {str(folder)!r} is no local folder; remote ones can't be recorded to")
+        folder = Path(folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        except OSError as error:
+            raise ValueError(f"can't write to record {str(folder)!r}: {error.strerror}") from error
+        for path, metadata in read_all_metadata(folder):
+            check_fingerprint(metadata["fingerprint"], fingerprint, f"the record {str(path)!r}")
+        return cls(folder=folder, names=output_names(urls), fingerprint=fingerprint, threshold=threshold)
+
+    def table(self, url: str) -> Path:
+        """Where the scores of a whole shard are, or will be."""
+        return self.folder / f"{self.names[url]}.parquet"
+
+    def _parts(self, url: str) -> list[Path]:
+        stem = self._part(url, "")
+        # 32 hexadecimal digits, since a shard's name may go on after a dot.
+        return sorted(stem.parent.glob(f"{stem.name}{'[0-9a-f]' * 32}.parquet"))
+
+    def _part(self, url: str, ending: str) -> Path:
+        return self.folder / PARTS_FOLDER / f"{self.names[url]}.{ending}"
+
+    def read(self, url: str) -> tuple[list[ShardScores], bool]:
+        """The tables that hold what is recorded of a shard, and whether that is the whole shard.
+
+        Raises:
+            ShardError: When the shard has another size than the one that was scored.
+            ValueError: When a table is damaged.
+        """
+        while True:
+            path = self.table(url)
+            try:
+                if path.exists():
+                    return [read_scores(path, url)], True
+                tables = []
+                for path in self._parts(url):
+                    tables.append(read_scores(path, url))
+                return tables, False
+            except ValueError:
+                if path.exists():
+                    raise
+                # Somebody has just made one table of the parts.
+
+    def add_part(
+        self, url: str, rows: Sequence[SampleRow], scores: np.ndarray, *, num_bytes: int, band: float = 0.0
+    ) -> None:
+        """Record some samples of a shard.
+
+        Args:
+            url: The shard.
+            rows: The samples.
+            scores: Those of the usable ones.
+            num_bytes: The shard's size.
+            band: How close to the threshold scores are in float32.
+        """
+        if rows and not self.table(url).exists():
+            part = ShardScores.from_rows(
+                rows,
+                scores,
+                source=public_url(url),
+                num_bytes=num_bytes,
+                torn=False,
+                fingerprint=self.fingerprint,
+                band=band,
+                rechecked_at=self.threshold,
+            )
+            self._write(self._part(url, f"{uuid4().hex}.parquet"), part)
+
+    def add_end(self, url: str, end: ShardEnd) -> None:
+        """Record what is at a shard's end."""
+        if not self.table(url).exists():
+            publish_json(self._part(url, "json"), asdict(end))
+            self._join_parts(url)
+
+    def _join_parts(self, url: str) -> None:
+        """Make one table of a shard's parts, if they hold all its samples."""
+        paths, end_path = self._parts(url), self._part(url, "json")
+        try:
+            end = ShardEnd(**json.loads(end_path.read_bytes()))
+            parts = [ShardScores.read(path) for path in paths]
+        except (FileNotFoundError, ValueError):
+            return  # somebody else has done it
+        rows = pa.concat_tables([no_rows(), *(part.table for part in parts)])
+        # By index; a sample may have been scored twice, by runs that did not know of each other.
+        indices, places = np.unique(rows["index"].to_numpy(), return_index=True)
+        if not np.array_equal(indices, np.arange(end.num_samples)) or {p.num_bytes for p in parts} > {end.num_bytes}:
+            return
+        whole = ShardScores(
+            table=rows.take(places).combine_chunks(),
+            source=public_url(url),
+            num_bytes=end.num_bytes,
+            torn=end.torn,
+            fingerprint=self.fingerprint,
+            band=max((part.band for part in parts), default=0.0),
+            rechecked_at=self.threshold if all(part.rechecked_at == self.threshold for part in parts) else None,
+        )
+        self._write(self.table(url), whole)
+        for path in (*paths, end_path):
+            path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _write(path: Path, scores: ShardScores) -> None:
+        with publish(path) as file:
+            scores.write(file)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordLookup:
+    """Knows what is recorded; asked by the workers.
+
+    What lies too close to another threshold than the recorded one is not known: low precision does not decide it.
+
+    Attributes:
+        record: Where.
+    """
+
+    record: RecordFolder
+
+    def __call__(self, url: str) -> PrecomputedScores:
+        """See ``ScoreLookup``.
+
+        Raises:
+            ValueError: When a table is damaged, or of another shard.
+        """
+        try:
+            tables, is_whole = self.record.read(url)
+        except ShardError as error:
+            raise ValueError(f"{public_url(url)}: {error}; delete that file, and it is scored again") from error
+        samples: dict[int, PrecomputedScore] = {}
+        for scores in tables:
+            known = precomputed_scores(scores, self.record.threshold).samples
+            decided = scores.table["index"].to_numpy()[_decided(scores, self.record.threshold)]
+            samples |= {index: known[index] for index in decided.tolist()}
+        return PrecomputedScores(samples=samples, num_samples=tables[0].table.num_rows if is_whole else None)
+
+
+def _decided(scores: ShardScores, threshold: float | None) -> np.ndarray:
+    """Per sample, whether its score is exact enough to be compared with a threshold: bool ``[num_samples]``."""
+    if threshold is None or threshold <= 0.0 or scores.band == 0.0 or threshold == scores.rechecked_at:
+        return np.ones(scores.table.num_rows, dtype=bool)
+    is_near = np.abs(scores.scores.astype(np.float64) - threshold) <= scores.band
+    decided: np.ndarray = ~(is_near & scores.usable)
+    return decided
+
+
+@dataclass
+class _Held:
+    """Rows of a shard that are not written yet, and the scores of the usable ones."""
+
+    num_bytes: int = -1
+    band: float = 0.0
+    rows: list[SampleRow] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+
+class Recorder:
+    """Records the scores of a loader's batches as they are made.
+
+    Writing is no reason to stop training: when it fails, a warning says so and nothing more is recorded.
+
+    Args:
+        record: Where.
+    """
+
+    def __init__(self, record: RecordFolder) -> None:
+        self._record = record
+        self._held: defaultdict[str, _Held] = defaultdict(_Held)
+        self._lock = Lock()
+        self._failed = False
+
+    def add(self, batch: StreamBatch, scores: np.ndarray, band: float) -> None:
+        """Record what was not known of a batch.
+
+        Args:
+            batch: What was scored.
+            scores: Of all its rows, float32 ``[N]``.
+            band: How close to the threshold these are in float32.
+        """
+        with self._lock:
+            for url, row, is_known, score in zip(batch.urls, batch.rows, batch.is_known, scores.tolist(), strict=True):
+                if not is_known:
+                    held = self._held[url]
+                    held.num_bytes, held.band = batch.num_bytes[url], max(held.band, band)
+                    held.rows.append(row)
+                    held.scores += [score] if row.reason is None else []
+            full = [url for url, held in self._held.items() if len(held.rows) >= _MAX_HELD_ROWS]
+            self._write(full, batch.ends)
+
+    def flush(self) -> None:
+        """Write all that is held back."""
+        with self._lock:
+            self._write(list(self._held))
+
+    def _write(self, urls: Sequence[str], ends: Sequence[PartEnd] = ()) -> None:
+        try:
+            for url in (*urls, *(part.url for part in ends)):
+                held = self._held.pop(url, _Held())
+                if not self._failed:
+                    scores = np.array(held.scores, dtype=np.float32)
+                    self._record.add_part(url, held.rows, scores, num_bytes=held.num_bytes, band=held.band)
+            for part in ends:
+                if not self._failed:
+                    self._record.add_end(part.url, part.end)
+        except OSError as error:
+            self._failed = True
+            _log.warning("scores are no longer recorded: %s", error)

@@ -1,0 +1,16 @@
+"""Counts the CPUs that this process may use."""
+
+import os
+
+import torch
+
+
+def default_num_workers(device: torch.device) -> int:
+    """Decoding processes that suit a device: all processors for a GPU, half of them when they also run the model."""
+    available = num_processors()
+    return max(1, available if device.type == "cuda" else available // 2)
+
+
+def num_processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

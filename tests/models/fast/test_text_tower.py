@@ -1,0 +1,56 @@
+import copy
+
+import pytest
+import torch
+
+from clipfilter_wds.models.fast.text_tower import PackedTower, pack_captions
+from clipfilter_wds.models.scorer import ClipScorer
+from tests.support.dual_encoders import FAMILIES
+from tests.support.toys import make_clip
+
+CAPTIONS = ["a", "a photo of a cat", "two", "x" * 300, "a dog on a red sofa"]
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    return ClipScorer(make_clip(tmp_path_factory.mktemp("model")), device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1], CAPTIONS[:3], CAPTIONS[3:4]], ids=len)
+@pytest.mark.parametrize("finds_end_by", ["its id", "the largest id"])
+def test_packed_captions_have_the_embeddings_of_padded_ones(scorer, captions, finds_end_by):
+    tower = copy.deepcopy(scorer.model.model.text_model)
+    if finds_end_by == "the largest id":
+        tower.eos_token_id = 2
+    ids = scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids
+    with torch.inference_mode():
+        expected = tower(ids).pooler_output
+        torch.testing.assert_close(PackedTower(tower)(ids).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    if len(captions) > 1:
+        assert expected.std(dim=0).mean() > 0.01  # captions differ
+
+
+def test_only_low_precision_packs_since_kernels_are_chosen_by_shape(scorer):
+    low = ClipScorer(scorer.model_name, device="cpu", precision="bf16")
+    packed = [
+        sum(isinstance(module, PackedTower) for module in model.modules()) for model in (low.fast_model, low.model)
+    ]
+    assert packed == [1, 0]
+
+
+def test_other_text_towers_stay(tmp_path):
+    make, _, prefix = FAMILIES["siglip"]
+    siglip = ClipScorer(prefix + str(make(tmp_path / "model")), device="cpu", precision="fp32").model
+    before = str(siglip)
+    assert not pack_captions(siglip)
+    assert str(siglip) == before
+
+
+def test_a_caption_does_not_hang_on_the_longer_ones_beside_it(scorer):
+    tower = PackedTower(copy.deepcopy(scorer.model.model.text_model))
+    ids = scorer.preprocess.tokenize([[caption] for caption in CAPTIONS]).input_ids
+    used = scorer.preprocess.tokenize.used_lengths(ids)
+    with torch.inference_mode():
+        together = tower(ids).pooler_output
+        alone = torch.cat([tower(ids[i : i + 1, : int(used[i])]).pooler_output for i in range(len(ids))])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

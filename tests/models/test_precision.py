@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from clipfilter_wds.models.precision import NARROW, low_precision, resolve_device, resolve_precision
+from clipfilter_wds.models.scorer import ClipScorer
+from tests.support.toys import make_clip
+
+CPU = torch.device("cpu")
+
+
+def test_the_last_projections_stay_in_float32(tmp_path):
+    scorer = ClipScorer(make_clip(tmp_path, image_size=64, patch_size=16, width=NARROW), device="cpu", precision="fp32")
+    fast = low_precision(scorer.model, "bf16")
+    types = {name: weight.dtype for name, weight in fast.named_parameters() if name.endswith("weight")}
+    projections = {name: dtype for name, dtype in types.items() if "projection" in name}
+    assert projections == {
+        "model.visual_projection.weight": torch.float32,
+        "model.text_projection.weight": torch.float32,
+    }
+    assert all(dtype == torch.bfloat16 for name, dtype in types.items() if "proj.weight" in name or ".fc" in name)
+    assert all(weight.dtype == torch.float32 for weight in scorer.model.parameters())
+
+
+def test_a_device_or_precision_that_is_not_there():
+    with pytest.raises(ValueError, match="use auto, cpu, cuda or cuda:1"):
+        resolve_device("gpu0")
+    with pytest.raises(ValueError, match="this machine has"):
+        resolve_device("cuda:99")
+    with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
+        resolve_precision("int8", CPU, NARROW)
+
+
+def test_auto_is_float32_for_narrow_models():
+    assert resolve_precision("auto", torch.device("cuda"), NARROW) == "fp16"
+    assert resolve_precision("auto", torch.device("cuda"), NARROW - 1) == "fp32"
+    assert resolve_precision("auto", CPU, NARROW - 1) == "fp32"

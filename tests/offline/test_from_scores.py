@@ -1,0 +1,150 @@
+"""Score once, choose later: rewriting from score tables that were made before."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import webdataset
+
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.scores.table import ShardScores
+from tests.offline.test_run import bits, check_accounting, run
+from tests.support.toys import pair, tar_members, write_shard, write_tar
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in")
+    for shard in range(3):
+        samples = [{**pair(100 * shard + i), "json": b'{"i": %d}' % i} for i in range(30)]
+        samples[7] = {"jpg": b"no image", "txt": b"a caption"}
+        write_shard(folder / f"{shard:05d}.tar", samples, start=1000 * shard)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(scorer, shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scores")
+    process_shards(ScoreConfig(shards=f"{shards}/*.tar", output=folder, batch_size=8, num_workers=0), scorer)
+    return folder
+
+
+def from_scores(shards, output, scores, **options) -> dict:
+    """The summary of a run without a model."""
+    process_shards(RewriteConfig(shards=f"{shards}/*.tar", output=output, scores=scores, **options))
+    return check_accounting(output)
+
+
+def without_tables(output) -> dict[str, str]:
+    return {name: digest for name, digest in bits(output).items() if not name.startswith("_scores")}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sweep_over_thresholds_gives_what_fresh_runs_give(scorer, shards, scores, tmp_path, num_workers):
+    thresholds = [number / 50 for number in range(20)] if not num_workers else [0.12]
+    kept = []
+    for threshold in thresholds:
+        fresh, later = tmp_path / f"fresh{threshold}", tmp_path / f"later{threshold}"
+        run(scorer, f"{shards}/*.tar", fresh, threshold=threshold)
+        summary = from_scores(shards, later, scores, threshold=threshold, num_workers=num_workers)
+        assert without_tables(later) == without_tables(fresh)
+        kept.append(summary["kept"])
+    assert kept == sorted(kept, reverse=True)
+    assert num_workers or len(set(kept)) > 5
+
+
+def test_kept_members_are_copied_with_the_headers_that_they_have(scorer, tmp_path):
+    (tmp_path / "in").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "in/0.tar")) as tar:  # gives each member a time and an owner
+        for number in range(6):
+            tar.write({"__key__": f"{number:04d}", **pair(number)})
+    process_shards(ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "scores", num_workers=0), scorer)
+    run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "fresh", threshold=-1)
+    from_scores(tmp_path / "in", tmp_path / "later", tmp_path / "scores", threshold=-1)
+    copied = (tmp_path / "later/0.tar").read_bytes()
+    assert copied == (tmp_path / "fresh/0.tar").read_bytes() == (tmp_path / "in/0.tar").read_bytes()
+
+
+def test_needs_no_model_and_opens_no_image(shards, scores, tmp_path):
+    class Nothing:
+        model_name = str(tmp_path / "there is no such model")
+
+    assert run(Nothing, f"{shards}/*.tar", tmp_path / "out", scores=scores)["seen"] == 90
+
+
+def test_shards_without_a_table_and_shards_that_changed_fail_alone(shards, scores, tmp_path):
+    shutil.copytree(shards, tmp_path / "in")
+    write_shard(tmp_path / "in/00001.tar", [pair(i) for i in range(5)])
+    write_shard(tmp_path / "in/new.tar", [pair(5)])
+    summary = from_scores(tmp_path / "in", tmp_path / "out", scores, threshold=-1)
+    failed = {url.rpartition("/")[2]: why for url, why in summary["failed_shards"].items()}
+    assert set(failed) == {"00001.tar", "new.tar"}
+    before, now = ((folder / "00001.tar").stat().st_size for folder in (shards, tmp_path / "in"))
+    assert f"{now} bytes here, {before} in" in failed["00001.tar"]
+    assert "score it first" in failed["new.tar"]
+    assert (summary["seen"], summary["kept"]) == (60, 58)
+
+
+def test_a_shard_of_the_same_size_with_other_samples_is_refused(shards, scores, tmp_path):
+    members = tar_members(shards / "00000.tar")
+    other_keys = [(f"9{name[1:]}", data) for name, data in members]
+    one_less = [("000000028.x" + name[-3:] if name.startswith("000000029") else name, data) for name, data in members]
+    (tmp_path / "scores").mkdir()
+    for name, changed in (("a", other_keys), ("b", one_less)):
+        path = write_tar(tmp_path / "in" / f"{name}.tar", changed)
+        assert path.stat().st_size == (shards / "00000.tar").stat().st_size
+        shutil.copy(scores / "00000.parquet", tmp_path / "scores" / f"{name}.parquet")
+    summary = from_scores(tmp_path / "in", tmp_path / "out", tmp_path / "scores", threshold=-1)
+    failed = {url.rpartition("/")[2]: why for url, why in summary["failed_shards"].items()}
+    assert failed == {
+        "a.tar": "its sample 0 is '900000000', and '000000000' was scored",
+        "b.tar": "it holds 29 samples, and 30 were scored",
+    }
+    assert summary["seen"] == 0
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_tables_of_different_models_are_refused_with_both_values(shards, scores, tmp_path):
+    from clipfilter_wds.models.scorer import ClipScorer
+    from tests.support.toys import make_clip
+
+    shutil.copytree(scores, tmp_path / "scores")
+    other = ClipScorer(make_clip(tmp_path / "other", seed=5), device="cpu")
+    process_shards(ScoreConfig(shards=f"{shards}/00002.tar", output=tmp_path / "b", num_workers=0), other)
+    shutil.copy(tmp_path / "b/00002.parquet", tmp_path / "scores")
+    with pytest.raises(ValueError, match=r"model .*other there, .*clip-32 here"):
+        from_scores(shards, tmp_path / "out", tmp_path / "scores")
+
+
+def test_a_run_from_scores_goes_on_where_it_was(shards, scores, tmp_path):
+    from_scores(shards, tmp_path / "out", scores, threshold=0.12)
+    before = bits(tmp_path / "out")
+    (tmp_path / "out/00001_stats.json").unlink()
+    assert from_scores(shards, tmp_path / "out", scores, threshold=0.12)["resumed_shards"] == 2
+    assert bits(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"threshold 0\.12 there, 0\.2 here"):
+        from_scores(shards, tmp_path / "out", scores, threshold=0.2)
+
+
+def test_the_summary_names_what_made_the_scores(scorer, shards, scores, tmp_path):
+    from_scores(shards, tmp_path / "out", scores)
+    summary = json.loads((tmp_path / "out/summary.json").read_bytes())
+    assert (summary["model"], summary["precision"], summary["scored"]) == (scorer.model_name, "fp32", 0)
+
+
+@pytest.mark.parametrize("choice", [{"threshold": 0.12}, {"keep_fraction": 0.5}])
+def test_samples_within_the_error_band_of_the_cut_are_counted(shards, scores, tmp_path, choice):
+    band, cosines = 0.02, []
+    for path in scores.glob("*.parquet"):
+        table = ShardScores.read(path)
+        cosines += table.scores[table.usable].tolist()
+        (tmp_path / "scores").mkdir(exist_ok=True)
+        with (tmp_path / "scores" / path.name).open("wb") as file:
+            replace(table, band=band).write(file)
+    summary = from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)
+    limit = choice.get("threshold") or sorted(cosines)[-summary["kept"]]
+    assert summary["in_band"] == sum(abs(cosine - limit) <= band for cosine in cosines) > 0
+    assert summary["band"] == band
+    assert from_scores(shards, tmp_path / "exact", scores, **choice)["in_band"] == 0

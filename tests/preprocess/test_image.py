@@ -1,0 +1,476 @@
+import io
+import json
+import pickle
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as tvf
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+from clipfilter_wds.preprocess.image import IMAGE_FORMATS, ImageView, RgbImage
+from clipfilter_wds.preprocess.members import read_captions
+from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
+from clipfilter_wds.types import DropReason, Member, Sample, UnusableError
+from tests.support.toys import encoded, pair, photo
+
+VIEW = ImageView(resize=32, crop=(32, 32))
+
+
+def reason_of(function, *args) -> DropReason:
+    """Why the sample can't be used."""
+    with pytest.raises(UnusableError) as unusable:
+        function(*args)
+    return unusable.value.reason
+
+
+def reference_view(image: Image.Image, view: ImageView) -> torch.Tensor:
+    """What the library makes of an image before it rescales and normalises."""
+    if view.resampler == "pillow":
+        resize = transforms.Resize(view.resize, transforms.InterpolationMode(view.interpolation))
+        return tvf.pil_to_tensor(transforms.CenterCrop(view.crop)(resize(image)))
+    if isinstance(view.resize, tuple):
+        height, width = view.resize
+        squash = SiglipImageProcessor(size={"height": height, "width": width}, do_rescale=False, do_normalize=False)
+        return squash(image, return_tensors="pt").pixel_values[0]
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": view.resize},
+        crop_size={"height": view.crop[0], "width": view.crop[1]},
+        resample=Image.Resampling[view.interpolation.upper()],
+        do_rescale=False,
+        do_normalize=False,
+    )
+    return processor(image, return_tensors="pt").pixel_values[0]
+
+
+def check_view(image: Image.Image, view: ImageView) -> None:
+    found = view(RgbImage.of(image))
+    assert found.dtype == torch.uint8
+    assert found.is_contiguous()
+    assert torch.equal(found, reference_view(image, view).to(torch.uint8))
+
+
+# --- pixels ---
+
+SIZES = [(48, 40), (40, 48), (1, 200), (200, 1), (1, 1), (5, 7), (32, 32), (31, 33), (33, 31), (640, 480), (2000, 2)]
+# What is left over beside the crop: 1, 3, 5 and 7 pixels, which can't be shared out evenly.
+SIZES += [(33, 32), (35, 32), (37, 32), (39, 32), (32, 35), (32, 39)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "view",
+    [
+        VIEW,
+        ImageView(resize=40, crop=(32, 32)),
+        ImageView(resize=24, crop=(32, 32)),
+        ImageView(resize=33, crop=(32, 20)),
+        ImageView(resize=32, crop=(32, 32), interpolation="bilinear"),
+        ImageView(resize=(32, 24), crop=(32, 24)),
+        ImageView(resize=32, crop=(32, 32), resampler="pillow"),
+        ImageView(resize=(32, 24), crop=(32, 24), resampler="pillow"),
+    ],
+    ids=[
+        "model",
+        "larger than the crop",
+        "smaller than the crop",
+        "oblong crop",
+        "bilinear",
+        "squashed",
+        "pillow",
+        "pillow, squashed",
+    ],
+)
+def test_pixels_equal_those_of_the_image_processor(size, view):
+    check_view(photo(1, size), view)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(8, 64), st.integers(4, 64), st.integers(4, 64))
+def test_pixels_equal_those_of_the_image_processor_at_any_size(width, height, resize, crop_height, crop_width):
+    check_view(photo(2, (width, height)), ImageView(resize=resize, crop=(crop_height, crop_width)))
+
+
+def test_pixels_equal_those_of_the_image_processor_at_the_size_of_real_models():
+    check_view(photo(3, (512, 384)), ImageView(resize=224, crop=(224, 224)))
+
+
+@pytest.mark.parametrize("resampler", ["torchvision", "pillow"])
+def test_pixels_equal_those_of_the_image_processor_of_an_image_in_several_pieces_of_memory(resampler):
+    image = photo(4, (2300, 1900))
+    with pytest.raises(ValueError, match="contiguous"):
+        image.__arrow_c_array__()
+    check_view(image, ImageView(resize=32, crop=(32, 32), resampler=resampler))
+
+
+def with_alpha(mode: str) -> Image.Image:
+    image = photo(1)
+    image.putalpha(photo(2).convert("L"))
+    return image.convert(mode)
+
+
+MODES = {
+    "rgb": encoded(photo(1), "PNG"),
+    "grey": encoded(photo(1).convert("L"), "PNG"),
+    "grey jpeg": encoded(photo(1).convert("L")),
+    "one bit": encoded(photo(1).convert("1"), "PNG"),
+    "palette": encoded(photo(1).quantize(16), "PNG"),
+    "palette with a transparent colour": encoded(photo(1).quantize(16), "PNG", transparency=3),
+    "palette with alphas": encoded(photo(1).quantize(16), "PNG", transparency=bytes(range(0, 256, 16))),
+    "rgb with a transparent colour": encoded(photo(1).quantize(4).convert("RGB"), "PNG", transparency=(0, 0, 0)),
+    "grey with a transparent level": encoded(photo(1).quantize(4).convert("L"), "PNG", transparency=7),
+    "rgba": encoded(with_alpha("RGBA"), "PNG"),
+    "grey and alpha": encoded(with_alpha("LA"), "PNG"),
+    "rgba webp": encoded(with_alpha("RGBA"), "WEBP", lossless=True),
+    "cmyk": encoded(photo(1).convert("CMYK")),
+    "cmyk tiff": encoded(photo(1).convert("CMYK"), "TIFF"),
+    "ycbcr tiff": encoded(photo(1).convert("YCbCr"), "TIFF"),
+    "lab tiff": encoded(photo(1).convert("LAB"), "TIFF"),
+    "32-bit tiff": encoded(photo(1).convert("I"), "TIFF"),
+    "float tiff": encoded(photo(1).convert("F"), "TIFF"),
+    "gif with transparency": encoded(photo(1).quantize(8), "GIF", transparency=2),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_rgb_that_the_reference_makes_of_it(mode):
+    image = VIEW.decode(MODES[mode]).image
+    assert image.mode == "RGB"
+    reference = Image.open(io.BytesIO(MODES[mode])).convert("RGB")
+    assert torch.equal(VIEW(RgbImage.of(image)), reference_view(reference, VIEW).to(torch.uint8))
+
+
+LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "PPM": {}, "WEBP": {"lossless": True}, "JPEG2000": {}, "DIB": {}}
+
+
+@pytest.mark.parametrize("image_format", [*LOSSLESS, "JPEG", "GIF", "AVIF"])
+def test_every_allowed_format_is_decoded(image_format):
+    image = VIEW.decode(encoded(photo(1), image_format, **LOSSLESS.get(image_format, {}))).image
+    error = np.abs(np.asarray(image).astype(int) - np.asarray(photo(1)))
+    assert error.mean() < 12
+    if image_format in LOSSLESS:
+        assert not error.any()
+    assert image_format in IMAGE_FORMATS
+
+
+@pytest.mark.parametrize(
+    ("image_format", "byte_order"), [("PNG", "<"), ("PNG", ">"), ("TIFF", "<"), ("TIFF", ">"), ("PPM", "<")]
+)
+def test_16_bit_grey_is_scaled_to_8_bits_and_not_saturated(image_format, byte_order):
+    levels = np.linspace(0, 65535, 48 * 40).astype(np.uint16).reshape(40, 48)
+    image = Image.frombytes(f"I;16{'B' if byte_order == '>' else ''}", (48, 40), levels.astype(f"{byte_order}u2"))
+    decoded = np.asarray(VIEW.decode(encoded(image, image_format)).image)
+    expected = np.round(levels / 257).astype(np.uint8)
+    assert np.array_equal(decoded, np.stack([expected] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_the_first_frame_of_an_animation_is_seen(image_format):
+    red, blue = Image.new("RGB", (48, 40), "red"), Image.new("RGB", (48, 40), "blue")
+    data = encoded(red, image_format, save_all=True, append_images=[blue])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    pixel = VIEW.decode(data).image.getpixel((20, 20))
+    assert pixel[0] > 240 > 15 > pixel[2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = VIEW.decode(encoded(photo(1), quality=90, exif=exif)).image
+    assert turned.size == (48, 40)
+    assert turned.tobytes() == VIEW.decode(encoded(photo(1), quality=90)).image.tobytes()
+
+
+# --- unreadable and too large ---
+
+NO_IMAGES = {
+    "nothing": b"",
+    "text": b"a photo of a cat",
+    "html": b"<!DOCTYPE html><html><body>404</body></html>",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>',
+    "pickle": pickle.dumps(photo(1)),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(evil) run\n",
+    "photoshop": b"8BPS\0\1" + bytes(6) + b"\0\3\0\0\0\x09\0\0\0\x09\0\x08\0\3" + bytes(500),
+    "windows metafile": b"\xd7\xcd\xc6\x9a\0\0" + bytes(100),
+    "jpeg magic alone": b"\xff\xd8\xff\xe0",
+    "png magic alone": b"\x89PNG\r\n\x1a\n",
+}
+OTHER_FORMATS = ["EPS", "ICO", "PCX", "TGA", "SGI", "DDS", "IM", "PDF", "ICNS", "QOI", "BLP", "XBM", "MSP", "SPIDER"]
+MODE_OF_FORMAT = {"XBM": "1", "MSP": "1", "SPIDER": "F", "BLP": "P", "ICNS": "RGBA"}
+
+
+@pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES)
+def test_what_is_no_image_is_unreadable(data):
+    assert reason_of(VIEW.decode, data) is DropReason.UNREADABLE_IMAGE
+
+
+@pytest.mark.parametrize("image_format", OTHER_FORMATS)
+def test_formats_outside_the_allow_list_are_never_opened(image_format):
+    data = encoded(photo(1).convert(MODE_OF_FORMAT.get(image_format, "RGB")), image_format)
+    assert reason_of(VIEW.decode, data) is DropReason.UNREADABLE_IMAGE
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_truncated_image_is_unreadable(image_format, share):
+    data = encoded(photo(1, (200, 150)), image_format)
+    assert reason_of(VIEW.decode, data[: int(share * len(data))]) is DropReason.UNREADABLE_IMAGE
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds no pixel."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT" + bytes(8)
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    """A JPEG that declares another size than it has."""
+    data = bytearray(encoded(photo(1)))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def gif_header(width: int, height: int) -> bytes:
+    return (
+        b"GIF89a"
+        + struct.pack("<HH", width, height)
+        + b"\0\0\0,"
+        + struct.pack("<HHHH", 0, 0, width, height)
+        + b"\0\x08"
+    )
+
+
+def bmp_header(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+BOMBS = {
+    # The pixels are not there: had they been looked for, the image would be unreadable.
+    "png": png_header(100_000, 100_000),
+    "png between Pillow's warning and its error": png_header(10_000, 9_000),
+    "png of the largest size": png_header(2**31 - 1, 2**31 - 1),
+    "jpeg": jpeg_header(65_500, 65_500),
+    "gif": gif_header(65_535, 65_535),
+    "bmp": bmp_header(50_000, 50_000),
+    "ppm": b"P6 60000 60000 255\n",
+    "thin": png_header(1, 10_000_000),
+    "flat": png_header(10_000_000, 1),
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_an_image_that_declares_too_many_pixels_is_too_large_and_not_decoded(data):
+    assert reason_of(VIEW.decode, data) is DropReason.IMAGE_TOO_LARGE
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+def test_the_cap_on_pixels_counts_width_times_height(image_format):
+    data = encoded(photo(1, (48, 40)), image_format)
+    at_cap = ImageView(resize=32, crop=(32, 32), max_pixels=48 * 40)
+    assert at_cap.decode(data).image.size == (48, 40)
+    below = ImageView(resize=32, crop=(32, 32), max_pixels=48 * 40 - 1)
+    assert reason_of(below.decode, data) is DropReason.IMAGE_TOO_LARGE
+
+
+IMAGES = [encoded(photo(1), name) for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(range(len(IMAGES))),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20),
+)
+def test_a_damaged_image_is_rgb_or_has_a_reason_and_never_another_exception(number, changes):
+    data = bytearray(IMAGES[number])
+    for share, value in changes:
+        data[int(share * len(data))] = value
+    try:
+        image = VIEW.decode(bytes(data)).image
+    except UnusableError as unusable:
+        assert unusable.reason in (DropReason.UNREADABLE_IMAGE, DropReason.IMAGE_TOO_LARGE)  # noqa: PT017  # need not be
+    else:
+        assert image.mode == "RGB"
+        assert image.width * image.height <= VIEW.max_pixels
+
+
+# --- captions ---
+
+JSON = SampleLayout(caption="json:caption")
+
+
+@pytest.mark.parametrize(
+    ("data", "caption"),
+    [
+        (b"a cat", "a cat"),
+        (b"  a cat\n", "  a cat\n"),
+        (b"a \xff cat", "a \ufffd cat"),
+        (b"\xed\xa0\x80 cat", "\ufffd\ufffd\ufffd cat"),
+        ("चूहा 🐁".encode(), "चूहा 🐁"),
+        (b"", ""),
+        (b'{"caption": "json"}', '{"caption": "json"}'),
+    ],
+)
+def test_a_text_member_is_the_caption_as_it_is(data, caption):
+    assert read_captions({"txt": data, "json": b'{"caption": "other"}'}, SampleLayout()) == [caption]
+
+
+@pytest.mark.parametrize(
+    ("record", "caption"),
+    [
+        ('{"caption": "a cat"}', "a cat"),
+        ('{"caption": "\\ud83d\\udc08"}', "🐈"),
+        ('{"caption": "half \\ud83d pair"}', "half ? pair"),
+        ('{"caption": ""}', ""),
+        ('{"caption": "first", "caption": "last"}', "last"),
+        (b'{"caption": "a \xff cat"}', "a \ufffd cat"),
+        ('{"width": NaN, "caption": "a cat"}', "a cat"),
+    ],
+)
+def test_a_json_field_is_the_caption(record, caption):
+    data = record if isinstance(record, bytes) else record.encode()
+    found = read_captions({"json": data, "txt": b"other"}, JSON)
+    assert found == [caption]
+    found[0].encode()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{}",
+        '{"Caption": "a cat"}',
+        '{"caption": null}',
+        '{"caption": 5}',
+        '{"caption": []}',
+        '{"caption": [5, null]}',
+        '["caption"]',
+        '"caption"',
+        "null",
+        "",
+        "{",
+        "[" * 100_000,
+        '{"caption": 1' + "0" * 5000 + "}",
+        b"\xff\xfe{",
+    ],
+    ids=lambda record: str(record[:20]),
+)
+def test_a_json_without_a_text_in_the_field_has_no_caption(record):
+    data = record if isinstance(record, bytes) else record.encode()
+    assert reason_of(read_captions, {"json": data, "txt": b"other"}, JSON) is DropReason.MISSING_CAPTION
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text() | st.none() | st.just(0) | st.lists(st.text()))
+def test_any_text_in_a_json_field_comes_through(value):
+    data = {"json": json.dumps({"caption": value}).encode()}
+    if isinstance(value, str) or value:
+        assert read_captions(data, JSON) == ([value] if isinstance(value, str) else value)
+    else:
+        assert reason_of(read_captions, data, JSON) is DropReason.MISSING_CAPTION
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary())
+def test_any_bytes_are_a_caption_that_the_tokenizer_takes(scorer, data):
+    captions = read_captions({"txt": data}, SampleLayout())
+    assert len(scorer.preprocess.tokenize([captions]).num_tokens) == 1
+
+
+# --- samples ---
+
+
+def sample(problem: DropReason | None = None, **members: bytes) -> Sample:
+    files = tuple(Member(name=f"0.{ext}", extension=ext, data=data) for ext, data in members.items())
+    return Sample(key="0", index=0, members=files, problem=problem)
+
+
+GOOD, TEXT = encoded(photo(1)), b"a photo"
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (sample(DropReason.TORN), DropReason.TORN),
+        (sample(DropReason.MEMBER_TOO_LARGE), DropReason.MEMBER_TOO_LARGE),
+        (sample(), DropReason.MISSING_IMAGE),
+        (sample(txt=TEXT), DropReason.MISSING_IMAGE),
+        (sample(txt=b"", json=b"{}"), DropReason.MISSING_IMAGE),
+        (sample(npy=GOOD, txt=TEXT), DropReason.MISSING_IMAGE),
+        (sample(jpg=GOOD), DropReason.MISSING_CAPTION),
+        (sample(jpg=b"no image"), DropReason.MISSING_CAPTION),
+        (sample(jpg=GOOD, json=b'{"caption": "a photo"}'), DropReason.MISSING_CAPTION),
+        (sample(jpg=GOOD, txt=b""), DropReason.BLANK_CAPTION),
+        (sample(jpg=GOOD, txt=" \t\r\n\u3000\u00a0".encode()), DropReason.BLANK_CAPTION),
+        (sample(jpg=b"no image", txt=b" "), DropReason.BLANK_CAPTION),
+        (sample(png=BOMBS["png"], txt=b" "), DropReason.BLANK_CAPTION),
+        (sample(jpg=b"no image", txt=TEXT), DropReason.UNREADABLE_IMAGE),
+        (sample(png=BOMBS["png"], txt=TEXT), DropReason.IMAGE_TOO_LARGE),
+        (sample(jpg=b"no image", png=encoded(photo(1), "PNG"), txt=TEXT), DropReason.UNREADABLE_IMAGE),
+    ],
+)
+def test_a_sample_that_can_not_be_used_has_one_reason(scorer, sample, reason):
+    assert reason_of(scorer.preprocess.open_sample, sample, SampleLayout()) is reason
+
+
+@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
+def test_a_usable_sample_is_opened_whatever_the_extension_says_of_the_format(scorer, extension):
+    opened = scorer.preprocess.open_sample(sample(txt=TEXT, **{extension: GOOD}), SampleLayout())
+    assert torch.equal(opened.pixels, scorer.preprocess.view(VIEW.decode(GOOD)))
+    assert opened[1:] == (["a photo"], 48, 40)
+
+
+def test_the_best_image_extension_is_looked_at(scorer):
+    members = {
+        extension: encoded(photo(number, (40 + number, 40))) for number, extension in enumerate(IMAGE_EXTENSIONS)
+    }
+    for number in range(len(IMAGE_EXTENSIONS)):
+        opened = scorer.preprocess.open_sample(sample(txt=TEXT, **members), SampleLayout())
+        assert opened.width == 40 + number
+        del members[IMAGE_EXTENSIONS[number]]
+
+
+def opened_pairs(preprocess, executor=None) -> list[tuple]:
+    samples = [sample(**pair(seed)) for seed in range(24)]
+    run = executor.map if executor else map
+    opened = list(run(lambda one: preprocess.open_sample(one, SampleLayout()), samples))
+    tokens = list(run(lambda one: preprocess.tokenize([one.captions]).input_ids.tolist(), opened))
+    return [(one.pixels.numpy().tobytes(), one[1:], ids) for one, ids in zip(opened, tokens, strict=True)]
+
+
+def test_a_pickled_preprocess_does_the_same_and_has_the_same_fingerprint(scorer):
+    expected = opened_pairs(scorer.preprocess)
+    copy = pickle.loads(pickle.dumps(scorer.preprocess))
+    assert opened_pairs(copy) == expected
+    assert copy.fingerprint == scorer.preprocess.fingerprint == json.loads(json.dumps(copy.fingerprint))
+
+
+def test_threads_give_what_one_thread_gives(scorer):
+    with ThreadPoolExecutor(4) as executor:
+        assert opened_pairs(scorer.preprocess, executor) == opened_pairs(scorer.preprocess)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resize": 33},
+        {"crop": (32, 31)},
+        {"interpolation": "bilinear"},
+        {"max_pixels": 10},
+        {"resampler": "pillow"},
+        {"fast_decode": True},
+    ],
+    ids=str,
+)
+def test_the_fingerprint_tells_every_setting_of_the_view(scorer, change):
+    settings = {"resize": 32, "crop": (32, 32), **change}
+    preprocess = type(scorer.preprocess)(view=ImageView(**settings), tokenize=scorer.preprocess.tokenize)
+    differing = {name for name, value in preprocess.fingerprint.items() if value != scorer.preprocess.fingerprint[name]}
+    assert differing == set(change)

@@ -1,0 +1,58 @@
+"""Real Trainers for tests of the data module: a model that remembers what it trained on."""
+
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from clipfilter_wds.training.datamodule import ClipFilterDataModule
+
+
+class Recorder(L.LightningModule):
+    """Remembers the epoch and keys of every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Linear(1, 1)
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, index):
+        self.trained.append([self.current_epoch, *batch["__key__"]])
+        return self.weight(batch["image"].float().mean(dim=(1, 2, 3))[:, None]).mean()
+
+    def validation_step(self, batch, index):
+        self.validated.append(batch["__key__"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
+class SaveEverywhere(L.Callback):
+    """Saves a checkpoint after every batch and at the end of every epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.num_saved = folder, 0
+
+    def on_train_batch_end(self, trainer, *_):
+        self.num_saved += 1
+        trainer.save_checkpoint(self.folder / f"batch{self.num_saved}.ckpt")
+
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
+
+
+def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    module = module or Recorder()
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 1, **trainer}
+    runner = L.Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+    runner.fit(module, datamodule=ClipFilterDataModule(**data), ckpt_path=checkpoint, weights_only=False)
+    return module

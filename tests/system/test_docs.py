@@ -1,0 +1,42 @@
+"""The code in the documents runs."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipfilter_wds.demo.shards import write_demo_shards
+from tests.support.processes import in_fresh_process
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ROOT / "docs" / "training.md"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_code_of_the_training_page_runs(tmp_path):
+    write_demo_shards(tmp_path / "data")
+    assert in_fresh_process(_run_blocks, TRAINING, tmp_path) >= 6
+
+
+def _run_blocks(page: Path, folder: Path) -> int:
+    """Run a page's blocks one after the other, as a reader would in one session; how many there were."""
+    os.chdir(folder)
+    session: dict[str, object] = {"__name__": "session"}
+    for number, code in enumerate(blocks(page, "python"), start=1):
+        exec(compile(code, f"{page.name}, python block {number}", "exec"), session)
+    return number
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
+def test_yaml_commands_and_links_of_a_page_are_right(page):
+    for text in blocks(page, "yaml"):
+        assert yaml.safe_load(text)
+    for script, config in re.findall(r"python (\S+\.py)|--config (\S+)", "\n".join(blocks(page, "bash"))):
+        assert (ROOT / (script or config)).is_file()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists()

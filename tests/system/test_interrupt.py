@@ -1,0 +1,140 @@
+"""Ctrl-C, as a terminal sends it: to every process at once. Each command is in the midst of what takes long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.servers import StallingServer
+from tests.support.toys import pair, write_shard
+
+COMMAND = (sys.executable, "-m", "clipfilter_wds")
+GO_ON = "start the same command again to go on"
+
+#: Seconds from Ctrl-C until nothing is left of a command.
+LIMIT = 5.0
+
+#: A batch of these keeps a worker busy for longer than that.
+LARGE = (4000, 4000)
+
+TRAIN = """
+import sys, time
+from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
+
+scorer = ClipScorer(sys.argv[2], device="cpu")
+dataset = ClipWebDataset(sys.argv[1], preprocess=scorer.preprocess, image_transform=str, text_transform=str)
+options = {"num_workers": 2, "persistent_workers": sys.argv[3] == "persistent"}
+for batch in ClipFilterLoader(dataset, scorer, threshold=None, batch_size=1, score_batch_size=64, **options):
+    print("training", flush=True)
+    time.sleep(100)
+"""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What became of a command."""
+
+    exit_code: int
+    err: str
+    seconds: float
+
+
+def stop(command: Sequence[object], is_busy: Callable[[subprocess.Popen], bool], busy_seconds: float = 0.5) -> Stopped:
+    """Start a command, wait until it is busy, and stop it; no process of it may be left."""
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not is_busy(process):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(busy_seconds)
+        family = [one for one in psutil.process_iter() if _session(one.pid) == process.pid]
+        os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert not psutil.wait_procs(family, timeout=15)[1]
+        return Stopped(process.returncode, err, time.monotonic() - began)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def has_workers(process: subprocess.Popen) -> bool:
+    """Whether both workers are at work."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return children.exists() and len(children.read_text().split()) == 2
+
+
+def check(stopped: Stopped) -> None:
+    print(f"stopped within {stopped.seconds:.2f} s")
+    assert stopped.exit_code == 130
+    assert GO_ON in stopped.err
+    assert "Traceback" not in stopped.err
+    assert stopped.seconds < LIMIT
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """A folder with a shard that is soon read, and one whose images take long to decode."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "small.tar", [pair(1)] * 130)
+    write_shard(folder / "large.tar", [pair(1, size=LARGE)] * 130)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rewrite", pytest.param("score", marks=pytest.mark.slow)])
+def test_workers_that_decode_are_not_waited_for(shards, clip_folder, tmp_path, name):
+    options = ("--output", tmp_path / "out", "--model", clip_folder, "--num_workers", 2)
+    check(stop([*COMMAND, name, shards / "large.tar", *options], has_workers))
+
+
+@pytest.mark.slow
+def test_workers_that_open_the_images_of_a_table_are_not_waited_for(clip_folder, tmp_path):
+    (tmp_path / "image.jpg").write_bytes(pair(1, size=LARGE)["jpg"])
+    rows = [json.dumps({"image": "image.jpg", "caption": "a photo"})] * 260
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    options = ("--output", tmp_path / "out.jsonl", "--model", clip_folder, "--num_workers", 2)
+    check(stop([*COMMAND, "table", tmp_path / "in.jsonl", *options], has_workers))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.jpg", "in.jsonl"]
+
+
+@pytest.mark.parametrize("workers", ["anew", pytest.param("persistent", marks=pytest.mark.slow)])
+def test_a_training_script_does_not_wait_for_its_next_batches(shards, clip_folder, workers):
+    script = [sys.executable, "-c", TRAIN, shards / "{small,large}.tar", clip_folder, workers]
+    stopped = stop(script, lambda run: run.stdout.readline() != "")
+    print(f"stopped within {stopped.seconds:.2f} s")
+    assert stopped.exit_code == -signal.SIGINT
+    assert stopped.err.strip().endswith("KeyboardInterrupt")
+    assert stopped.err.count("Traceback") == 1  # the script's own
+    assert stopped.seconds < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["threshold", "keep_fraction"])  # copied while others are scored, or afterwards
+def test_a_storage_that_does_not_answer_is_not_waited_for_by_what_copies(clip_folder, tmp_path, choice):
+    write_shard(tmp_path / "in" / "0.tar", [pair(number) for number in range(50)])
+    out = tmp_path / "out"
+    with StallingServer(tmp_path / "in", lambda: (out / "_scores" / "0.parquet").exists()) as server:
+        options = ("--output", out, "--model", clip_folder, "--num_workers", 2, f"--{choice}", 0.1)
+        check(stop([*COMMAND, "rewrite", f"{server.address}/0.tar", *options], lambda run: server.is_stalled))
+    assert not list(out.glob("*.json"))

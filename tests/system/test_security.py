@@ -1,0 +1,256 @@
+"""SECURITY.md and "secure by default", line by line, each with a file that does harm where the line is broken."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+
+from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
+from clipfilter_wds.cli import main
+from clipfilter_wds.console import plain, printable
+from clipfilter_wds.models.dual_encoder import ModelError
+from tests.support.toys import encoded, pair, photo, tar_members, write_shard, write_tar
+
+
+class Marker:
+    """Harm: whoever unpickles this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def mark(tmp_path) -> Path:
+    """The file that must never be there."""
+    return tmp_path / "harm-was-done"
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command in this process: its exit code, and all that it showed."""
+
+    def run(*arguments) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out + captured.err
+
+    return run
+
+
+def rewrite(command, clip_folder, shards, output, *options) -> tuple[int, str]:
+    arguments = (
+        "--output",
+        output,
+        "--model",
+        clip_folder,
+        "--device",
+        "cpu",
+        "--threshold",
+        "0",
+        "--num_workers",
+        "0",
+    )
+    return command("rewrite", shards, *arguments, *options)
+
+
+# --- no pickle, .pyd, .pth or .npy-object member is ever decoded ---
+
+
+def test_no_member_that_can_run_code_is_ever_decoded(command, clip_folder, mark, tmp_path):
+    harm = pickle.dumps(Marker(mark))
+    array = io.BytesIO()
+    np.save(array, np.array([Marker(mark)], dtype=object), allow_pickle=True)
+    members = dict.fromkeys(("pyd", "pickle", "pkl", "pth", "pt", "bin"), harm) | {"npy": array.getvalue()}
+    samples = [{**pair(1), **members}, {"pyd": harm, "txt": b"a caption"}, {"jpg": harm, "txt": b"a caption"}]
+    samples += [{"jpg": pair(1)["jpg"], "txt": harm}]
+    shard = write_shard(tmp_path / "0.tar", samples)
+    assert rewrite(command, clip_folder, shard, tmp_path / "out")[0] == 0
+    scorer = ClipScorer(clip_folder, device="cpu")
+    list(ClipFilterLoader(ClipWebDataset(shard, scorer.preprocess), scorer, threshold=None))
+    assert not mark.exists()
+    # They go through as they are, and do harm to whoever decodes them.
+    kept = dict(tar_members(tmp_path / "out" / "0.tar"))
+    assert {kept[f"000000000.{name}"] for name in members} == set(members.values())
+    pickle.loads(kept["000000000.pyd"])
+    assert mark.exists()
+
+
+# --- pipe: URLs run a shell and are refused ---
+
+
+def test_a_pipe_is_never_run_unasked(command, clip_folder, mark, tmp_path):
+    harm = f"pipe:touch {mark}"
+    (tmp_path / "list.txt").write_text(f"{harm}\n")
+    for shards in (harm, f"@{tmp_path}/list.txt", f"{tmp_path}/x.tar,{harm}", f"file://{tmp_path}/x.tar::{harm}"):
+        code, said = rewrite(command, clip_folder, shards, tmp_path / "out")
+        assert code == 2, said
+    scorer = ClipScorer(clip_folder, device="cpu")
+    with pytest.raises(ValueError, match="allow_pipe=True"):
+        ClipWebDataset(harm, scorer.preprocess)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": harm, "caption": "a"}) + "\n")
+    command("table", tmp_path / "rows.jsonl", "--output", tmp_path / "kept.jsonl", "--model", clip_folder)
+    assert not mark.exists()
+    dataset = ClipWebDataset(harm, scorer.preprocess, allow_pipe=True)
+    list(dataset)
+    assert mark.exists()
+
+
+# --- weights load as safetensors only, and no code comes with a model ---
+
+
+def test_pickled_weights_are_never_loaded(clip_folder, mark, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(clip_folder, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Marker(mark), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \*\.safetensors weights"):
+        ClipScorer(folder, device="cpu")
+    # Nor when other safetensors lie beside them.
+    shutil.copy(clip_folder / "model.safetensors", folder / "other.safetensors")
+    with pytest.raises(ModelError):
+        ClipScorer(folder, device="cpu")
+    assert not mark.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_that_comes_with_a_model_is_never_run(clip_folder, mark, tmp_path, file):
+    folder = tmp_path / "model"
+    shutil.copytree(clip_folder, folder)
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Evil: pass\n")
+    config = json.loads((folder / file).read_bytes()) if (folder / file).exists() else {}
+    classes = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor")
+    config["auto_map"] = {**dict.fromkeys(classes, "evil.Evil"), "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / file).write_text(json.dumps(config))
+    with suppress(ModelError):  # refused, or loaded without the code: both will do
+        ClipScorer(folder, device="cpu")
+    assert not mark.exists()
+
+
+# --- Pillow opens an allow-list of formats, never plug-ins that start programs ---
+
+
+def test_ghostscript_is_never_started(command, clip_folder, mark, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = encoded(photo(1), "EPS")
+    # Pillow knows a shortcut for its own files, which this is not.
+    eps = eps.replace(b"%ImageData", b"%NoImageData").replace(b"%%BeginBinary", b"%%NoBinary")
+    shard = write_shard(tmp_path / "0.tar", [{extension: eps, "txt": b"a"} for extension in ("jpg", "png", "tiff")])
+    assert "unreadable_image" in rewrite(command, clip_folder, shard, tmp_path / "out")[1]
+    assert not mark.exists()
+    with pytest.raises(Exception):  # noqa: B017, PT011  # our ghostscript draws nothing
+        Image.open(io.BytesIO(eps)).load()
+    assert mark.exists()
+
+
+# --- caps on pixels and on member size: test_hostile_images.py, test_hostile_tars.py, test_samples.py ---
+
+
+# --- output names can't leave the output folder ---
+
+
+@pytest.mark.parametrize("name", ["...tar", "..tar", ".tar"])
+def test_a_shard_whose_name_would_leave_the_folder_is_refused(command, clip_folder, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / name, [pair(1)])
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    code, said = rewrite(command, clip_folder, tmp_path / "in" / name, tmp_path / "a" / "out")
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert all(path.is_relative_to(tmp_path / "a" / "out") for path in written)
+    if name == "...tar":
+        assert (code, "no base name" in said) == (2, True)
+
+
+def test_an_output_file_that_is_a_link_is_replaced_and_not_written_through(command, clip_folder, tmp_path):
+    shard = write_shard(tmp_path / "in" / "0.tar", [pair(1)])
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.tar").symlink_to(tmp_path / "precious")
+    assert rewrite(command, clip_folder, shard, tmp_path / "out")[0] == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert len(tar_members(tmp_path / "out" / "0.tar")) == 2
+
+
+# --- escape codes never reach the terminal ---
+
+ESCAPES = "\x1b[31m\x1b]0;title\x07\x1bc\x9b2J\u202e\r"
+
+
+def test_a_terminal_is_sent_no_control_character_of_anybodys_data(command, clip_folder, tmp_path):
+    folder = tmp_path / "in"
+    write_shard(folder / f"good{ESCAPES}.tar", [{"jpg": pair(1)["jpg"], "txt": ESCAPES.encode() * 9}])
+    members = [(f"{ESCAPES}.jpg", b""), ("b.txt", b""), (f"{ESCAPES}.txt", b""), ("c.jpg", b"")]
+    write_tar(folder / f"unsorted{ESCAPES}.tar", members, format=1)
+    (folder / f"garbage{ESCAPES}.tar").write_bytes(b"\x1b[31m" * 1000)
+    code, said = rewrite(command, clip_folder, f"{folder}/*.tar", tmp_path / "out")
+    assert code == 1
+    assert "not sorted" in said
+    assert "not a tar archive" in said
+    check_harmless(said)
+    for arguments in (
+        ("rewrite", f"{ESCAPES}.tar", "--output", tmp_path / "out2"),
+        ("rewrite", f"{folder}/*.tar", "--output", tmp_path / "out2", "--model", f"./{ESCAPES}"),
+    ):
+        code, said = command(*arguments)
+        assert code == 2
+        check_harmless(said)
+
+
+def test_what_is_said_of_a_tables_rows_is_harmless(command, clip_folder, tmp_path):
+    rows = [{"image": f"{ESCAPES}.jpg", "caption": ESCAPES + "x"}, {"image": "x", "caption": "y"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + ESCAPES + "\n")
+    arguments = ("--output", tmp_path / "kept.jsonl", "--model", clip_folder, "--num_workers", "0")
+    _, said = command("table", tmp_path / "rows.jsonl", *arguments)
+    assert "unreadable_image" in said
+    check_harmless(said)
+
+
+def test_what_a_loader_logs_is_harmless(clip_folder, tmp_path, caplog):
+    scorer = ClipScorer(clip_folder, device="cpu")
+    (tmp_path / f"garbage{ESCAPES}.tar").write_bytes(b"\x1b[31m" * 1000)
+    write_shard(tmp_path / "good.tar", [pair(1)])
+    dataset = ClipWebDataset(f"{tmp_path}/*.tar", scorer.preprocess)
+    list(ClipFilterLoader(dataset, scorer, threshold=None))
+    assert "a shard is left out" in caplog.text
+    check_harmless(caplog.text)
+
+
+def check_harmless(text: str) -> None:
+    """No character that a terminal obeys, but for line ends."""
+    assert {char for char in text if not char.isprintable()} <= {"\n"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain 画像 🐈", "plain 画像 🐈"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("a\nb\rc\td", "a\\nb\\rc\\td"),
+        ("\u202e\u2066\x9b", "\\u202e\\u2066\\x9b"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_is_not_printable_is_written_out(text, shown):
+    assert printable(text) == shown
+
+
+def test_rich_markup_is_shown_and_not_obeyed():
+    assert plain("[red]x[/]") == "\\[red]x\\[/]"

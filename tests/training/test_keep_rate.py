@@ -1,0 +1,56 @@
+import logging
+
+import numpy as np
+import pytest
+
+from clipfilter_wds.training.keep_rate import KeepRateWatch, StarvationError
+
+SCORES = np.linspace(0.0, 0.2, 21, dtype=np.float32)
+
+
+def test_samples_in_a_row_without_survivor_are_an_error_that_explains_itself():
+    watch = KeepRateWatch(0.25, 40)
+    watch.add(SCORES, seen=21, kept=0)
+    with pytest.raises(StarvationError) as raised:
+        watch.add(SCORES, seen=21, kept=0)
+    message = str(raised.value)
+    assert "the last 42 samples left none" in message
+    assert "threshold is 0.25" in message
+    assert "0%: 0.000, 5%: 0.010, 25%: 0.050, 50%: 0.100, 75%: 0.150, 95%: 0.190, 100%: 0.200" in message
+    assert "Lower the threshold" in message
+
+
+def test_one_survivor_ends_the_row():
+    watch = KeepRateWatch(0.25, 40)
+    for _ in range(20):
+        watch.add(SCORES, seen=39, kept=0)
+        watch.add(SCORES, seen=21, kept=1)
+
+
+def test_samples_that_could_not_be_scored_count_and_the_error_says_so():
+    watch = KeepRateWatch(0.25, 100)
+    with pytest.raises(StarvationError, match="No sample could be scored"):
+        watch.add(np.empty(0, dtype=np.float32), seen=100, kept=0)
+
+
+@pytest.mark.parametrize(("before", "after", "warns"), [(10, 0, True), (10, 1, True), (10, 5, False), (1, 1, False)])
+def test_a_keep_rate_that_collapses_is_warned_of_once(caplog, before, after, warns):
+    watch = KeepRateWatch(0.25, 100_000)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(300):
+            watch.add(SCORES, seen=21, kept=before)
+        assert not caplog.records
+        for _ in range(100):
+            watch.add(SCORES, seen=21, kept=after)
+    assert len(caplog.records) == warns
+    if warns:
+        assert "has the data changed?" in caplog.text
+        assert "threshold is 0.25" in caplog.text
+
+
+def test_a_low_but_steady_keep_rate_is_no_news(caplog):
+    watch, rng = KeepRateWatch(0.25, 100_000), np.random.default_rng(0)
+    with caplog.at_level(logging.WARNING):
+        for kept in rng.binomial(64, 0.2, size=2000):
+            watch.add(SCORES, seen=64, kept=int(kept))
+    assert not caplog.records

@@ -1,0 +1,93 @@
+from collections import namedtuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipfilter_wds.training.rebatch import Rebatcher, take
+
+
+def piece(numbers):
+    """Columns of every kind, of which each row tells its number."""
+    return {
+        "tensor": torch.tensor(numbers),
+        "list": [str(number) for number in numbers],
+        "nested": {"pair": (torch.tensor(numbers, dtype=torch.float64).view(-1, 1), list(numbers))},
+    }
+
+
+def numbers_of(batch):
+    """The rows' numbers, the same in every column."""
+    numbers = batch["tensor"].tolist()
+    assert batch["list"] == [str(number) for number in numbers]
+    matrix, plain = batch["nested"]["pair"]
+    assert matrix.shape == (len(numbers), 1)
+    assert matrix.flatten().tolist() == plain == numbers
+    return numbers
+
+
+def pieces_of(sizes):
+    first = 0
+    for size in sizes:
+        yield list(range(first, first + size))
+        first += size
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), batch_size=st.integers(1, 12))
+def test_batches_have_one_size_and_hold_every_row_once_in_order(sizes, batch_size):
+    rebatcher, batches = Rebatcher(batch_size), []
+    for numbers in pieces_of(sizes):
+        rebatcher.push(piece(numbers), len(numbers))
+        while rebatcher.is_ready:
+            batches.append(numbers_of(rebatcher.pop()))
+    assert all(len(batch) == batch_size for batch in batches)
+    if rebatcher.num_rows:
+        batches.append(numbers_of(rebatcher.pop()))
+    assert [number for batch in batches for number in batch] == list(range(sum(sizes)))
+    assert (rebatcher.num_rows, rebatcher.num_pieces, rebatcher.num_begun) == (0, 0, 0)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), batch_size=st.integers(1, 12), data=st.data())
+def test_going_on_from_the_first_unfinished_piece_gives_the_same_batches(sizes, batch_size, data):
+    pieces = list(pieces_of(sizes))
+    whole = Rebatcher(batch_size)
+    for numbers in pieces:
+        whole.push(piece(numbers), len(numbers))
+    num_batches = data.draw(st.integers(0, sum(sizes) // batch_size))
+    for _ in range(num_batches):
+        whole.pop()
+    again = Rebatcher(batch_size)
+    skip = whole.num_begun
+    for numbers in pieces[len(pieces) - whole.num_pieces :]:
+        again.push(piece(numbers), len(numbers))
+        if skip:
+            again.skip(skip)
+            skip = 0
+    assert again.num_rows == whole.num_rows
+    while whole.num_rows:
+        assert numbers_of(again.pop()) == numbers_of(whole.pop())
+
+
+def test_more_rows_than_there_are_cant_be_skipped():
+    rebatcher = Rebatcher(4)
+    rebatcher.push(piece([1, 2]), 2)
+    with pytest.raises(ValueError, match="3 rows can't be skipped: 2 are there"):
+        rebatcher.skip(3)
+
+
+def test_rows_are_taken_by_any_indices():
+    assert numbers_of(take(piece([10, 11, 12, 13]), [3, 1])) == [13, 11]
+    assert numbers_of(take(piece([10, 11, 12, 13]), range(1, 3))) == [11, 12]
+
+
+@pytest.mark.parametrize("column", [3, "text", b"bytes", {1, 2}])
+def test_a_column_without_rows_is_refused_by_its_type(column):
+    with pytest.raises(TypeError, match=f"a column of a batch is a {type(column).__name__}; use tensors"):
+        take({"column": column}, [0])
+
+
+def test_a_named_tuple_keeps_its_columns():
+    views = namedtuple("views", "left right")
+    taken = take(views(torch.arange(4), list("abcd")), [2, 3])
+    assert (taken[0].tolist(), taken[1]) == ([2, 3], ["c", "d"])
