@@ -22,7 +22,8 @@ from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.tables.run import process_table
-from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, WorkerDiedError
+from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT
+from clipfilter_wds.workers.crashes import WorkerDiedError
 from clipfilter_wds.world import World
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130

@@ -22,6 +22,11 @@ class DropReason(StrEnum):
     NOT_IN_SUBSET = "not_in_subset"
 
 
+#: What stands for a reason in an int8 array, and for none.
+REASON_CODES = {reason: code for code, reason in enumerate(DropReason)}
+NO_REASON = -1
+
+
 class ShardError(Exception):
     """A shard that can't be used as a whole; the message says why and what to do."""
 

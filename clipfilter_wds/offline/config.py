@@ -1,17 +1,13 @@
-"""What a run reads, keeps and writes."""
+"""Checks the options of a run over shards. Imports neither torch nor pyarrow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
-from clipfilter_wds.offline.commit import OutputFiles
-from clipfilter_wds.offline.copying import CopyOutput, Output, TableOutput
-from clipfilter_wds.offline.scoring import ScoringOptions
-from clipfilter_wds.scores.fraction import Cutoff
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.shards.names import output_names, shard_folder
@@ -19,26 +15,28 @@ from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """A run that writes a score table per shard.
+    """A run that writes a score table for every shard, and no samples.
 
-    Creating one checks all that can be checked without a model, and makes the output folder.
+    Creating one checks all that can be checked without a model, and creates the output folder.
 
     Attributes:
-        shards: Whatever ``expand_shards`` takes.
-        output: Folder to write to; made if it is not there, never one that holds input.
-        caption: Extension of the caption's member (``txt``), or ``json:FIELD``.
+        shards: A path, a glob or a brace range, several of these separated by commas, or ``@file.txt`` with one per
+            line; local or on any fsspec storage.
+        output: Folder to write to. A run that was stopped resumes when it is started again.
+        caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``). Several of
+            these, separated by commas, are several captions of an image.
         batch_size: Samples per forward pass.
-        num_workers: Processes that decode; None chooses by device and number of processors.
-        worker_timeout: Seconds that one sample may take to decode; 0 is for ever. One that takes longer, or kills the
-            process that decodes it, is tried once more and then dropped as ``decoder_crash``.
+        num_workers: Processes that decode; by default as many as suit the device.
+        worker_timeout: Seconds that one sample may take to decode; 0 for no limit. A sample that takes longer, or kills
+            the process that decodes it, is tried once more and then dropped as ``decoder_crash``.
 
     Raises:
-        ValueError: When one of them can't be used.
+        ValueError: When an option can't be used.
     """
 
     shards: str | Path | Sequence[str | Path]
@@ -79,36 +77,23 @@ class ScoreConfig:
         return SampleLayout(caption=self.caption)
 
     @property
-    def scoring(self) -> ScoringOptions:
-        """How shards are scored."""
-        return ScoringOptions(
-            layout=self.layout,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            worker_timeout=self.worker_timeout,
-        )
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """What the summary tells of the configuration."""
+        """What the summary says of the options."""
         return {"threshold": None}
-
-    def outputs(self) -> Sequence[Output]:
-        """Where the outcome of each shard goes."""
-        return [TableOutput(url=url, table=self.folder / f"{name}.parquet") for url, name in self.names.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig(ScoreConfig):
-    """A run that also writes the kept samples to shards.
+    """A run that also writes shards of the kept samples.
 
     Attributes:
-        threshold: Keep a pair when ``clip(cosine, 0, 1)`` is at least this; None is 0.25 where nothing else chooses.
-        keep_fraction: Keep this share of the run's pairs that could be scored, those with the highest scores.
-        subset: Keep only what this file lists; see ``Subset``.
-        scores: Folder of the shards' score tables, made before; no model is needed then.
-        samples_per_shard: Pack what is kept into shards of this many samples, ``00000.tar`` and so on; None writes a
-            shard for each input shard.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 where neither
+            ``keep_fraction`` nor ``subset`` is given.
+        keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
+        subset: Keep only what this file lists: a ``.npy`` of uids like DataComp's, or a text file with a key per line.
+        scores: Folder of score tables that were made before; then no model is loaded and no image decoded.
+        samples_per_shard: Pack what is kept into shards of this many samples, ``00000.tar`` and so on; by default each
+            input shard has an output shard of its own.
     """
 
     threshold: float | None = None
@@ -133,32 +118,13 @@ class RewriteConfig(ScoreConfig):
 
     @property
     def needs_all_scores(self) -> bool:
-        """Whether nothing can be written before everything is scored."""
+        """Whether nothing can be copied before everything is scored."""
         return self.keep_fraction is not None or self.samples_per_shard is not None
 
     @property
-    def scoring(self) -> ScoringOptions:
-        """How shards are scored."""
-        return replace(super().scoring, threshold=self.choice.threshold, subset=self.choice.subset)
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """What the summary tells of the configuration."""
+        """What the summary says of the options."""
         return {**self.choice.settings, "samples_per_shard": self.samples_per_shard}
-
-    def tables(self) -> Sequence[TableOutput]:
-        """Where the scores of each shard go."""
-        folder = self.folder / "_scores"
-        return [TableOutput(url=url, table=folder / f"{name}.parquet") for url, name in self.names.items()]
-
-    def outputs(self) -> Sequence[Output]:
-        """Where the outcome of each shard goes."""
-        return [self.copy_task(output.url, output.table) for output in self.tables()]
-
-    def copy_task(self, url: str, table: AnyPath | None, cutoff: Cutoff | None = None) -> CopyOutput:
-        """Where the outcome of a shard goes that has this table."""
-        files = OutputFiles(folder=self.folder, name=self.names[url])
-        return CopyOutput(url=url, files=files, table=table, choice=self.choice, cutoff=cutoff, layout=self.layout)
 
 
 def _check_apart(names: dict[str, str], folder: AnyPath) -> None:

@@ -7,8 +7,8 @@ from itertools import compress, pairwise
 import numpy as np
 
 from clipfilter_wds.offline.commit import OutputFiles
-from clipfilter_wds.offline.config import RewriteConfig
-from clipfilter_wds.offline.copying import CopyTask
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.copying import CopyOutput, CopyTask, TableOutput
 from clipfilter_wds.offline.duplicate_keys import find_suffixes
 from clipfilter_wds.offline.packing import PackedOutput, Source, check_covered
 from clipfilter_wds.scores.fraction import Cutoff, find_cutoffs
@@ -19,6 +19,18 @@ from clipfilter_wds.types import ShardError
 
 #: Storage is asked for the sizes of this many shards at a time.
 _ASKED_AT_ONCE = 16
+
+
+def table_outputs(config: ScoreConfig) -> list[TableOutput]:
+    """Where the scores of each shard go."""
+    folder = config.folder / "_scores" if isinstance(config, RewriteConfig) else config.folder
+    return [TableOutput(url=url, table=folder / f"{name}.parquet") for url, name in config.names.items()]
+
+
+def copy_output(config: RewriteConfig, url: str, table: AnyPath | None, cutoff: Cutoff | None = None) -> CopyOutput:
+    """Where the kept samples of a shard go that has this table."""
+    files = OutputFiles(folder=config.folder, name=config.names[url])
+    return CopyOutput(url=url, files=files, table=table, choice=config.choice, cutoff=cutoff, layout=config.layout)
 
 
 def check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple[dict[str, AnyPath], dict[str, str]]:
@@ -57,7 +69,8 @@ def plan_outputs(config: RewriteConfig, tables: Mapping[str, AnyPath]) -> Sequen
     cutoffs = cutoffs_of(config.choice, tables)
     if config.samples_per_shard is None:
         return [
-            config.copy_task(url, table, cutoff) for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True)
+            copy_output(config, url, table, cutoff)
+            for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True)
         ]
     return _plan_packing(config, config.samples_per_shard, tables, cutoffs)
 

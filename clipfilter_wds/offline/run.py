@@ -1,7 +1,7 @@
 """The run: which shards are left to do, have them done, sum up."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from clipfilter_wds.models.scorer import ClipScorer
@@ -11,8 +11,8 @@ from clipfilter_wds.offline.copying import CopyTask, Output
 from clipfilter_wds.offline.engines.local import Engine, LocalEngine, OnProgress
 from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT, Ranks
 from clipfilter_wds.offline.packing import left_over
-from clipfilter_wds.offline.plan import check_tables, plan_outputs
-from clipfilter_wds.offline.scoring import MAX_MEASURED_BLOCKS, ScoringOptions
+from clipfilter_wds.offline.plan import check_tables, copy_output, plan_outputs, table_outputs
+from clipfilter_wds.offline.scoring import ScoringOptions
 from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
@@ -54,14 +54,17 @@ def process_shards(
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
     ranks = Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress)
     table = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
-    options = replace(config.scoring, measured_on=tuple(config.urls[:MAX_MEASURED_BLOCKS]))
+    options = ScoringOptions.of(config)
     fingerprint = engine.fingerprint(options) if table is None else table.fingerprint
     run = _Run(engine=engine, ranks=ranks, options=options, fingerprint=fingerprint, on_progress=on_progress)
     remove_leftovers(config.folder)
     if isinstance(config, RewriteConfig) and (table is not None or config.needs_all_scores):
         tally = _score_then_copy(config, run, table)
     else:
-        tally = ranks.run(config.outputs(), fingerprint, run.score)
+        outputs: Sequence[Output] = table_outputs(config)
+        if isinstance(config, RewriteConfig):
+            outputs = [copy_output(config, output.url, output.table) for output in table_outputs(config)]
+        tally = ranks.run(outputs, fingerprint, run.score)
     remove_leftovers(config.folder)  # of actors and ranks that died on the way
     if world.rank == 0:
         _write_summary(config, tally, fingerprint)
@@ -79,13 +82,15 @@ def _score_then_copy(config: RewriteConfig, run: "_Run", table: ScoreFolder | No
     """Copy when there are all scores: from ``table``, or made in a first pass."""
     tables: dict[str, AnyPath | None]
     if table is None:
-        scored = run.ranks.run_together(config.tables(), run.score)
-        tables = {output.url: output.table for output in config.tables() if public_url(output.url) not in scored.failed}
+        scored = run.ranks.run_together(table_outputs(config), run.score)
+        tables = {
+            output.url: output.table for output in table_outputs(config) if public_url(output.url) not in scored.failed
+        }
     else:
         scored = Tally(num_shards=0)
         tables = {url: table.path(url) for url in config.urls}
     if not config.needs_all_scores:
-        outputs: Sequence[CopyTask] = [config.copy_task(url, path) for url, path in tables.items()]
+        outputs: Sequence[CopyTask] = [copy_output(config, url, path) for url, path in tables.items()]
         others: Sequence[OutputFiles] = []
     else:
         whole, failed = check_tables(config.choice, tables)

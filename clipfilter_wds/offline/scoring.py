@@ -4,13 +4,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Self
 
 import numpy as np
 
 from clipfilter_wds.models.recheck import NUM_MEASURED, BatchScores, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.names import public_url
@@ -45,6 +48,20 @@ class ScoringOptions:
     threshold: float | None = None
     subset: Subset | None = None
     measured_on: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: ScoreConfig) -> Self:
+        """How the shards of a run are scored."""
+        choice = config.choice if isinstance(config, RewriteConfig) else Choice()
+        return cls(
+            layout=config.layout,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            worker_timeout=config.worker_timeout,
+            threshold=choice.threshold,
+            subset=choice.subset,
+            measured_on=tuple(config.urls[:MAX_MEASURED_BLOCKS]),
+        )
 
     def fingerprint(self, scorer: ClipScorer) -> Fingerprint:
         """What the scores depend on beside the shards."""

@@ -1,14 +1,16 @@
 """Scores -> keep or drop, with a reason."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.scores.table import NO_REASON, REASON_CODES, ShardScores
-from clipfilter_wds.types import DropReason, FilterStats, ShardError
+from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason, FilterStats, ShardError
+
+if TYPE_CHECKING:  # a config holds a choice, and pyarrow takes a tenth of a second to import
+    from clipfilter_wds.scores.table import ShardScores
 
 DEFAULT_THRESHOLD = 0.25
 
@@ -98,12 +100,12 @@ class Choice:
         subset = None if self.subset is None else self.subset.digest
         return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset}
 
-    def candidates(self, scores: ShardScores) -> np.ndarray:
+    def candidates(self, scores: "ShardScores") -> np.ndarray:
         """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
         candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset).keep]
         return candidates
 
-    def num_in_band(self, scores: ShardScores, cutoff: Cutoff | None) -> int:
+    def num_in_band(self, scores: "ShardScores", cutoff: Cutoff | None) -> int:
         """How many candidates of a shard score so near the threshold or cutoff that float32 might decide otherwise.
 
         An upper bound: scores that were computed again in float32 are counted as well.
@@ -113,14 +115,14 @@ class Choice:
             return 0
         return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= scores.band).sum())
 
-    def select(self, scores: ShardScores, cutoff: Cutoff | None) -> Selection:
+    def select(self, scores: "ShardScores", cutoff: Cutoff | None) -> Selection:
         """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""
         assert (cutoff is None) == (self.keep_fraction is None)
         return select(scores, self.threshold, cutoff=cutoff, subset=self.subset)
 
 
 def select(
-    scores: ShardScores, threshold: float | None, *, cutoff: Cutoff | None = None, subset: Subset | None = None
+    scores: "ShardScores", threshold: float | None, *, cutoff: Cutoff | None = None, subset: Subset | None = None
 ) -> Selection:
     """Keep what could be scored, passes and is in the subset.
 
@@ -149,7 +151,7 @@ def select(
     return Selection(reasons=reasons)
 
 
-def _listed(scores: ShardScores, subset: Subset, is_read: np.ndarray) -> np.ndarray:
+def _listed(scores: "ShardScores", subset: Subset, is_read: np.ndarray) -> np.ndarray:
     uids = scores.uids
     if subset.by_uid and is_read.any() and not any(uids):
         raise ShardError(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import DropReason, SampleRow, ShardError
+from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
@@ -35,10 +35,6 @@ _SCHEMA = pa.schema(
         ("uid", pa.binary(16)),
     ]
 )
-
-#: What stands for a reason in an array, and for none.
-REASON_CODES = {reason: code for code, reason in enumerate(DropReason)}
-NO_REASON = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,7 +170,7 @@ class ShardScores:
 
     @property
     def reasons(self) -> np.ndarray:
-        """Per sample, why it could not be scored: int8 ``[num_samples]`` of :data:`REASON_CODES`, or NO_REASON."""
+        """Per sample, why it could not be scored: int8 ``[num_samples]`` of ``REASON_CODES``, or ``NO_REASON``."""
         codes = pc.index_in(self.table["reason"], pa.array(list(DropReason), pa.string()))
         reasons: np.ndarray = codes.fill_null(NO_REASON).to_numpy().astype(np.int8)
         return reasons

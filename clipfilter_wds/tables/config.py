@@ -6,7 +6,7 @@ from tempfile import TemporaryFile
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.tables.formats.open import SUFFIXES
-from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 
 @dataclass(frozen=True, kw_only=True)

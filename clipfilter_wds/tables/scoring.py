@@ -21,8 +21,8 @@ from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.scores.selection import passes
 from clipfilter_wds.tables.images import check_protocol, is_remote, read_image
 from clipfilter_wds.types import DropReason, UnusableError
+from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT
 from clipfilter_wds.workers.crashes import (
-    DEFAULT_WORKER_TIMEOUT,
     CrashTracker,
     Quarantine,
     WorkerDiedError,

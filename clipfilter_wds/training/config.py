@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
-from clipfilter_wds.workers.crashes import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 End = Literal["sync", "repeat"]
 OnCrash = Literal["skip", "raise"]

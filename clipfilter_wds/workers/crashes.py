@@ -15,20 +15,8 @@ from clipfilter_wds.types import DropReason, Sample, ShardError
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that a sample may take to decode.
-DEFAULT_WORKER_TIMEOUT = 120.0
 #: Quarantine with no batch in between after which it is not a sample's fault.
 _MAX_DEATHS_IN_A_ROW = 32
-
-
-def check_worker_timeout(seconds: float) -> None:
-    """Refuse what is no time.
-
-    Raises:
-        ValueError: When it is negative or not finite.
-    """
-    if not 0.0 <= seconds < float("inf"):
-        raise ValueError(f"worker_timeout is {seconds:g}; it is a number of seconds, or 0 for no limit")
 
 
 @dataclass(frozen=True, slots=True)
