@@ -11,7 +11,7 @@ from rich.console import Console
 
 from clipfilter_wds.console import plain
 from clipfilter_wds.demo.run import demo
-from clipfilter_wds.models.loading import DEFAULT_MODEL
+from clipfilter_wds.models.config import DEFAULT_MODEL
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT

@@ -6,16 +6,11 @@ from clipfilter_wds.models.dual_encoder import DualEncoder
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.open_clip import load_open_clip
 
-DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-
 #: Models that are part of the package, by the name that stands for their folder.
 BUNDLED_MODELS = {"demo-tiny": Path(__file__).parents[1] / "demo" / "tiny_clip"}
 
 #: Before a hub id or a folder: a model of open_clip.
 _OPEN_CLIP = "open_clip:"
-
-
-# --- loading ---
 
 
 def _is_folder(model: str | Path) -> bool:

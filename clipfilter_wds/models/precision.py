@@ -1,16 +1,14 @@
 """In which precision a model multiplies its matrices."""
 
 import copy
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipfilter_wds.models.config import Precision
 from clipfilter_wds.models.dual_encoder import Towers
 from clipfilter_wds.models.fast.image_tower import take_shortcuts
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,8 +36,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def resolve_precision(precision: Precision, device: torch.device, width: int) -> Precision:
     """What ``auto`` means for a device and a model whose wider tower has this width."""
-    if precision not in ("auto", "fp32", *DTYPES):
-        raise ValueError(f"precision is {precision!r}; use auto, fp32, bf16 or fp16")
     if precision != "auto":
         return precision
     if width < NARROW:

@@ -3,22 +3,21 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipfilter_wds.models.config import DEFAULT_MODEL, ScorerConfig
 from clipfilter_wds.models.dual_encoder import Towers
 from clipfilter_wds.models.fast.image_tower import take_shortcuts
 from clipfilter_wds.models.fast.onednn import onednn_products
 from clipfilter_wds.models.fast.text_tower import pack_captions
 from clipfilter_wds.models.forward_pool import raise_if_cancelled
-from clipfilter_wds.models.loading import DEFAULT_MODEL, load_model
-from clipfilter_wds.models.precision import DTYPES, NARROW, Precision, low_precision, resolve_device, resolve_precision
+from clipfilter_wds.models.loading import load_model
+from clipfilter_wds.models.precision import DTYPES, NARROW, low_precision, resolve_device, resolve_precision
 from clipfilter_wds.preprocess.tokens import NO_CAPTION
-
-Reduce = Literal["max", "mean", "min"]
 
 #: Float32 batches are filled up to a multiple of so many rows, and those of wide models on a processor cut into such
 #: pieces (as fast, and less memory), the others into the larger ones. Kernels are chosen by shape: so a sample's score
@@ -46,21 +45,8 @@ class ClipScorer(nn.Module):
     L2-normalised, dot product.
 
     Args:
-        model: A Hugging Face hub id, a local folder, or ``demo-tiny``, the CLIP of drawn scenes in this package; of a
-            CLIP, SigLIP, SigLIP 2 (fixed resolution), AltCLIP or ChineseCLIP. Models of open_clip have ``open_clip:``
-            before their hub id or folder.
-        revision: Branch, tag or commit of a hub model.
-        device: auto (CUDA if there is one), or any torch device: cpu, cuda, cuda:1.
-        precision: fp32, or the type that matrices are multiplied in: bf16, fp16. Scores near the threshold are then
-            computed again in fp32, so that the decisions are fp32's. auto is what is fastest: fp16 on CUDA, bf16 on a
-            processor with instructions for it, fp32 on others and for small models.
-        reduce: Where an image has several captions, which of their similarities counts: the largest (max), the mean or
-            the smallest (min).
-        flip: Score the mirrored image too and take the mean: text that is painted into a picture then counts for less.
-        fast_decode: Decode large JPEGs at a fraction of their size, not below what the model takes: several times as
-            fast, with slightly other pixels and so slightly other scores.
-        compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start. On
-            a processor CLIP's text tower is left out: it is faster as it is.
+        model: A hub id, a local folder or ``demo-tiny``; see :class:`ScorerConfig`.
+        options: The other attributes of :class:`ScorerConfig`.
 
     Raises:
         ModelError: When there is no such model, it is none of these, has no safetensors weights, or the hub can't be
@@ -70,28 +56,16 @@ class ClipScorer(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self,
-        model: str | Path = DEFAULT_MODEL,
-        *,
-        revision: str | None = None,
-        device: str = "auto",
-        precision: Precision = "auto",
-        reduce: Reduce = "max",
-        flip: bool = False,
-        fast_decode: bool = False,
-        compile: bool = False,  # noqa: A002  # torch's own word for it
-    ) -> None:
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
         super().__init__()
-        if reduce not in _REDUCTIONS:
-            raise ValueError(f"reduce is {reduce!r}; use max, mean or min")
-        self.model_name = str(model)
-        self.reduce, self.flip = reduce, flip
-        encoder = load_model(model, revision)
+        config = ScorerConfig(model=model, **options)
+        self.model_name = str(config.model)
+        self.reduce, self.flip = config.reduce, config.flip
+        encoder = load_model(config.model, config.revision)
         self.model = encoder.towers
-        on_device = resolve_device(device)
-        self.precision = resolve_precision(precision, on_device, encoder.width)
-        self.preprocess = encoder.preprocess.with_view(fast_decode=fast_decode)
+        on_device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, on_device, encoder.width)
+        self.preprocess = encoder.preprocess.with_view(fast_decode=config.fast_decode)
         self._fingerprint = {
             "model": self.model_name,
             "family": encoder.family,
@@ -100,8 +74,8 @@ class ClipScorer(nn.Module):
             "mean": list(encoder.mean),
             "std": list(encoder.std),
             "precision": self.precision,
-            "reduce": reduce,
-            "flip": flip,
+            "reduce": config.reduce,
+            "flip": config.flip,
         }
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(encoder.mean) * (1.0 / encoder.rescale))
@@ -111,12 +85,12 @@ class ClipScorer(nn.Module):
         self.fp32_rows = _FP32_ROWS if is_wide_on_cpu else _MOST_FP32_ROWS
         if is_wide_on_cpu:
             take_shortcuts(self.model)
-        if compile and self.is_exact:
+        if config.compile and self.is_exact:
             raise ValueError("compile is for low precision, and precision is fp32 here: leave compile out")
         self.fast_model = self.model if self.is_exact else low_precision(self.model, self.precision)
         packs = on_device.type == "cpu" and not self.is_exact and pack_captions(self.fast_model)
         self._caption_group = _PACKED_GROUP if packs else _CAPTION_GROUP.get(on_device.type, 256)
-        if compile:
+        if config.compile:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
             self.fast_model.compile(with_text=not packs, dynamic=True, options={"cpp.dynamic_threads": True})
         self.requires_grad_(False).eval().to(on_device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from rich.console import Console
 
-from clipfilter_wds.models.loading import DEFAULT_MODEL
+from clipfilter_wds.models.config import DEFAULT_MODEL
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold

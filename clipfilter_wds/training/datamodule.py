@@ -6,8 +6,7 @@ from typing import Any
 import lightning as L
 from torch import distributed
 
-from clipfilter_wds.models.loading import DEFAULT_MODEL
-from clipfilter_wds.models.precision import Precision
+from clipfilter_wds.models.config import DEFAULT_MODEL, Precision
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.models.precision import NARROW, low_precision, resolve_device, resolve_precision
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.toys import make_clip
@@ -27,7 +28,7 @@ def test_a_device_or_precision_that_is_not_there():
     with pytest.raises(ValueError, match="this machine has"):
         resolve_device("cuda:99")
     with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
-        resolve_precision("int8", CPU, NARROW)
+        ScorerConfig(precision="int8")
 
 
 def test_auto_is_float32_for_narrow_models():
