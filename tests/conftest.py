@@ -7,6 +7,7 @@ import fsspec
 import pytest
 import torch
 
+from clipfilter_wds.cli import main
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.storage import errors as remote
 from tests.support.servers import FailingProxy, s3_server
@@ -49,3 +50,23 @@ def s3():
         patch.setattr("s3fs.S3FileSystem.retries", 1)
         fsspec.filesystem("s3").mkdir("bucket", acl="public-read-write")
         yield proxy
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command in this process: its exit code, and all that it showed."""
+
+    def run(*arguments) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """The folder, empty so far, where ``simplecache::`` URLs keep their shards."""
+    monkeypatch.setitem(fsspec.config.conf, "simplecache", {"cache_storage": str(tmp_path / "cache")})
+    return tmp_path / "cache"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipfilter_wds.demo.run import demo_threshold
 from clipfilter_wds.demo.shards import write_demo_shards
-from tests.offline.test_run import check_accounting
+from tests.support.outputs import check_accounting
 from tests.support.toys import tar_members
 
 

@@ -10,7 +10,7 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.subset import UID
 from clipfilter_wds.scores.table import ShardScores
-from tests.offline.test_run import bits, check_accounting
+from tests.support.outputs import bits, check_accounting
 from tests.support.toys import pair, tar_members, write_shard
 
 NUM_SHARDS, PER_SHARD = 3, 20

@@ -16,7 +16,7 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.packing import Source, check_covered
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
-from tests.offline.test_run import bits, check_accounting, run
+from tests.support.outputs import bits, check_accounting, run
 from tests.support.toys import pair, tar_members, write_shard, write_tar
 
 SIZES = [30, 1, 0, 17, 30]

@@ -1,9 +1,6 @@
 import io
-import json
 import pickle
 import struct
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,19 +13,9 @@ from torchvision.transforms.v2 import functional as tvf
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from clipfilter_wds.preprocess.image import IMAGE_FORMATS, ImageView, RgbImage
-from clipfilter_wds.preprocess.members import read_captions
-from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
-from clipfilter_wds.types import DropReason, Member, Sample, UnusableError
-from tests.support.toys import encoded, pair, photo
-
-VIEW = ImageView(resize=32, crop=(32, 32))
-
-
-def reason_of(function, *args) -> DropReason:
-    """Why the sample can't be used."""
-    with pytest.raises(UnusableError) as unusable:
-        function(*args)
-    return unusable.value.reason
+from clipfilter_wds.types import DropReason, UnusableError
+from tests.support.images import VIEW, png_header, reason_of
+from tests.support.toys import encoded, photo
 
 
 def reference_view(image: Image.Image, view: ImageView) -> torch.Tensor:
@@ -58,6 +45,7 @@ def check_view(image: Image.Image, view: ImageView) -> None:
 
 
 # --- pixels ---
+
 
 SIZES = [(48, 40), (40, 48), (1, 200), (200, 1), (1, 1), (5, 7), (32, 32), (31, 33), (33, 31), (640, 480), (2000, 2)]
 # What is left over beside the crop: 1, 3, 5 and 7 pixels, which can't be shared out evenly.
@@ -191,6 +179,7 @@ def test_exif_orientation_is_ignored(orientation):
 
 # --- unreadable and too large ---
 
+
 NO_IMAGES = {
     "nothing": b"",
     "text": b"a photo of a cat",
@@ -203,6 +192,7 @@ NO_IMAGES = {
     "jpeg magic alone": b"\xff\xd8\xff\xe0",
     "png magic alone": b"\x89PNG\r\n\x1a\n",
 }
+
 OTHER_FORMATS = ["EPS", "ICO", "PCX", "TGA", "SGI", "DDS", "IM", "PDF", "ICNS", "QOI", "BLP", "XBM", "MSP", "SPIDER"]
 MODE_OF_FORMAT = {"XBM": "1", "MSP": "1", "SPIDER": "F", "BLP": "P", "ICNS": "RGBA"}
 
@@ -223,12 +213,6 @@ def test_formats_outside_the_allow_list_are_never_opened(image_format):
 def test_a_truncated_image_is_unreadable(image_format, share):
     data = encoded(photo(1, (200, 150)), image_format)
     assert reason_of(VIEW.decode, data[: int(share * len(data))]) is DropReason.UNREADABLE_IMAGE
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds no pixel."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IDAT" + bytes(8)
 
 
 def jpeg_header(width: int, height: int) -> bytes:
@@ -300,177 +284,3 @@ def test_a_damaged_image_is_rgb_or_has_a_reason_and_never_another_exception(numb
     else:
         assert image.mode == "RGB"
         assert image.width * image.height <= VIEW.max_pixels
-
-
-# --- captions ---
-
-JSON = SampleLayout(caption="json:caption")
-
-
-@pytest.mark.parametrize(
-    ("data", "caption"),
-    [
-        (b"a cat", "a cat"),
-        (b"  a cat\n", "  a cat\n"),
-        (b"a \xff cat", "a \ufffd cat"),
-        (b"\xed\xa0\x80 cat", "\ufffd\ufffd\ufffd cat"),
-        ("चूहा 🐁".encode(), "चूहा 🐁"),
-        (b"", ""),
-        (b'{"caption": "json"}', '{"caption": "json"}'),
-    ],
-)
-def test_a_text_member_is_the_caption_as_it_is(data, caption):
-    assert read_captions({"txt": data, "json": b'{"caption": "other"}'}, SampleLayout()) == [caption]
-
-
-@pytest.mark.parametrize(
-    ("record", "caption"),
-    [
-        ('{"caption": "a cat"}', "a cat"),
-        ('{"caption": "\\ud83d\\udc08"}', "🐈"),
-        ('{"caption": "half \\ud83d pair"}', "half ? pair"),
-        ('{"caption": ""}', ""),
-        ('{"caption": "first", "caption": "last"}', "last"),
-        (b'{"caption": "a \xff cat"}', "a \ufffd cat"),
-        ('{"width": NaN, "caption": "a cat"}', "a cat"),
-    ],
-)
-def test_a_json_field_is_the_caption(record, caption):
-    data = record if isinstance(record, bytes) else record.encode()
-    found = read_captions({"json": data, "txt": b"other"}, JSON)
-    assert found == [caption]
-    found[0].encode()
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        "{}",
-        '{"Caption": "a cat"}',
-        '{"caption": null}',
-        '{"caption": 5}',
-        '{"caption": []}',
-        '{"caption": [5, null]}',
-        '["caption"]',
-        '"caption"',
-        "null",
-        "",
-        "{",
-        "[" * 100_000,
-        '{"caption": 1' + "0" * 5000 + "}",
-        b"\xff\xfe{",
-    ],
-    ids=lambda record: str(record[:20]),
-)
-def test_a_json_without_a_text_in_the_field_has_no_caption(record):
-    data = record if isinstance(record, bytes) else record.encode()
-    assert reason_of(read_captions, {"json": data, "txt": b"other"}, JSON) is DropReason.MISSING_CAPTION
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text() | st.none() | st.just(0) | st.lists(st.text()))
-def test_any_text_in_a_json_field_comes_through(value):
-    data = {"json": json.dumps({"caption": value}).encode()}
-    if isinstance(value, str) or value:
-        assert read_captions(data, JSON) == ([value] if isinstance(value, str) else value)
-    else:
-        assert reason_of(read_captions, data, JSON) is DropReason.MISSING_CAPTION
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary())
-def test_any_bytes_are_a_caption_that_the_tokenizer_takes(scorer, data):
-    captions = read_captions({"txt": data}, SampleLayout())
-    assert len(scorer.preprocess.tokenize([captions]).num_tokens) == 1
-
-
-# --- samples ---
-
-
-def sample(problem: DropReason | None = None, **members: bytes) -> Sample:
-    files = tuple(Member(name=f"0.{ext}", extension=ext, data=data) for ext, data in members.items())
-    return Sample(key="0", index=0, members=files, problem=problem)
-
-
-GOOD, TEXT = encoded(photo(1)), b"a photo"
-
-
-@pytest.mark.parametrize(
-    ("sample", "reason"),
-    [
-        (sample(DropReason.TORN), DropReason.TORN),
-        (sample(DropReason.MEMBER_TOO_LARGE), DropReason.MEMBER_TOO_LARGE),
-        (sample(), DropReason.MISSING_IMAGE),
-        (sample(txt=TEXT), DropReason.MISSING_IMAGE),
-        (sample(txt=b"", json=b"{}"), DropReason.MISSING_IMAGE),
-        (sample(npy=GOOD, txt=TEXT), DropReason.MISSING_IMAGE),
-        (sample(jpg=GOOD), DropReason.MISSING_CAPTION),
-        (sample(jpg=b"no image"), DropReason.MISSING_CAPTION),
-        (sample(jpg=GOOD, json=b'{"caption": "a photo"}'), DropReason.MISSING_CAPTION),
-        (sample(jpg=GOOD, txt=b""), DropReason.BLANK_CAPTION),
-        (sample(jpg=GOOD, txt=" \t\r\n\u3000\u00a0".encode()), DropReason.BLANK_CAPTION),
-        (sample(jpg=b"no image", txt=b" "), DropReason.BLANK_CAPTION),
-        (sample(png=BOMBS["png"], txt=b" "), DropReason.BLANK_CAPTION),
-        (sample(jpg=b"no image", txt=TEXT), DropReason.UNREADABLE_IMAGE),
-        (sample(png=BOMBS["png"], txt=TEXT), DropReason.IMAGE_TOO_LARGE),
-        (sample(jpg=b"no image", png=encoded(photo(1), "PNG"), txt=TEXT), DropReason.UNREADABLE_IMAGE),
-    ],
-)
-def test_a_sample_that_can_not_be_used_has_one_reason(scorer, sample, reason):
-    assert reason_of(scorer.preprocess.open_sample, sample, SampleLayout()) is reason
-
-
-@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
-def test_a_usable_sample_is_opened_whatever_the_extension_says_of_the_format(scorer, extension):
-    opened = scorer.preprocess.open_sample(sample(txt=TEXT, **{extension: GOOD}), SampleLayout())
-    assert torch.equal(opened.pixels, scorer.preprocess.view(VIEW.decode(GOOD)))
-    assert opened[1:] == (["a photo"], 48, 40)
-
-
-def test_the_best_image_extension_is_looked_at(scorer):
-    members = {
-        extension: encoded(photo(number, (40 + number, 40))) for number, extension in enumerate(IMAGE_EXTENSIONS)
-    }
-    for number in range(len(IMAGE_EXTENSIONS)):
-        opened = scorer.preprocess.open_sample(sample(txt=TEXT, **members), SampleLayout())
-        assert opened.width == 40 + number
-        del members[IMAGE_EXTENSIONS[number]]
-
-
-def opened_pairs(preprocess, executor=None) -> list[tuple]:
-    samples = [sample(**pair(seed)) for seed in range(24)]
-    run = executor.map if executor else map
-    opened = list(run(lambda one: preprocess.open_sample(one, SampleLayout()), samples))
-    tokens = list(run(lambda one: preprocess.tokenize([one.captions]).input_ids.tolist(), opened))
-    return [(one.pixels.numpy().tobytes(), one[1:], ids) for one, ids in zip(opened, tokens, strict=True)]
-
-
-def test_a_pickled_preprocess_does_the_same_and_has_the_same_fingerprint(scorer):
-    expected = opened_pairs(scorer.preprocess)
-    copy = pickle.loads(pickle.dumps(scorer.preprocess))
-    assert opened_pairs(copy) == expected
-    assert copy.fingerprint == scorer.preprocess.fingerprint == json.loads(json.dumps(copy.fingerprint))
-
-
-def test_threads_give_what_one_thread_gives(scorer):
-    with ThreadPoolExecutor(4) as executor:
-        assert opened_pairs(scorer.preprocess, executor) == opened_pairs(scorer.preprocess)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"resize": 33},
-        {"crop": (32, 31)},
-        {"interpolation": "bilinear"},
-        {"max_pixels": 10},
-        {"resampler": "pillow"},
-        {"fast_decode": True},
-    ],
-    ids=str,
-)
-def test_the_fingerprint_tells_every_setting_of_the_view(scorer, change):
-    settings = {"resize": 32, "crop": (32, 32), **change}
-    preprocess = type(scorer.preprocess)(view=ImageView(**settings), tokenize=scorer.preprocess.tokenize)
-    differing = {name for name, value in preprocess.fingerprint.items() if value != scorer.preprocess.fingerprint[name]}
-    assert differing == set(change)

@@ -17,7 +17,7 @@ from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import DropReason, ShardError
-from tests.offline.test_run import check_accounting
+from tests.support.outputs import check_accounting
 from tests.support.restore import numbered_pair
 from tests.support.toys import encoded, pair, photo, raw_member, tar_bytes, tar_members, write_shard, write_tar
 

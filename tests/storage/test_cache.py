@@ -6,21 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import pytest
 
-from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import output_names, public_url, shard_folder
 from clipfilter_wds.shards.open import open_shard, shard_num_bytes
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import ShardError
 from tests.support.servers import now_and_then
-from tests.system.test_object_storage import outcome, run, storage  # noqa: F401  # a fixture
 
 DATA = os.urandom(1 << 20)
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setitem(fsspec.config.conf, "simplecache", {"cache_storage": str(tmp_path / "cache")})
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -102,18 +94,3 @@ def test_a_cache_needs_a_folder_and_a_remote_shard(server, monkeypatch, tmp_path
     monkeypatch.delitem(fsspec.config.conf, "simplecache")
     with pytest.raises(ShardError, match="FSSPEC_SIMPLECACHE_CACHE_STORAGE"):
         read("simplecache::s3://bucket/kept/0.tar")
-
-
-def test_scored_with_the_cache_and_cut_without_it_and_the_other_way_round(storage, cache, clip_folder, tmp_path):  # noqa: F811
-    kept, plain = "simplecache::s3://bucket/in/*.tar", "s3://bucket/in/*.tar"
-    for name, shards in {"kept": kept, "plain": plain}.items():
-        assert run(clip_folder, shards, f"{tmp_path}/scores-{name}", command="score")[0] == 0
-    assert ScoreFolder(tmp_path / "scores-kept").fingerprint == ScoreFolder(tmp_path / "scores-plain").fingerprint
-    storage.reset()
-    for name, shards in {"plain": kept, "kept": plain}.items():
-        scores = f"{tmp_path}/scores-{name}"
-        code, said = run(clip_folder, shards, f"{tmp_path}/out-{name}", scores=scores)
-        assert code == 0, said
-        if shards is kept:
-            assert storage.requests["GET"] <= 1  # of a listing
-    assert outcome(tmp_path / "out-kept") == outcome(tmp_path / "out-plain")

@@ -137,6 +137,9 @@ def resume_each(recipe: Recipe, num_epochs: int, stops: list[list[Stop]]) -> lis
 
 # --- pairs that tell which they are ---
 
+#: Numbers of the pairs in each of four shards.
+NUMBERS = [[1000 * shard + number for number in range(12)] for shard in range(4)]
+
 
 def numbered_pair(number: int) -> dict[str, bytes]:
     """A pair whose image and caption both tell its number."""
@@ -184,3 +187,9 @@ def threshold_that_keeps(share: float, scores: dict[str, float]) -> float:
         return 1.0
     assert ranked[num_kept] > 0, "too many of the scores are negative"
     return (ranked[num_kept - 1] + ranked[num_kept]) / 2
+
+
+def expected_keys(recipe: Recipe, scores: dict[str, float]) -> list[str]:
+    """The keys of the samples that a loader keeps, sorted."""
+    threshold = recipe.loader["threshold"]
+    return sorted(key for key, score in scores.items() if min(max(score, 0.0), 1.0) >= threshold)

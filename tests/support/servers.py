@@ -1,6 +1,7 @@
 """Storage servers on loopback: a real S3 (moto's, in a process of its own), and a proxy in front that fails."""
 
 import http.client
+import os
 import random
 import socket
 import subprocess
@@ -31,6 +32,9 @@ SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
 NO_SUCH_KEY = b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code><Message>No.</Message></Error>"
+
+#: The bytes of ``bucket/0.tar``.
+DATA = os.urandom(1 << 20)
 
 #: What happens to a request, by method and path: None, or one of cut, busy, missing, slow.
 Fault = Callable[[str, str], str | None]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from clipfilter_wds.shards.open import OpenShard
+from clipfilter_wds.shards.open import OpenShard, open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import Sample, ShardEnd
 
@@ -128,3 +128,9 @@ def read_shard(data: bytes, layout: SampleLayout | None = None, **options: objec
     shard = OpenShard(url="toy.tar", stream=io.BytesIO(data), num_bytes=len(data))
     *samples, end = read_samples(shard, layout or SampleLayout(), **options)
     return samples, end
+
+
+def read_whole(url: str, *, allow_pipe: bool = False) -> bytes:
+    """All bytes of a shard, unpacked."""
+    with open_shard(url, allow_pipe=allow_pipe) as shard:
+        return shard.stream.read()

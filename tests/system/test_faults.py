@@ -14,7 +14,7 @@ from clipfilter_wds.cli import main
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.offline.tally import Tally
-from tests.offline.test_run import bits, check_accounting
+from tests.support.outputs import bits, check_accounting
 from tests.support.toys import pair, write_shard
 
 OPTIONS = {"threshold": -1.0, "batch_size": 8, "num_workers": 0}

@@ -27,7 +27,7 @@ from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.engines.ray import RayEngine
 from clipfilter_wds.offline.run import process_shards
-from tests.offline.test_run import bits, check_accounting
+from tests.support.outputs import bits, check_accounting
 from tests.support.processes import context
 from tests.support.toys import pair, write_shard
 

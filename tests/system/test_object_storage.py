@@ -10,8 +10,9 @@ import fsspec
 import pytest
 
 from clipfilter_wds.cli import main
+from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.table import ShardScores
-from tests.offline.test_run import check_accounting
+from tests.support.outputs import check_accounting
 from tests.support.servers import now_and_then
 from tests.support.toys import pair, write_shard
 
@@ -135,3 +136,18 @@ def test_an_output_among_the_input_is_refused(storage, clip_folder):
     code, said = run(clip_folder, "s3://bucket/in/*.tar", "s3://bucket/in")
     assert code == 2
     assert "holds input; choose another" in said
+
+
+def test_scored_with_the_cache_and_cut_without_it_and_the_other_way_round(storage, cache, clip_folder, tmp_path):
+    kept, plain = "simplecache::s3://bucket/in/*.tar", "s3://bucket/in/*.tar"
+    for name, shards in {"kept": kept, "plain": plain}.items():
+        assert run(clip_folder, shards, f"{tmp_path}/scores-{name}", command="score")[0] == 0
+    assert ScoreFolder(tmp_path / "scores-kept").fingerprint == ScoreFolder(tmp_path / "scores-plain").fingerprint
+    storage.reset()
+    for name, shards in {"plain": kept, "kept": plain}.items():
+        scores = f"{tmp_path}/scores-{name}"
+        code, said = run(clip_folder, shards, f"{tmp_path}/out-{name}", scores=scores)
+        assert code == 0, said
+        if shards is kept:
+            assert storage.requests["GET"] <= 1  # of a listing
+    assert outcome(tmp_path / "out-kept") == outcome(tmp_path / "out-plain")

@@ -1,5 +1,4 @@
 import csv
-import io
 import json
 import os
 import re
@@ -11,94 +10,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import hypothesis.strategies as st
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from PIL import Image
 
-from clipfilter_wds.cli import main
-from clipfilter_wds.tables.formats.csv import CsvReader
-from clipfilter_wds.tables.formats.json import JsonLinesReader
-from clipfilter_wds.tables.formats.rows import Wanted
-from tests.support.toys import Reference, encoded, photo
-
-NUM_ROWS = 100
-SUFFIXES = ("jsonl", "csv", "parquet", "json")
-
-
-@pytest.fixture
-def call(capsys, clip_folder):
-    """Run the command in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments: object, model: object = clip_folder, threshold: object = 0.25) -> tuple[int, str, str]:
-        settings = ["--model", model, "--threshold", threshold, "--device", "cpu", "--precision", "fp32"]
-        with pytest.raises(SystemExit) as raised:
-            main([str(argument) for argument in ["table", *arguments, *settings]])
-        captured = capsys.readouterr()
-        return raised.value.code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Images, and the same table in each type; rows 3 and 4 can't be scored."""
-    folder = tmp_path_factory.mktemp("tables")
-    (folder / "images").mkdir()
-    for seed in range(NUM_ROWS):
-        (folder / "images" / f"{seed}.jpg").write_bytes(encoded(photo(seed)))
-    records = [
-        {"id": f"{seed:05d}", "image": f"images/{seed}.jpg", "caption": f"photo, “{seed}”", "n": seed, "x": seed / 3}
-        for seed in range(NUM_ROWS)
-    ]
-    records[3]["image"] = "images/none.jpg"
-    records[4]["caption"] = None
-    lines = [json.dumps(record, ensure_ascii=seed % 2 == 0) for seed, record in enumerate(records)]
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "pairs.json").write_text(json.dumps(records, indent=1))
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    table = pa.Table.from_pylist(records)
-    table = table.set_column(0, "id", table["id"].dictionary_encode())
-    pq.write_table(table.replace_schema_metadata({"who": "me"}), folder / "pairs.parquet", compression="zstd")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(folder, clip_folder):
-    """The reference's clipped score of every row."""
-    reference = Reference(clip_folder)
-    scores = []
-    for record in json.loads((folder / "pairs.json").read_text()):
-        path = folder / record["image"]
-        usable = path.exists() and record["caption"]
-        scores.append(reference.score(Image.open(path), record["caption"]) if usable else 0.0)
-    return np.clip(scores, 0.0, 1.0)
-
-
-@pytest.fixture(scope="module")
-def threshold(expected):
-    """One that splits the rows, and that no score is near."""
-    scores = np.sort(expected)[20:80]
-    widest = np.diff(scores).argmax()
-    assert scores[widest + 1] - scores[widest] > 1e-4
-    return float(scores[widest : widest + 2].mean())
-
-
-def read_records(path: Path) -> list[dict[str, object]]:
-    """The rows of a table file of any type."""
-    if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
-    text = path.read_text()
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+from tests.support.pair_tables import NUM_ROWS, SUFFIXES, read_records
+from tests.support.toys import encoded, photo
 
 
 class TestKeptRows:
@@ -125,13 +44,6 @@ class TestKeptRows:
         rows = lines[len(header) :]
         kept = header + [row for row, score in zip(rows, expected, strict=True) if score >= threshold]
         assert (tmp_path / f"kept.{suffix}").read_bytes() == b"".join(kept)
-
-    def test_parquet_keeps_schema_metadata_and_compression(self, call, folder, tmp_path):
-        call(folder / "pairs.parquet", "--output", tmp_path / "kept.parquet")
-        before, after = (pq.ParquetFile(path) for path in (folder / "pairs.parquet", tmp_path / "kept.parquet"))
-        assert after.schema_arrow.equals(before.schema_arrow, check_metadata=True)
-        assert after.metadata.row_group(0).column(1).compression == "ZSTD"
-        assert after.metadata.num_row_groups == 1
 
     @pytest.mark.parametrize("suffix", SUFFIXES)
     def test_the_score_is_added_on_request(self, call, folder, expected, tmp_path, suffix):
@@ -183,95 +95,6 @@ class TestKeptRows:
         assert 0 < len(read_records(tmp_path / "kept.jsonl")) < 20
 
 
-class TestOddLines:
-    def test_bad_json_lines_are_passed_over_and_reported_with_their_numbers(self, call, folder, tmp_path):
-        good = (folder / "pairs.jsonl").read_text().splitlines()[:6]
-        lines = ["\ufeff" + good[0], "", '{"image": ', *good[1:], "[1]", *["nonsense"] * 9, "[" * 100_000]
-        (folder / "odd.jsonl").write_text("\r\n".join(lines))
-        code, out, _ = call(folder / "odd.jsonl", "--output", tmp_path / "kept.jsonl", threshold=0)
-        assert code == 0
-        assert (tmp_path / "kept.jsonl").read_text().splitlines() == good
-        assert re.search(r"seen +6\b", out)
-        assert re.search(r"lines passed over +12\b", out)
-        assert "passed over line 3: Expecting value" in out
-        assert "line 9: it holds a list, not an object" in out
-        assert "and 7 more" in out
-
-    def test_a_file_of_bad_lines_only_is_an_error(self, call, folder, tmp_path):
-        code, _, err = call(folder / "pairs.json", "--output", tmp_path / "kept.json")
-        assert code == 0
-        (tmp_path / "array.jsonl").write_bytes((folder / "pairs.json").read_bytes())
-        code, _, err = call(tmp_path / "array.jsonl", "--output", tmp_path / "kept.jsonl", model="/no/model")
-        assert code == 2
-        assert "there is no JSON object in it (line 1:" in err
-
-    def test_a_csv_of_odd_lines(self, call, folder, tmp_path):
-        data = (
-            b'\xef\xbb\xbfimage,caption,"my ""note"""\r\n'
-            b'images/1.jpg,"two\r\nlines, and a comma",\xe9 is latin-1\r\n'
-            b"\r\n"
-            b"images/2.jpg,short row\r\n"
-            b"images/3.jpg,a,b,c,d\r\n"
-            b'images/5.jpg,5" of pipe,\r\n'
-            b'images/6.jpg,"never closed,x\r\n'
-        )
-        (folder / "odd.csv").write_bytes(data)
-        options = ("--score_key", "clip, score")
-        code, out, _ = call(folder / "odd.csv", "--output", tmp_path / "kept.csv", *options, threshold=0)
-        assert code == 0
-        header, *rows = csv.reader(io.StringIO((tmp_path / "kept.csv").read_bytes().decode("latin-1"), newline=""))
-        assert header == ["image", "caption", 'my "note"', "clip, score"]
-        assert [row[:3] for row in rows] == [
-            ["images/1.jpg", "two\r\nlines, and a comma", "é is latin-1"],
-            ["images/2.jpg", "short row", ""],
-            ["images/5.jpg", '5" of pipe', ""],
-        ]
-        assert all(0.0 <= float(row[3]) <= 1.0 for row in rows)
-        assert re.search(r"lines passed over +2\b", out)
-        assert "line 6: it has 5 cells; the header names 3 columns; line 8: its quote is never closed" in out
-
-    @settings(max_examples=50, deadline=None)
-    @given(
-        st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=3, max_size=3)),
-        st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
-        st.sampled_from(["\n", "\r\n"]),
-    )
-    def test_whatever_the_cells_hold_csv_rows_come_back_with_a_score(self, tmp_path_factory, rows, quoting, line_end):
-        if quoting == csv.QUOTE_MINIMAL:  # the csv module writes a carriage return without quotes, and ends a row there
-            rows = [[cell.replace("\r", "") for cell in row] for row in rows]
-        path = tmp_path_factory.mktemp("csv") / "in.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, quoting=quoting, lineterminator=line_end)
-            writer.writerows([["image", "caption", "x"], *rows])
-        out = io.BytesIO()
-        with path.open("rb") as file:
-            reader = CsvReader(file, Wanted(image_key="image", caption_key="caption", score_key="s", num_rows=2))
-            writer = reader.writer(out)
-            for run in reader.read():
-                num_rows = len(run.images)
-                writer.write(run, np.ones(num_rows, dtype=bool), np.full(num_rows, 0.5, dtype=np.float32))
-        assert reader.bad_lines.count == 0
-        found = list(csv.reader(io.StringIO(out.getvalue().decode(), newline="")))
-        assert found == [["image", "caption", "x", "s"], *([*row, "0.5"] for row in rows)]
-
-    @settings(max_examples=50, deadline=None)
-    @given(st.lists(st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False) | st.integers() | st.text())))
-    def test_whatever_the_records_hold_they_come_back_with_a_score(self, tmp_path_factory, records):
-        records = [{"image": "a", "caption": "b"}, *records]
-        path = tmp_path_factory.mktemp("jsonl") / "in.jsonl"
-        path.write_text("\n".join(json.dumps(record) for record in records))
-        out = io.BytesIO()
-        with path.open("rb") as file:
-            reader = JsonLinesReader(file, Wanted(image_key="image", caption_key="caption", score_key="s", num_rows=2))
-            writer = reader.writer(out)
-            for run in reader.read():
-                num_rows = len(run.images)
-                writer.write(run, np.ones(num_rows, dtype=bool), np.full(num_rows, 0.5, dtype=np.float32))
-            writer.finish()
-        found = [json.loads(line) for line in out.getvalue().decode().split("\n")[:-1]]
-        assert found == [{**record, "s": 0.5} for record in records]
-
-
 class TestUnusableArguments:
     """Found before any model is loaded: there is none of this name."""
 
@@ -313,12 +136,6 @@ class TestUnusableArguments:
         code, _, err = call(folder / "pairs.csv", "--output", folder / "images" / ".." / "pairs.csv")
         assert (code, (folder / "pairs.csv").read_bytes()) == (2, before)
         assert "is the input itself" in err
-
-    def test_parquet_with_image_bytes_is_refused(self, call, tmp_path):
-        pq.write_table(pa.table({"image": [{"bytes": b"", "path": ""}], "caption": ["a"]}), tmp_path / "in.parquet")
-        code, _, err = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", model="/none")
-        assert code == 2
-        assert "column 'image' holds struct<bytes: binary, path: string>" in err
 
     @pytest.mark.parametrize(("name", "data"), [("in.parquet", b"PAR1"), ("in.csv", b""), ("in.json", b'{"a": 1}')])
     def test_a_file_that_is_no_such_table(self, call, tmp_path, name, data):

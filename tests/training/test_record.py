@@ -19,6 +19,7 @@ from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.training.record import RecordFolder, RecordLookup
 from clipfilter_wds.types import DropReason, SampleRow, ShardEnd
+from tests.support.batches import batches, check_same, write_mixed, write_scores
 from tests.support.processes import context, run_ranks
 from tests.support.restore import (
     Recipe,
@@ -33,7 +34,6 @@ from tests.support.restore import (
     write_numbered,
 )
 from tests.support.toys import make_clip
-from tests.training.test_precomputed import batches, check_same, write_mixed, write_scores
 
 NUM_USABLE = 3 * 12 + 9 + 5
 

@@ -19,7 +19,7 @@ from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.engines import ranks
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.world import World
-from tests.offline.test_run import bits, check_accounting
+from tests.support.outputs import bits, check_accounting
 from tests.support.processes import context
 from tests.support.toys import pair, write_shard
 

@@ -19,8 +19,8 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.ray import RayEngine
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.types import DropReason
-from tests.offline.test_run import bits, check_accounting
 from tests.support.evil import EvilImageFile, write_shards
+from tests.support.outputs import bits, check_accounting
 from tests.support.toys import make_clip, pair, write_shard
 
 ray = pytest.importorskip("ray")

@@ -1,0 +1,38 @@
+"""Score tables of made-up samples."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.types import SampleRow
+
+FINGERPRINT = {
+    "model": "m",
+    "weights": "0" * 64,
+    "resize": 32,
+    "crop": [32, 32],
+    "mean": [0.5, 0.25],
+    "nested": {"a": 1},
+}
+
+
+def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
+    if scores is None:
+        scores = np.linspace(-1, 1, sum(row.reason is None for row in rows), dtype=np.float32)
+    options = {"source": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
+    return ShardScores.from_rows(rows, np.asarray(scores, dtype=np.float32), **options)
+
+
+def written(scores: ShardScores) -> bytes:
+    file = io.BytesIO()
+    scores.write(file)
+    return file.getvalue()
+
+
+def plain_parquet(**metadata) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(metadata), file)
+    return file.getvalue()

@@ -1,0 +1,61 @@
+import csv
+import io
+import re
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import given, settings
+
+from clipfilter_wds.tables.formats.csv import CsvReader
+from clipfilter_wds.tables.formats.rows import Wanted
+
+
+def test_a_csv_of_odd_lines(call, folder, tmp_path):
+    data = (
+        b'\xef\xbb\xbfimage,caption,"my ""note"""\r\n'
+        b'images/1.jpg,"two\r\nlines, and a comma",\xe9 is latin-1\r\n'
+        b"\r\n"
+        b"images/2.jpg,short row\r\n"
+        b"images/3.jpg,a,b,c,d\r\n"
+        b'images/5.jpg,5" of pipe,\r\n'
+        b'images/6.jpg,"never closed,x\r\n'
+    )
+    (folder / "odd.csv").write_bytes(data)
+    options = ("--score_key", "clip, score")
+    code, out, _ = call(folder / "odd.csv", "--output", tmp_path / "kept.csv", *options, threshold=0)
+    assert code == 0
+    header, *rows = csv.reader(io.StringIO((tmp_path / "kept.csv").read_bytes().decode("latin-1"), newline=""))
+    assert header == ["image", "caption", 'my "note"', "clip, score"]
+    assert [row[:3] for row in rows] == [
+        ["images/1.jpg", "two\r\nlines, and a comma", "é is latin-1"],
+        ["images/2.jpg", "short row", ""],
+        ["images/5.jpg", '5" of pipe', ""],
+    ]
+    assert all(0.0 <= float(row[3]) <= 1.0 for row in rows)
+    assert re.search(r"lines passed over +2\b", out)
+    assert "line 6: it has 5 cells; the header names 3 columns; line 8: its quote is never closed" in out
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=3, max_size=3)),
+    st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_whatever_the_cells_hold_csv_rows_come_back_with_a_score(tmp_path_factory, rows, quoting, line_end):
+    if quoting == csv.QUOTE_MINIMAL:  # the csv module writes a carriage return without quotes, and ends a row there
+        rows = [[cell.replace("\r", "") for cell in row] for row in rows]
+    path = tmp_path_factory.mktemp("csv") / "in.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, quoting=quoting, lineterminator=line_end)
+        writer.writerows([["image", "caption", "x"], *rows])
+    out = io.BytesIO()
+    with path.open("rb") as file:
+        reader = CsvReader(file, Wanted(image_key="image", caption_key="caption", score_key="s", num_rows=2))
+        writer = reader.writer(out)
+        for run in reader.read():
+            num_rows = len(run.images)
+            writer.write(run, np.ones(num_rows, dtype=bool), np.full(num_rows, 0.5, dtype=np.float32))
+    assert reader.bad_lines.count == 0
+    found = list(csv.reader(io.StringIO(out.getvalue().decode(), newline="")))
+    assert found == [["image", "caption", "x", "s"], *([*row, "0.5"] for row in rows)]
