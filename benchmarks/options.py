@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.material import Data, Size, make_data, make_model
-from clipfilter_wds.models.precision import resolve_device
+from clipfilter_wds.models.device import resolve_device
 from clipfilter_wds.workers.cpus import default_num_workers
 
 

@@ -41,16 +41,16 @@ def speed(options: Options, report: Report) -> None:
     device = options.torch_device
     processor = CLIPProcessor.from_pretrained(options.model)
     scorer = ClipScorer(options.model, device=device)
-    if options.compile and scorer.is_exact:
+    if options.compile and scorer.precision == "fp32":
         raise SystemExit(f"compile is for low precision, which pays neither on {device} nor in this model")
     fp32 = CLIPModel.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
-    low = fp32 if scorer.is_exact else _low_precision_model(options)
+    low = fp32 if scorer.precision == "fp32" else _low_precision_model(options)
     threshold = usual_threshold(WebDatasetLoop(fp32, processor, options, threshold=0.0), options)
     contenders = [
         Contender(_FP32_LOOPS[0], OperatorLoop(fp32, processor, threshold), share=1 / 8),
         Contender(_FP32_LOOPS[1], WebDatasetLoop(fp32, processor, options, threshold=threshold), share=1 / 4),
         Contender(_TRIMMED, WebDatasetLoop(fp32, processor, options, threshold=threshold, trimmed=True), share=1 / 4),
-        *(() if scorer.is_exact else [_low_precision_loop(options, low, processor, threshold)]),
+        *(() if scorer.precision == "fp32" else [_low_precision_loop(options, low, processor, threshold)]),
         *our_contenders(options, scorer, threshold),
         *(_compiled(options, threshold) if options.compile else ()),
         Contender(RewriteFromScores.name, RewriteFromScores(options, shares=(1 / 8, 1))),

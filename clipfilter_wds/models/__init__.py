@@ -1,1 +1,1 @@
-"""Turns pixels and tokens into cosine similarities, with a dual encoder of any library."""
+"""Turns pixels and tokens into embeddings and cosine similarities, with a CLIP of any library."""

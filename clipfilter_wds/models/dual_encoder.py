@@ -1,4 +1,4 @@
-"""A dual encoder, wherever it comes from: an image tower and a text tower whose outputs can be compared."""
+"""Defines a dual encoder: an image tower and a text tower whose embeddings can be compared, of any library."""
 
 import hashlib
 from abc import abstractmethod
@@ -17,10 +17,10 @@ class ModelError(ValueError):
 
 
 class Towers(nn.Module):
-    """Two towers around a model of some library.
+    """The two towers of some library's model.
 
     Attributes:
-        model: As the library has it.
+        model: The library's own module.
     """
 
     model: Any
@@ -31,21 +31,21 @@ class Towers(nn.Module):
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels, float ``[N, 3, H, W]`` -> embeddings ``[N, D]``, of any length."""
+        """Normalised pixels, float ``[N, 3, H, W]`` -> embeddings ``[N, D]``, not normalised."""
 
     @abstractmethod
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """int64 ``[N, L]`` -> embeddings ``[N, D]``, of any length."""
+        """int64 ``[N, L]`` -> embeddings ``[N, D]``, not normalised."""
 
     def compile(self, *args: Any, with_text: bool = True, **options: Any) -> None:
-        """Compile each tower, or the image tower alone; nobody calls the module as a whole."""
-        # Methods of this instance, as Module.compile has one for the module as a whole.
+        """Compile each tower, or the image tower alone, since the module as a whole is never called."""
+        # On this instance, as Module.compile does it for the module as a whole.
         self.image_features = torch.compile(self.image_features, *args, **options)  # type: ignore[method-assign]
         if with_text:
             self.text_features = torch.compile(self.text_features, *args, **options)  # type: ignore[method-assign]
 
     def weights_hash(self) -> str:
-        """SHA-256 over names and values of all weights, whatever files they came in."""
+        """SHA-256 of the names and values of all weights, whatever files they came in."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -58,11 +58,11 @@ class DualEncoder:
     """A loaded model with all that it takes to use it.
 
     Attributes:
-        family: What kind it is; part of the fingerprint.
+        family: The kind of model; part of the fingerprint.
         towers: In float32, on the CPU.
-        preprocess: Samples -> what the towers take, but for rescaling and normalising.
-        mean: Per channel, for pixels in [0, 1].
-        std: Likewise.
+        preprocess: Samples -> what the towers take, except for rescaling and normalising pixels.
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel, of pixels in [0, 1].
         rescale: What pixels in 0..255 are multiplied by.
         width: Of the wider tower.
     """

@@ -1,8 +1,8 @@
-"""Forward passes of a model, several at a time where that is faster."""
+"""Runs forward passes of a model, several at a time where that is faster."""
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -13,86 +13,86 @@ from clipfilter_wds.models.precision import NARROW
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Batches that a processor works on at a time, at most; each of them is in memory, with its activations.
+#: Batches that a CPU works on at a time, at most; each of them is in memory, with its activations.
 _MOST_STREAMS = 4
 
 #: On one thread, a batch of a model whose widest tower is at least this wide takes so long that an interrupt would seem
 #: to be ignored. Its layers are split among all threads, as torch does.
 _WIDE = 1024
 
-_here = threading.local()
-
 
 class ForwardCancelledError(RuntimeError):
     """Nobody waits for the result any more."""
 
 
-def raise_if_cancelled() -> None:
-    """Between two parts of a batch: end here if nobody waits for the result any more.
-
-    Raises:
-        ForwardCancelledError: Then.
-    """
-    if (is_closed := getattr(_here, "is_closed", None)) and is_closed.is_set():
-        raise ForwardCancelledError("the batches were closed while this one was worked on")
-
-
 class ForwardPool:
-    """Where batches are begun before the results of earlier ones are there.
+    """Starts batches before the results of earlier ones are there.
 
     Attributes:
-        num_ahead: Batches to begin before the result of the first is waited for.
+        num_ahead: Batches to start before the result of the first is waited for.
     """
 
-    def __init__(self, pool: Executor | None, num_ahead: int) -> None:
-        self._pool, self.num_ahead = pool, num_ahead
+    def __init__(self, threads: ThreadPoolExecutor | None, num_ahead: int) -> None:
+        self._threads, self.num_ahead = threads, num_ahead
+        self._closed = threading.Event()
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
-        """Call a function, in its turn; what comes back waits for its result."""
-        if self._pool is not None:
-            return self._pool.submit(function, *args, **kwargs).result
+        """Call a function, in its turn. Returns a function that waits for its result."""
+        if self._threads is not None:
+            return self._threads.submit(function, *args, **kwargs).result
         result = function(*args, **kwargs)
         return lambda: result
+
+    def raise_if_cancelled(self) -> None:
+        """To be called by what runs here, between two parts of its work.
+
+        Raises:
+            ForwardCancelledError: When nobody waits for the result any more.
+        """
+        if self._closed.is_set():
+            raise ForwardCancelledError("the batches were closed while this one was computed")
+
+    def close(self) -> None:
+        """Cancel what runs, and wait for it to end."""
+        self._closed.set()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def forward_pool(device: torch.device, width: int) -> Iterator[ForwardPool]:
-    """ForwardPool for a model on a device, with towers of this width.
+    """Open a ForwardPool for a model on a device, whose wider tower has this width.
 
-    A GPU is given the next batch before the last is done. A processor works on as many batches as it has threads (up to
-    four), instead of splitting each layer among all threads, which then wait for the slowest of them, layer by layer:
+    A GPU is given the next batch before the last is done. A CPU works on as many batches as torch has threads (up to
+    four). Splitting each layer among all threads is slower: they wait for the slowest of them, layer by layer, which is
     the one that shares its core with a process that decodes. A small model's layers take too little time for that.
-    When the block ends, what is worked on ends at its next :func:`raise_if_cancelled`.
     """
     num_threads = torch.get_num_threads()
     num_streams = min(num_threads, _MOST_STREAMS)
     if device.type != "cpu":
-        yield ForwardPool(None, num_ahead=1)
+        pool = ForwardPool(None, num_ahead=1)
     elif num_streams == 1 or not NARROW <= width < _WIDE:
-        yield ForwardPool(None, num_ahead=0)
+        pool = ForwardPool(None, num_ahead=0)
     else:
-        is_closed = threading.Event()
-        pool = _pool(num_streams, num_threads, is_closed)
-        try:
-            # As many wait as are worked on, so that there is work while the oldest is computed again.
-            yield ForwardPool(pool, num_ahead=2 * num_streams - 1)
-        finally:
-            is_closed.set()
-            pool.shutdown(cancel_futures=True)
+        # As many wait as are computed, so that there is work while the oldest is computed again.
+        pool = ForwardPool(_start_threads(num_streams, num_threads), num_ahead=2 * num_streams - 1)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
-def _pool(num_streams: int, num_threads: int, is_closed: threading.Event) -> ThreadPoolExecutor:
+def _start_threads(num_streams: int, num_threads: int) -> ThreadPoolExecutor:
     """Threads that share out those of torch."""
-    pool, ready = ThreadPoolExecutor(num_streams, "clipfilter-forward"), threading.Barrier(num_streams + 1)
+    threads, ready = ThreadPoolExecutor(num_streams, "clipfilter-forward"), threading.Barrier(num_streams + 1)
 
     def begin() -> None:
         torch.get_num_threads()  # else the first operation would, and take over the number of all threads to come
         torch.set_num_threads(num_threads // num_streams)
-        _here.is_closed = is_closed
         ready.wait()
 
     for _ in range(num_streams):
-        pool.submit(begin)
+        threads.submit(begin)
     ready.wait()
-    torch.set_num_threads(num_threads)  # it was set for this thread's like, too: those that begin from now on
-    return pool
+    torch.set_num_threads(num_threads)  # begin() has set the default of all threads that start from now on, too
+    return threads

@@ -1,4 +1,4 @@
-"""Scores of a fast, inexact model -> the decisions that float32 makes."""
+"""Decides by fast scores what float32 scores would decide, and computes in float32 only what that takes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,45 +8,54 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from clipfilter_wds.models.cosine import captions_of, cosines, num_captions
+from clipfilter_wds.models.device import to_device
+from clipfilter_wds.models.encoder import Check
 from clipfilter_wds.models.forward_pool import ForwardPool, forward_pool
 from clipfilter_wds.models.scorer import ClipScorer
 
 T = TypeVar("T")
 
-#: Samples that the error is first measured on. All pairings of their images and captions count, so a few are enough.
+#: Samples that the error is first measured on. All pairings of images and captions are compared, so a few will do.
 NUM_MEASURED = 32
 
 #: How much wider the band is than the largest error seen, and the share of it that an error must reach to widen it.
 _MARGIN, _WIDENS = 2.0, 0.75
 
-#: The band before the error is known: cosines can't lie further apart, so everything is rechecked.
+#: The band before the error is known: no two cosines lie further apart, so everything is rechecked.
 _WHOLE = 2.0
 
-#: Share of the samples outside the band that are scored in float32 as well, to see whether the band still holds.
+#: Share of the samples outside the band that are scored in float32 too, to see whether the band still holds.
 _AUDITED = 1 / 1024
 
-#: The caption's and then the image's are computed again in float32.
+#: In float32, first the caption is computed again, then the image.
 _NUM_TOWERS = 2
 
-#: Batches that wait for those of their scores that are computed again.
+#: Batches that wait until their undecided scores fill a float32 batch.
 _MOST_WAITING = 8
 
 
 @dataclass(frozen=True, eq=False)
 class BatchScores:
-    """The scores of a batch: raw cosines, float32 ``[N]``; and how many of them were computed again in float32."""
+    """The scores of a batch.
+
+    Attributes:
+        scores: float32 ``[N]``: raw cosines.
+        num_rechecked: How many of them were computed again in float32.
+    """
 
     scores: np.ndarray
     num_rechecked: int = 0
 
 
 class _Scored:
-    """A batch whose fast scores are there, and of the better ones as many as were asked for.
+    """A batch with its fast scores, and with as many better ones as were needed so far.
 
     Attributes:
-        scores: float32 ``[3, N]``: fast; with the caption in float32; with the image in float32 too.
-        num_fp32: Which of them is the best that is known of each sample.
-        caption_embeds: By row, the captions that were encoded in float32.
+        scores: float32 ``[3, N]``: fast; with the caption in float32; with the image in float32 too. NaN where not
+            computed.
+        num_fp32: int64 ``[N]``: how many towers were computed in float32; indexes each sample's best score.
+        caption_embeds: By row, the captions' embeddings in float32.
     """
 
     def __init__(
@@ -66,7 +75,7 @@ class _Scored:
         self.caption_embeds: dict[int, torch.Tensor] = {}
 
     def errors(self, rows: np.ndarray) -> np.ndarray:
-        """float32 ``[2, N]``: how far off samples were at first, and with their captions in float32."""
+        """float32 ``[2, N]``: the errors of the fast scores of these samples, and of those with exact captions."""
         errors: np.ndarray = np.abs(self.scores[:_NUM_TOWERS, rows] - self.scores[_NUM_TOWERS, rows])
         return errors
 
@@ -74,38 +83,44 @@ class _Scored:
 class Recheck:
     """Scores batches so that comparing with the threshold decides what float32 would decide.
 
-    A score is computed in the scorer's precision, and where it lies within the *band* around the threshold or is not
-    finite, again with its caption in float32: that takes a quarter of the time and most of the error away. Where it
-    still lies within the narrower band of scores of which only the image is in low precision, the image is encoded in
-    float32 too. A band is twice the largest such error among all pairings of the first 32 images and captions; and
-    twice the error of a later sample, when that is over three quarters of the band. Later errors are known of all whose
-    images are rechecked, and of a share of 1/1024 of all other samples. (For the usual bf16 and fp16 models the errors
-    are nearly normal, and a band is five to seven of their standard deviations.) With a scorer in float32 there is no
-    band and nothing is rechecked.
+    Scores are first computed in the scorer's precision. One that lies within the *band* around the threshold, or is not
+    finite, is computed again with its caption in float32, which removes most of the error for a quarter of the time. If
+    it still lies within the narrower band of scores whose image alone is in low precision, the image is encoded in
+    float32 too.
+
+    A band is twice the largest such error among all pairings of the first 32 images and captions. A later error of more
+    than three quarters of a band widens it to twice that error. Later errors are known of all samples whose images are
+    rechecked, and of 1 in 1,024 of all others. (For the usual bf16 and fp16 models the errors are nearly normal, and a
+    band is five to seven of their standard deviations.) With a scorer in float32 there is no band and nothing is
+    rechecked.
 
     Args:
         scorer: The model.
-        threshold: None rechecks only what is not finite.
-        seed: Of the choice of the audited samples, which no score depends on.
+        threshold: What scores are compared with; None rechecks only what is not finite.
+        seed: Chooses the audited samples. No score depends on it.
     """
 
     def __init__(self, scorer: ClipScorer, threshold: float | None, *, seed: int = 0) -> None:
         self.scorer = scorer
-        # All pass at a threshold of 0 or less, whatever their scores.
+        # At a threshold of 0 or less everything is kept, whatever its score.
         self._threshold = threshold if threshold is not None and threshold > 0 else None
         self._random = np.random.default_rng(seed)
         self._num_measured = 0
-        #: Of the bands: of fast scores, and of those with the caption in float32.
+        #: Of the band of fast scores, and of that of scores with the caption in float32.
         self._half_widths = [0.0] * _NUM_TOWERS
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.scorer.fast is self.scorer.exact
 
     @property
     def is_measured(self) -> bool:
         """Whether enough samples were seen to know the error."""
-        return self.scorer.is_exact or self._num_measured >= NUM_MEASURED
+        return self._is_exact or self._num_measured >= NUM_MEASURED
 
     @property
     def band(self) -> float:
-        """Scores may be this far off float32's; those that are no farther from the threshold are computed again."""
+        """How far a score may be off float32's; one that is as close to the threshold is computed again."""
         return max(self._half_widths) if self.is_measured else _WHOLE
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
@@ -116,10 +131,10 @@ class Recheck:
     def map(
         self, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
     ) -> Iterator[tuple[T, BatchScores]]:
-        """Score batches one after another.
+        """Score batches, and yield each with its scores, in order.
 
-        The next batches are begun before the scores of the first are there. What has to be computed again waits until
-        it fills a batch of the float32 model, for at most :data:`_MOST_WAITING` batches.
+        The next batches are started before the scores of the first are there. What has to be computed again waits until
+        it fills a batch of a float32 tower, for at most :data:`_MOST_WAITING` batches.
 
         Args:
             batches: Anything that holds what is scored.
@@ -127,69 +142,67 @@ class Recheck:
         """
         started: deque[tuple[T, Callable[[], _Scored]]] = deque()
         waiting: deque[tuple[T, _Scored]] = deque()
-        with forward_pool(self.scorer.device, self.scorer.width) as streams:
+        with forward_pool(self.scorer.device, self.scorer.fast.width) as pool:
             for batch in batches:
-                started.append((batch, self._start(streams, *inputs(batch))))
-                if len(started) > streams.num_ahead:
-                    yield from self._settle(streams, waiting, *started.popleft())
+                started.append((batch, self._start(pool, *inputs(batch))))
+                if len(started) > pool.num_ahead:
+                    yield from self._settle(pool, waiting, *started.popleft())
             for batch, finish in started:
-                yield from self._settle(streams, waiting, batch, finish)
+                yield from self._settle(pool, waiting, batch, finish)
             while waiting:
-                self._recheck_oldest(streams, waiting)
+                self._recheck_oldest(pool, waiting)
                 yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
-        """Learn the error from the first of these samples, N images and N captions, unless it is known already."""
+        """Learn the error from the first of these samples, N images with their captions, unless it is known already."""
         if self.is_measured or not len(pixel_values):
             return
-        pixel_values, input_ids, scorer = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED], self.scorer
+        pixel_values, input_ids = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED]
         if input_ids.ndim == 3:
             input_ids = input_ids[:, 0]  # a reduction of several similarities errs no more than the worst of them
-        with torch.inference_mode():
-            image_embeds, captions = scorer.encode_image(pixel_values), scorer.encode_text_fp32(input_ids).T
-            exact = scorer.encode_image_fp32(pixel_values) @ captions
-            scores = torch.stack([image_embeds @ scorer.encode_text(input_ids).T, image_embeds @ captions])
+        images, captions = self.scorer.fast(pixel_values, input_ids)
+        exact_images, exact_captions = self.scorer.exact(pixel_values, input_ids)
+        scores = torch.stack([images @ captions.T, images @ exact_captions.T])
         self._num_measured += len(pixel_values)
-        self._learn((scores - exact).abs().cpu().numpy())
+        self._learn((scores - exact_images @ exact_captions.T).abs().cpu().numpy())
 
-    def _start(
-        self, streams: ForwardPool, pixel_values: torch.Tensor, input_ids: torch.Tensor
-    ) -> Callable[[], _Scored]:
+    def _start(self, pool: ForwardPool, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
         self.measure(pixel_values, input_ids)
-        fetch = _fetch(streams.run(self._scores_and_embeds, pixel_values, input_ids), self.scorer.device)
-        is_audited = self._random.random(len(pixel_values)) < (0 if self.scorer.is_exact else _AUDITED)
-        is_all_near = not self.is_measured  # as long as it is not, whatever is known when the scores are there
+        finish = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
+        fetch = _fetch(finish, self.scorer.device)
+        is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
+        is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
         return lambda: _Scored(pixel_values, input_ids, *fetch(), is_audited=is_audited, is_all_near=is_all_near)
 
-    @torch.inference_mode()
-    def _scores_and_embeds(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor
+    def _score_fast(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, check: Check
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        embeds = self.scorer.encode_image(pixel_values) if len(pixel_values) else torch.empty(0)
-        return self.scorer(pixel_values, input_ids, image_embeds=embeds), embeds
+        """Fast scores, and the embeddings of the images."""
+        images, captions = self.scorer.fast(pixel_values, input_ids, check=check)
+        return cosines(images, captions, input_ids, self.scorer.reduce), images
 
     def _settle(
-        self, streams: ForwardPool, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
+        self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
     ) -> Iterator[tuple[T, BatchScores]]:
-        """Let a batch wait, and hand out those that need not."""
+        """Let a batch wait, and yield those that need not."""
         waiting.append((batch, finish()))
         for num_fp32 in range(_NUM_TOWERS):
-            while sum(int(self._todo(scored, num_fp32).sum()) for _, scored in waiting) >= self.scorer.fp32_rows:
-                self._recheck(streams, waiting, num_fp32)
+            while sum(int(self._todo(scored, num_fp32).sum()) for _, scored in waiting) >= self.scorer.exact.batch_rows:
+                self._recheck(pool, waiting, num_fp32)
         while len(waiting) > _MOST_WAITING and self._is_undecided(waiting[0][1]):
-            self._recheck_oldest(streams, waiting)
+            self._recheck_oldest(pool, waiting)
         yield from self._decided(waiting)
 
-    def _recheck_oldest(self, streams: ForwardPool, waiting: deque[tuple[T, _Scored]]) -> None:
-        """Don't wait for more than there are, with the towers that the oldest batch needs."""
+    def _recheck_oldest(self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]]) -> None:
+        """Run the float32 towers that the oldest batch needs, even if they are not full."""
         for num_fp32 in range(_NUM_TOWERS):
             if self._todo(waiting[0][1], num_fp32).any():
-                self._recheck(streams, waiting, num_fp32)
+                self._recheck(pool, waiting, num_fp32)
 
-    def _recheck(self, streams: ForwardPool, waiting: deque[tuple[T, _Scored]], num_fp32: int) -> None:
-        """Fill one batch of a float32 tower with the first that have to be computed again, and are as exact as that."""
+    def _recheck(self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]], num_fp32: int) -> None:
+        """Run one batch of the next float32 tower, on the first samples that have this many and need it."""
         parts: list[tuple[_Scored, np.ndarray]] = []
-        room = self.scorer.fp32_rows
+        room = self.scorer.exact.batch_rows
         for _, scored in waiting:
             rows = np.flatnonzero(self._todo(scored, num_fp32))[:room]
             if len(rows):
@@ -197,25 +210,28 @@ class Recheck:
                 room -= len(rows)
         if not parts:
             return
-        scores = streams.run(self._scores_fp32, parts, num_fp32)()
+        scores = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)()
         for scored, rows in parts:
             scored.scores[num_fp32 + 1, rows], scores = scores[: len(rows)], scores[len(rows) :]
             scored.num_fp32[rows] = num_fp32 + 1
             if num_fp32 + 1 == _NUM_TOWERS:
                 self._learn(scored.errors(rows))
 
-    @torch.inference_mode()
-    def _scores_fp32(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int) -> np.ndarray:
+    def _score_again(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int, check: Check) -> np.ndarray:
+        """Scores with one more tower in float32 than ``num_fp32``."""
         scorer, indices = self.scorer, [(scored, torch.from_numpy(rows)) for scored, rows in parts]
         input_ids = scorer.preprocess.tokenize.join([scored.input_ids[index] for scored, index in indices])
         places = [(scored.caption_embeds, row) for scored, rows in parts for row in rows.tolist()]
         if num_fp32 == 0:
-            images = torch.cat([scored.image_embeds[scorer.on_device(index)] for scored, index in indices])
-            for (embeds, row), of_row in zip(places, scorer.encode_captions_fp32(input_ids), strict=True):
-                embeds[row] = of_row
+            images = torch.cat([scored.image_embeds[to_device(index, scorer.device)] for scored, index in indices])
+            embeds = scorer.exact.encode_text(captions_of(input_ids), check=check)
+            for (of_batch, row), of_row in zip(places, embeds.split(num_captions(input_ids)), strict=True):
+                of_batch[row] = of_row
         else:
-            images = scorer.encode_image_fp32(torch.cat([scored.pixel_values[index] for scored, index in indices]))
-        return scorer.score_embeds(images, [embeds[row] for embeds, row in places], input_ids).cpu().numpy()
+            pixel_values = torch.cat([scored.pixel_values[index] for scored, index in indices])
+            images = scorer.exact.encode_image(pixel_values, check=check)
+        captions = torch.cat([of_batch[row] for of_batch, row in places])
+        return cosines(images, captions, input_ids, scorer.reduce).cpu().numpy()
 
     def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
         while waiting and not self._is_undecided(waiting[0][1]):
@@ -230,14 +246,14 @@ class Recheck:
         return any(self._todo(scored, num_fp32).any() for num_fp32 in range(_NUM_TOWERS))
 
     def _todo(self, scored: _Scored, num_fp32: int) -> np.ndarray:
-        """Which samples need another tower in float32 than these; more than before, once a band is wider."""
+        """Which samples have this many float32 towers and need another; more than before, once a band is wider."""
         todo: np.ndarray = (self._is_near(scored, num_fp32) | scored.is_audited) & (scored.num_fp32 == num_fp32)
         return todo
 
     def _is_near(self, scored: _Scored, num_fp32: int) -> np.ndarray:
-        """Which scores, with so many towers in float32, might be decided otherwise with all of them in it."""
+        """Which scores with this many towers in float32 might be decided otherwise in float32 throughout."""
         scores = scored.scores[num_fp32]
-        if self.scorer.is_exact:
+        if self._is_exact:
             return np.zeros(len(scores), dtype=bool)
         near: np.ndarray = ~np.isfinite(scores)
         if self._threshold is not None:
@@ -246,7 +262,7 @@ class Recheck:
         return near
 
     def _learn(self, errors: np.ndarray) -> None:
-        """From errors ``[2, ...]``, of fast scores and of those with the caption in float32."""
+        """Widen the bands by errors ``[2, ...]``, of fast scores and of those with the caption in float32."""
         for num_fp32, some in enumerate(errors):
             largest = float(some[np.isfinite(some)].max(initial=0.0))
             if largest > _WIDENS * self._half_widths[num_fp32]:
@@ -256,7 +272,7 @@ class Recheck:
 def _fetch(
     finish: Callable[[], tuple[torch.Tensor, torch.Tensor]], device: torch.device
 ) -> Callable[[], tuple[np.ndarray, torch.Tensor]]:
-    """Begin to copy scores to the host; the function that comes back waits for them. Embeddings stay where they are."""
+    """Start copying scores to the host. Returns a function that waits for them; embeddings stay where they are."""
     if device.type != "cuda":
 
         def finished() -> tuple[np.ndarray, torch.Tensor]:

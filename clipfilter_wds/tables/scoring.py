@@ -119,7 +119,7 @@ def score_pairs(
 def score_pair_fp32(pair: Pair, scorer: ClipScorer, *, folder: Path) -> PairScores:
     """Score one pair in float32, in this process."""
     opened = _PairOpener(scorer.preprocess, folder)[_Request(0, [pair])]
-    return _pair_scores(opened, scorer.score_fp32(opened.pixel_values, opened.input_ids).cpu().numpy())
+    return _pair_scores(opened, scorer(opened.pixel_values, opened.input_ids, exact=True).cpu().numpy())
 
 
 def _pair_scores(opened: "_OpenedBatch", cosines: np.ndarray) -> PairScores:

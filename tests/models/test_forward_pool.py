@@ -68,10 +68,10 @@ def test_streams_share_out_torchs_threads_and_leave_everybody_elses_alone(scorer
         torch.ones(100_000).add_(1)  # the first operation that may use several
         return torch.get_num_threads()
 
-    with forward_pool(scorer.device, scorer.width) as streams:
-        assert streams.num_ahead >= num_streams
+    with forward_pool(scorer.device, scorer.fast.width) as pool:
+        assert pool.num_ahead >= num_streams
         barrier = threading.Barrier(num_streams, timeout=20)
-        waits = [streams.run(lambda: (barrier.wait(), threads_used())[1]) for _ in range(num_streams)]
+        waits = [pool.run(lambda: (barrier.wait(), threads_used())[1]) for _ in range(num_streams)]
         assert [wait() for wait in waits] == [share] * num_streams
         others = []
         other = threading.Thread(target=lambda: others.append(threads_used()))
@@ -83,11 +83,11 @@ def test_streams_share_out_torchs_threads_and_leave_everybody_elses_alone(scorer
 
 def test_small_models_and_single_threads_are_scored_where_they_are(scorer, tmp_path):
     small = ClipScorer(make_clip(tmp_path), device="cpu")
-    with forward_pool(small.device, small.width) as streams:
-        assert streams.run(threading.current_thread)() is threading.current_thread()
+    with forward_pool(small.device, small.fast.width) as pool:
+        assert pool.run(threading.current_thread)() is threading.current_thread()
     torch.set_num_threads(1)
-    with forward_pool(scorer.device, scorer.width) as streams:
-        assert streams.run(threading.current_thread)() is threading.current_thread()
+    with forward_pool(scorer.device, scorer.fast.width) as pool:
+        assert pool.run(threading.current_thread)() is threading.current_thread()
 
 
 def test_an_error_reaches_the_caller_and_no_thread_is_left(scorer, batches):
@@ -103,9 +103,10 @@ def test_an_error_reaches_the_caller_and_no_thread_is_left(scorer, batches):
 
 def test_a_batch_that_nobody_waits_for_ends_between_two_of_its_groups(scorer, batches):
     pixel_values = batches[14][0].repeat(400, 1, 1, 1)  # 6,000 images, which takes several seconds
-    scorer.encode_image(pixel_values[:320])
-    with forward_pool(scorer.device, scorer.width) as streams:
-        waits = [streams.run(scorer.encode_image, pixel_values) for _ in range(4)]
+    scorer.fast.encode_image(pixel_values[:320])
+    with forward_pool(scorer.device, scorer.fast.width) as pool:
+        check = pool.raise_if_cancelled
+        waits = [pool.run(scorer.fast.encode_image, pixel_values, check=check) for _ in range(4)]
         time.sleep(0.2)
         began = time.monotonic()
     assert time.monotonic() - began < 2
@@ -127,7 +128,7 @@ def test_batches_that_nobody_takes_are_not_worked_on(scorer, batches):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_decides_as_float32_does(scorer, batches):
     compiled = ClipScorer(scorer.model_name, device="cpu", precision="bf16", compile=True)
-    exact = np.concatenate([scorer.score_fp32(*batch).numpy() for batch in batches])
+    exact = np.concatenate([scorer(*batch, exact=True).numpy() for batch in batches])
     threshold = float(np.sort(exact)[60])
     found = np.concatenate([scores.scores for _, scores in scored(compiled, batches, threshold)])
     np.testing.assert_array_equal(passes(found, threshold), passes(exact, threshold))

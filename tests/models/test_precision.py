@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from clipfilter_wds.models.config import ScorerConfig
-from clipfilter_wds.models.precision import NARROW, low_precision, resolve_device, resolve_precision
+from clipfilter_wds.models.device import resolve_device
+from clipfilter_wds.models.precision import NARROW, resolve_precision
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.toys import make_clip
 
@@ -10,16 +11,15 @@ CPU = torch.device("cpu")
 
 
 def test_the_last_projections_stay_in_float32(tmp_path):
-    scorer = ClipScorer(make_clip(tmp_path, image_size=64, patch_size=16, width=NARROW), device="cpu", precision="fp32")
-    fast = low_precision(scorer.model, "bf16")
-    types = {name: weight.dtype for name, weight in fast.named_parameters() if name.endswith("weight")}
+    scorer = ClipScorer(make_clip(tmp_path, image_size=64, patch_size=16, width=NARROW), device="cpu", precision="bf16")
+    types = {name: weight.dtype for name, weight in scorer.fast.towers.named_parameters() if name.endswith("weight")}
     projections = {name: dtype for name, dtype in types.items() if "projection" in name}
     assert projections == {
         "model.visual_projection.weight": torch.float32,
         "model.text_projection.weight": torch.float32,
     }
     assert all(dtype == torch.bfloat16 for name, dtype in types.items() if "proj.weight" in name or ".fc" in name)
-    assert all(weight.dtype == torch.float32 for weight in scorer.model.parameters())
+    assert all(weight.dtype == torch.float32 for weight in scorer.exact.towers.parameters())
 
 
 def test_a_device_or_precision_that_is_not_there():

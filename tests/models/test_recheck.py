@@ -57,7 +57,7 @@ def batches_of(inputs, size):
 def test_low_precision_scores_are_near_and_not_equal(fast, exact, inputs):
     error = (fast(*inputs) - exact(*inputs)).abs().max().item()
     assert 0 < error < 0.02
-    assert torch.equal(fast.score_fp32(*inputs), exact(*inputs))
+    assert torch.equal(fast(*inputs, exact=True), exact(*inputs))
 
 
 def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(bf16, exact, inputs):
@@ -80,8 +80,8 @@ def test_the_band_is_twice_the_largest_error_of_the_first_samples_and_covers_the
     recheck = Recheck(fast, 0.25)
     assert recheck.band == 2.0  # nothing is known yet: everything would be rechecked
     recheck.measure(*(part[:NUM_MEASURED] for part in inputs))
-    images = [scorer.encode_image(inputs[0][:NUM_MEASURED]) for scorer in (fast, exact)]
-    texts = [scorer.encode_text(inputs[1][:NUM_MEASURED]) for scorer in (fast, exact)]
+    images = [scorer.fast.encode_image(inputs[0][:NUM_MEASURED]) for scorer in (fast, exact)]
+    texts = [scorer.fast.encode_text(inputs[1][:NUM_MEASURED]) for scorer in (fast, exact)]
     largest = (images[0] @ texts[0].T - images[1] @ texts[1].T).abs().max().item()
     assert recheck.band == pytest.approx(2 * largest, rel=1e-5)
     assert (fast(*inputs) - exact(*inputs)).abs().max().item() < recheck.band
@@ -115,9 +115,18 @@ def test_an_audit_that_finds_a_larger_error_widens_the_band(bf16, exact, inputs,
 def sizes(bf16, monkeypatch):
     """How many captions, and how many images, are computed in float32 each time."""
     sizes = {"captions": [], "images": []}
-    captions, images = bf16.encode_text_fp32, bf16.encode_image_fp32
-    monkeypatch.setattr(bf16, "encode_text_fp32", lambda ids: sizes["captions"].append(len(ids)) or captions(ids))
-    monkeypatch.setattr(bf16, "encode_image_fp32", lambda rows: sizes["images"].append(len(rows)) or images(rows))
+    captions, images = bf16.exact.encode_text, bf16.exact.encode_image
+
+    def encode_text(input_ids, **options):
+        sizes["captions"].append(len(input_ids))
+        return captions(input_ids, **options)
+
+    def encode_image(pixel_values, **options):
+        sizes["images"].append(len(pixel_values))
+        return images(pixel_values, **options)
+
+    monkeypatch.setattr(bf16.exact, "encode_text", encode_text)
+    monkeypatch.setattr(bf16.exact, "encode_image", encode_image)
     return sizes
 
 
@@ -134,7 +143,7 @@ def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact
     monkeypatch.setattr(recheck_module, "_MARGIN", 30.0)  # so that there is much to recheck
     threshold = float(np.sort(exact(*inputs).numpy())[48])
     recheck = measured(bf16, threshold, inputs, sizes)
-    monkeypatch.setattr(bf16, "fp32_rows", 8)
+    monkeypatch.setattr(bf16.exact, "batch_rows", 8)
     taken = []
     batches = (taken.append(number) or batch for number, batch in enumerate(batches_of(inputs, 6)))
     decided, waited = [], []
@@ -151,8 +160,8 @@ def test_what_is_computed_again_waits_until_it_fills_a_float32_batch(bf16, exact
 
 
 def test_an_image_is_computed_again_only_where_its_caption_does_not_decide(bf16, exact, inputs, sizes):
-    reference, fast, image_embeds = exact(*inputs).numpy(), bf16(*inputs), bf16.encode_image(inputs[0])
-    with_captions = (image_embeds * exact.encode_text(inputs[1])).sum(dim=-1).numpy()
+    reference, fast, image_embeds = exact(*inputs).numpy(), bf16(*inputs), bf16.fast.encode_image(inputs[0])
+    with_captions = (image_embeds * exact.exact.encode_text(inputs[1])).sum(dim=-1).numpy()
     errors = [np.abs(scores - reference).max() for scores in (fast.numpy(), with_captions)]
     assert errors[1] < errors[0] / 2  # of this model, most of the error is the caption's
     threshold = float(with_captions[40])
@@ -217,9 +226,10 @@ def test_a_float32_score_does_not_depend_on_the_batch_around_it(exact, inputs):
 
 def test_equal_captions_are_encoded_once_and_every_caption_only_as_far_as_it_goes(bf16, inputs, monkeypatch):
     shapes = []
-    encode = bf16.fast_model.text_features
-    monkeypatch.setattr(bf16.fast_model, "text_features", lambda ids: shapes.append(ids.shape) or encode(ids))
-    bf16.encode_text(inputs[1])
+    towers = bf16.fast.towers
+    encode = towers.text_features
+    monkeypatch.setattr(towers, "text_features", lambda ids: shapes.append(ids.shape) or encode(ids))
+    bf16.fast.encode_text(inputs[1])
     assert sum(num_rows for num_rows, _ in shapes) == len(torch.unique(inputs[1], dim=0)) == 73
     assert [length for _, length in shapes] == sorted(length for _, length in shapes)
     assert shapes[0][1] < inputs[1].shape[1] == shapes[-1][1]

@@ -95,7 +95,7 @@ def test_pixels_equal_those_of_the_image_processor(model):
     reference, scorer = Reference(model), ClipScorer(model, device="cpu")
     for data in odd_images().values():
         rgb = scorer.preprocess.view.decode(data)
-        pixels = (scorer.preprocess.view(rgb)[None].float() - scorer.pixel_mean) / scorer.pixel_std
+        pixels = (scorer.preprocess.view(rgb)[None].float() - scorer.exact.pixel_mean) / scorer.exact.pixel_std
         expected = reference.processor.image_processor(rgb.image, return_tensors="pt").pixel_values
         torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 

@@ -79,8 +79,13 @@ def test_the_score_is_reduced_from_those_of_all_captions(
 def test_each_image_is_encoded_once(as_json_list, clip_folder, monkeypatch):
     scorer = ClipScorer(clip_folder, device="cpu")
     num_images = []
-    encode = scorer.encode_image_fp32
-    monkeypatch.setattr(scorer, "encode_image_fp32", lambda pixels: num_images.append(len(pixels)) or encode(pixels))
+    encode = scorer.exact.encode_image
+
+    def encode_image(pixel_values, **options):
+        num_images.append(len(pixel_values))
+        return encode(pixel_values, **options)
+
+    monkeypatch.setattr(scorer.exact, "encode_image", encode_image)
     dataset = ClipWebDataset(as_json_list, scorer.preprocess, layout=SampleLayout(caption="json:texts"))
     (batch,) = ClipFilterLoader(dataset, scorer, threshold=None, batch_size=8)
     assert num_images == [3]

@@ -1,1 +1,1 @@
-"""Runs CLIP's towers faster on CPUs."""
+"""Runs the towers of a CLIP faster, above all on CPUs."""

@@ -5,45 +5,45 @@ import pytest
 import torch
 from torch import nn
 
-from clipfilter_wds.models.fast.image_tower import take_shortcuts
+from clipfilter_wds.models.fast.image_tower import optimize_layers
 from clipfilter_wds.models.precision import NARROW
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.dual_encoders import FAMILIES
 from tests.support.toys import make_clip
 
-#: Per family, how often each shortcut is taken, in towers of two layers.
-TAKEN = {
-    "clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
-    "chinese_clip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
-    "altclip": {"_Patches": 1, "_Attention": 2, "_LastLayer": 1},
-    "siglip": {"_Patches": 1},  # its embedding comes from all tokens
-    "open_clip": {"_Patches": 1},
-    "open_clip, squashed": {"_Patches": 1, "SiLU": 4},  # the one with QuickGELU
+#: Per family, how often each kind of layer is rewritten, in towers of two layers.
+REWRITTEN = {
+    "clip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
+    "chinese_clip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
+    "altclip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
+    "siglip": {"_PatchEmbedding": 1},  # its embedding comes from all tokens
+    "open_clip": {"_PatchEmbedding": 1},
+    "open_clip, squashed": {"_PatchEmbedding": 1, "SiLU": 4},  # the one with QuickGELU
 }
 
 
-@pytest.mark.parametrize("family", TAKEN)
+@pytest.mark.parametrize("family", REWRITTEN)
 def test_in_float32_embeddings_are_the_same_to_rounding(tmp_path, family):
     make, _, prefix = FAMILIES.get(family, (make_clip, None, ""))
     scorer = ClipScorer(prefix + str(make(tmp_path / "model")), device="cpu", precision="fp32")
-    short = copy.deepcopy(scorer.model)
-    take_shortcuts(short)
+    short = copy.deepcopy(scorer.exact.towers)
+    optimize_layers(short)
     taken = Counter(type(module).__name__ for module in short.modules())
-    usual = Counter(type(module).__name__ for module in scorer.model.modules())
-    assert {name: taken[name] - usual[name] for name in TAKEN[family]} == TAKEN[family]
+    usual = Counter(type(module).__name__ for module in scorer.exact.towers.modules())
+    assert {name: taken[name] - usual[name] for name in REWRITTEN[family]} == REWRITTEN[family]
     pixels = torch.randn(5, 3, *scorer.preprocess.view.crop, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = scorer.model.image_features(pixels)
+        expected = scorer.exact.towers.image_features(pixels)
         torch.testing.assert_close(short.image_features(pixels), expected, atol=1e-5, rtol=1e-5)
     assert expected.std(dim=0).mean() > 0.01  # images differ
 
 
-def test_taking_them_again_changes_nothing(tmp_path):
+def test_optimizing_again_changes_nothing(tmp_path):
     scorer = ClipScorer(make_clip(tmp_path), device="cpu", precision="fp32")
-    once = copy.deepcopy(scorer.model)
-    take_shortcuts(once)
+    once = copy.deepcopy(scorer.exact.towers)
+    optimize_layers(once)
     twice = copy.deepcopy(once)
-    take_shortcuts(twice)
+    optimize_layers(twice)
     pixels = torch.randn(3, 3, *scorer.preprocess.view.crop)
     ids = scorer.preprocess.tokenize([["a photo of a cat"]]).input_ids
     with torch.inference_mode():
@@ -51,15 +51,16 @@ def test_taking_them_again_changes_nothing(tmp_path):
         assert torch.equal(once.text_features(ids), twice.text_features(ids))
 
 
-def test_a_wide_model_takes_them_in_float32_too_on_a_processor(tmp_path):
+def test_a_wide_model_is_optimized_in_float32_too_on_a_cpu(tmp_path):
     narrow, wide = (
         ClipScorer(make_clip(tmp_path / str(width), width=width), device="cpu", precision="fp32")
         for width in (NARROW // 2, NARROW)
     )
-    is_short = [
-        any(type(module).__name__ == "_LastLayer" for module in scorer.model.modules()) for scorer in (narrow, wide)
+    is_optimized = [
+        any(type(module).__name__ == "_LastLayer" for module in scorer.exact.towers.modules())
+        for scorer in (narrow, wide)
     ]
-    assert is_short == [False, True]
+    assert is_optimized == [False, True]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -67,7 +68,7 @@ def test_a_wide_model_takes_them_in_float32_too_on_a_processor(tmp_path):
 def test_patches_of_any_image_are_those_of_the_convolution(shape, bias):
     convolution = nn.Conv2d(3, 7, kernel_size=(4, 5), stride=(4, 5), bias=bias)
     patches = nn.Sequential(convolution)
-    take_shortcuts(patches)
+    optimize_layers(patches)
     assert not isinstance(patches[0], nn.Conv2d)
     pixels = torch.randn(2, 3, *shape)
     with torch.inference_mode():
@@ -77,5 +78,5 @@ def test_patches_of_any_image_are_those_of_the_convolution(shape, bias):
 @pytest.mark.parametrize("option", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}], ids=str)
 def test_other_convolutions_stay(option):
     layers = nn.Sequential(nn.Conv2d(3, 6, **{"kernel_size": 4, "stride": 4, **option}))
-    take_shortcuts(layers)
+    optimize_layers(layers)
     assert isinstance(layers[0], nn.Conv2d)

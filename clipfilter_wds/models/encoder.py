@@ -1,0 +1,209 @@
+"""Turns pixels and tokens into embeddings: exactly, in float32, or fast, in low precision."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipfilter_wds.models.config import Precision
+from clipfilter_wds.models.cosine import captions_of
+from clipfilter_wds.models.device import to_device
+from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
+from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.onednn import onednn_linear
+from clipfilter_wds.models.fast.text_tower import pack_text_tower
+from clipfilter_wds.models.precision import DTYPES, NARROW, to_low_precision
+
+#: Float32 batches are filled up to a multiple of so many rows. They are cut into pieces of so many for wide models on
+#: a CPU (as fast as larger ones, in less memory), and into larger ones elsewhere.
+_EXACT_ROWS, _MOST_EXACT_ROWS = 8, 64
+
+#: Captions are filled up to a multiple of so many tokens for float32, and encoded with others of that length.
+_EXACT_TOKENS = 32
+
+#: Images that are encoded together in low precision; elsewhere the whole batch. The activations of more than about 40
+#: at ViT-B/32 are over 32 MB each, which glibc gives back to the system after every layer and has to clear again (a
+#: tenth of the time).
+_FAST_IMAGES = {"cpu": 32}
+
+#: Captions that are encoded together in low precision, in order of length: fewer need less padding, but more calls.
+_FAST_CAPTIONS = {"cpu": 16, "cuda": 256}
+
+#: The same where no padding is computed.
+_PACKED_CAPTIONS = 64
+
+#: Called before every batch that is computed. What it raises ends the work.
+Check = Callable[[], None]
+
+
+def no_check() -> None:
+    """Let the work go on to its end."""
+
+
+class Encoder(nn.Module):
+    """The two towers of a model, with all that lies between their inputs and embeddings that can be compared.
+
+    Args:
+        model: What pixels and tokens are prepared for.
+        towers: What computes, in ``dtype``.
+        flip: Whether an image's embedding is the mean of its own and its mirror image's.
+        dtype: What matrices are multiplied in.
+
+    Attributes:
+        width: Of the wider tower.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: DualEncoder, towers: Towers, *, flip: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.towers, self.width = towers, model.width
+        self._tokenize, self._flip, self._dtype = model.preprocess.tokenize, flip, dtype
+        # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
+        self.register_buffer("pixel_mean", _per_channel(model.mean) * (1.0 / model.rescale))
+        self.register_buffer("pixel_std", _per_channel(model.std) * (1.0 / model.rescale))
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are computed."""
+        return self.pixel_mean.device
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, *, check: Check = no_check) -> tuple[Tensor, Tensor]:
+        """Embed N images and their M captions, int64 ``[N, L]`` or ``[N, K, L]``: float32 ``[N, D]`` and ``[M, D]``."""
+        if not len(pixel_values):
+            return torch.empty(0, 0, device=self.device), torch.empty(0, 0, device=self.device)
+        images = self.encode_image(pixel_values, check=check)
+        return images, self.encode_text(captions_of(input_ids), check=check)
+
+    @abstractmethod
+    def encode_image(self, pixel_values: Tensor, *, check: Check = no_check) -> Tensor:
+        """uint8 ``[N, 3, H, W]`` -> L2-normalised float32 ``[N, D]``.
+
+        With ``flip``, the mean of the normalised embeddings of the image and its mirror image, of length at most one.
+        """
+
+    @abstractmethod
+    def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
+        """int64 ``[N, L]`` -> L2-normalised float32 ``[N, D]``."""
+
+    @torch.inference_mode()
+    def _encode(self, batches: Iterable[Tensor], features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
+        is_low = self._dtype != torch.float32
+        # Nothing to cache: the weights are in low precision already.
+        autocast = torch.autocast(self.device.type, self._dtype, enabled=is_low, cache_enabled=False)
+        embeds = []
+        with autocast, onednn_linear(self.device, self.width):
+            for batch in batches:
+                check()
+                embeds.append(features(batch))
+            return torch.cat(embeds)
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        pixels = (pixel_values - self.pixel_mean) / self.pixel_std
+        features = functional.normalize(self.towers.image_features(pixels).float(), dim=-1)
+        if not self._flip:
+            return features
+        mirrored = functional.normalize(self.towers.image_features(pixels.flip(-1)).float(), dim=-1)
+        # The dot product with this mean is the mean of both cosines, so it must not be normalised again.
+        return (features + mirrored) / 2
+
+    def _text_features(self, input_ids: Tensor) -> Tensor:
+        return functional.normalize(self.towers.text_features(input_ids).float(), dim=-1)
+
+
+class ExactEncoder(Encoder):
+    """Embeds in float32, in batches of fixed shapes.
+
+    Kernels are chosen by shape. So the embedding of a sample does not depend on which samples, or how many, it is
+    encoded with.
+
+    Args:
+        model: Its towers are used, and on a CPU may be rewritten.
+        device: Where it will be.
+        flip: See :class:`Encoder`.
+
+    Attributes:
+        batch_rows: Rows that are computed together.
+    """
+
+    def __init__(self, model: DualEncoder, device: torch.device, *, flip: bool) -> None:
+        super().__init__(model, model.towers, flip=flip)
+        is_wide_on_cpu = device.type == "cpu" and model.width >= NARROW
+        self.batch_rows = _EXACT_ROWS if is_wide_on_cpu else _MOST_EXACT_ROWS
+        if is_wide_on_cpu:
+            optimize_layers(self.towers)
+
+    def encode_image(self, pixel_values: Tensor, *, check: Check = no_check) -> Tensor:
+        """See :class:`Encoder`."""
+        return self._in_fixed_batches(pixel_values, self._image_features, check)
+
+    def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
+        """See :class:`Encoder`."""
+        tokenize = self._tokenize
+        used = tokenize.used_lengths(input_ids)
+        lengths = torch.maximum(used, (used + (-used % _EXACT_TOKENS)).clamp(max=tokenize.max_length))
+        groups = [(lengths == length).nonzero()[:, 0] for length in sorted(set(lengths.tolist()))]
+        embeds = [
+            self._in_fixed_batches(tokenize.fit(input_ids[group], int(lengths[group[0]])), self._text_features, check)
+            for group in groups
+        ]
+        return torch.cat(embeds)[to_device(torch.cat(groups).argsort(), self.device)]
+
+    def _in_fixed_batches(self, rows: Tensor, features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
+        num_rows = len(rows)
+        if missing := -num_rows % _EXACT_ROWS:
+            rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+        return self._encode(to_device(rows, self.device).split(self.batch_rows), features, check)[:num_rows]
+
+
+class FastEncoder(Encoder):
+    """Embeds in low precision, in as little time as possible.
+
+    Equal captions are encoded once, and captions together with others of their length.
+
+    Args:
+        model: Its towers are copied.
+        device: Where it will be.
+        flip: See :class:`Encoder`.
+        precision: What matrices are multiplied in.
+        compiled: Whether to compile the towers.
+    """
+
+    def __init__(
+        self, model: DualEncoder, device: torch.device, *, flip: bool, precision: Precision, compiled: bool
+    ) -> None:
+        towers = copy.deepcopy(model.towers)
+        optimize_layers(towers)
+        to_low_precision(towers, DTYPES[precision])
+        is_packed = device.type == "cpu" and pack_text_tower(towers)
+        if compiled:
+            # With as many threads as the calling thread has, and not as the one had that it was compiled in.
+            towers.compile(with_text=not is_packed, dynamic=True, options={"cpp.dynamic_threads": True})
+        super().__init__(model, towers, flip=flip, dtype=DTYPES[precision])
+        self._num_captions = _PACKED_CAPTIONS if is_packed else _FAST_CAPTIONS.get(device.type, 256)
+
+    def encode_image(self, pixel_values: Tensor, *, check: Check = no_check) -> Tensor:
+        """See :class:`Encoder`."""
+        pixel_values = to_device(pixel_values, self.device)
+        batches = pixel_values.split(_FAST_IMAGES.get(self.device.type, len(pixel_values)))
+        return self._encode(batches, self._image_features, check)
+
+    def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
+        """See :class:`Encoder`."""
+        distinct, inverse = torch.unique(input_ids, dim=0, return_inverse=True)
+        lengths = self._tokenize.used_lengths(distinct)
+        order = lengths.argsort()
+        batches = (
+            to_device(distinct[group, : int(lengths[group[-1]])], self.device)
+            for group in order.split(self._num_captions)
+        )
+        embeds = self._encode(batches, self._text_features, check)
+        return embeds[to_device(order.argsort()[inverse], self.device)]
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
