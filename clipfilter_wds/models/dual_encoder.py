@@ -4,6 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,31 @@ from clipfilter_wds.preprocess.clip import ClipPreprocess
 
 class ModelError(ValueError):
     """A model that can't be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: What the user called it, for messages.
+        place: A hub id, or a folder.
+        revision: Branch, tag or commit of a hub model.
+    """
+
+    name: str
+    place: str | Path
+    revision: str | None = None
+
+    def error(self, error: Exception, *, folder: str = "a local folder") -> ModelError:
+        """What to tell the user when loading failed; ``folder`` is what can be given in place of a hub id."""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(self.place, Path):
+            return ModelError(f"can't load {self.name!r}: {reason}")
+        return ModelError(
+            f"can't load {self.name!r} from the Hugging Face hub: {reason} Check the name and the connection; where "
+            f"there is none, give {folder} (made elsewhere with `hf download {self.place} --local-dir FOLDER`)"
+        )
 
 
 class Towers(nn.Module):

@@ -1,4 +1,4 @@
-"""Dual encoders of ``transformers``: CLIP, and what differs in its relatives."""
+"""Loads dual encoders of ``transformers``: CLIP and its relatives."""
 
 import json
 import operator
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, Towers
+from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Encoder, PythonEncoder, RustEncoder, last_places
@@ -30,11 +30,11 @@ _EXAMPLE = "openai/clip-vit-base-patch32"
 
 @dataclass(frozen=True)
 class _Family:
-    """What differs in the text tower; images are prepared as each checkpoint's own processor says.
+    """What differs in the text tower; images are prepared as each checkpoint's own image processor says.
 
     Attributes:
-        masks: Padding is hidden by an attention mask. (CLIP hides it by a causal one.)
-        pads_to_max: Padding is not hidden, so every caption has the length that the tower was trained on.
+        masks: Whether padding is hidden by an attention mask. (CLIP hides it by the causal mask.)
+        pads_to_max: Whether padding is seen, so that every caption needs the length that the tower was trained on.
         reserved: Positions that no token of a caption can have.
     """
 
@@ -43,7 +43,7 @@ class _Family:
     reserved: int = 0
 
 
-#: By ``model_type``. SigLIP 2 of fixed resolution is a ``siglip``.
+#: By ``model_type``, which of a SigLIP 2 of fixed resolution is ``siglip``.
 _FAMILIES = {
     "clip": _Family(),
     "altclip": _Family(masks=True, reserved=2),  # RoBERTa counts from after its padding token
@@ -57,7 +57,7 @@ class HuggingFaceTowers(Towers):
 
     Args:
         model: Has ``get_image_features`` and ``get_text_features``.
-        pad_id: Padding behind the captions, to be hidden by an attention mask; None where there is no need.
+        pad_id: The token behind captions that an attention mask must hide; None where none must be hidden.
     """
 
     def __init__(self, model: nn.Module, *, pad_id: int | None) -> None:
@@ -79,32 +79,31 @@ class HuggingFaceTowers(Towers):
         return features
 
 
-def load_hugging_face(name: str, source: str | Path, revision: str | None) -> DualEncoder:
+def load_hugging_face(source: ModelSource) -> DualEncoder:
     """Load a model from the hub or a folder.
-
-    Args:
-        name: What the user called it, for messages.
-        source: A hub id, or a folder.
-        revision: Branch, tag or commit of a hub model.
 
     Raises:
         ModelError: When there is none, it is no dual encoder, has no safetensors weights, or the hub can't be reached.
     """
-    if isinstance(source, Path):
-        _check_folder(source)
-    at: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    name, place = source.name, source.place
+    if isinstance(place, Path):
+        _check_folder(place)
+    at: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, **at)
+        config = AutoConfig.from_pretrained(place, **at)
         family = _family_of(name, config)
         model, info = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **at
+            place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **at
         )
-        processor = AutoImageProcessor.from_pretrained(source, **at)
-        tokenizer = AutoTokenizer.from_pretrained(source, **at)
+        processor = AutoImageProcessor.from_pretrained(place, **at)
+        tokenizer = AutoTokenizer.from_pretrained(place, **at)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(_explain(name, source, error)) from error
+        if "sentencepiece" in str(error).lower():
+            needed = f"the tokenizer of {name!r} needs sentencepiece: pip install 'clipfilter-wds[siglip]'"
+            raise ModelError(needed) from error
+        raise source.error(error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ModelError(
             f"{name!r} lacks {len(info['missing_keys'])} of the weights that its config.json asks for "
@@ -134,7 +133,7 @@ def _family_of(name: str, config: PreTrainedConfig) -> _Family:
 
 
 def _view_of(name: str, processor: BaseImageProcessor) -> ImageView:
-    """How the checkpoint's own processor prepares images."""
+    """How the checkpoint's own image processor prepares images."""
     settings = processor.to_dict()
     size = settings["size"]
     exact = (size["height"], size["width"]) if "height" in size else None
@@ -168,7 +167,7 @@ def _captions_of(
 
 
 class _IdsOf:
-    """Caption -> token ids, by a tokenizer that is written in Python."""
+    """Caption -> token ids, by a tokenizer written in Python."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -196,15 +195,3 @@ def _check_folder(folder: Path) -> None:
             f"{str(folder)!r} holds no *.safetensors weights. Pickled weights (pytorch_model.bin) can run any code and "
             "are never loaded; save them again with model.save_pretrained(folder), which writes safetensors"
         )
-
-
-def _explain(name: str, source: str | Path, error: Exception) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if "sentencepiece" in str(error).lower():
-        return f"the tokenizer of {name!r} needs sentencepiece: pip install 'clipfilter-wds[siglip]'"
-    if isinstance(source, Path):
-        return f"can't load {name!r}: {first_line}"
-    return (
-        f"can't load {name!r} from the Hugging Face hub: {first_line} Check the name and the connection; where "
-        f"there is none, give a local folder (made elsewhere with `hf download {name} --local-dir FOLDER`)"
-    )

@@ -1,4 +1,4 @@
-"""Dual encoders of open_clip, as LAION, DataComp and DFN publish them."""
+"""Loads dual encoders of open_clip, as LAION, DataComp and DFN publish them."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, Towers
+from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, PythonEncoder
@@ -33,22 +33,18 @@ class OpenClipTowers(Towers):
         return features
 
 
-def load_open_clip(name: str, source: str | Path, revision: str | None) -> DualEncoder:
+def load_open_clip(source: ModelSource) -> DualEncoder:
     """Load a model from the hub or a folder, in either case with ``open_clip_config.json`` and safetensors.
-
-    Args:
-        name: What the user called it, for messages.
-        source: A hub id, or a folder.
-        revision: Branch, tag or commit of a hub model.
 
     Raises:
         ModelError: When it is not there, has no safetensors weights, or prepares images in a way of its own.
     """
+    name = source.name
     try:
         import open_clip
     except ImportError as error:
         raise ModelError(f"{name!r} needs open_clip: pip install 'clipfilter-wds[open_clip]'") from error
-    folder = source if isinstance(source, Path) else _download(name, source, revision)
+    folder = source.place if isinstance(source.place, Path) else _download(source, source.place)
     _check_folder(name, folder)
     where = f"local-dir:{folder}"
     try:
@@ -69,19 +65,15 @@ def load_open_clip(name: str, source: str | Path, revision: str | None) -> DualE
     )
 
 
-def _download(name: str, hub_id: str, revision: str | None) -> Path:
+def _download(source: ModelSource, hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = [_CONFIG, *_WEIGHTS, "*token*", "vocab*", "merges.txt", "*.model"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, revision=source.revision, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"can't load {name!r} from the Hugging Face hub: {first_line} Check the name and the connection; where "
-            f"there is none, give open_clip:FOLDER (made with `hf download {hub_id} --local-dir FOLDER`)"
-        ) from error
+        raise source.error(error, folder="open_clip:FOLDER") from error
 
 
 def _check_folder(name: str, folder: Path) -> None:
