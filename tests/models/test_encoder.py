@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from clipfilter_wds.models.cosine import captions_of, cosines, num_captions
+from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.preprocess.tokens import NO_CAPTION
+from tests.support.toys import encoded, make_clip, photo
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def scorer(request, tmp_path_factory):
+    folder = make_clip(tmp_path_factory.mktemp("model"), image_size=64, patch_size=16, width=256, seed=3)
+    return ClipScorer(folder, device="cpu", precision=request.param)
+
+
+@pytest.fixture(scope="module")
+def inputs(scorer):
+    pairs = [scorer.preprocess.open_pair(encoded(photo(seed)), "word " * (1 + 5 * seed)) for seed in range(11)]
+    pixel_values, tokens = scorer.preprocess.collate(pairs)
+    return pixel_values, tokens.input_ids
+
+
+def encoders(scorer):
+    return {scorer.exact, scorer.fast}
+
+
+def test_in_float32_the_fast_encoder_is_the_exact_one(scorer):
+    assert (scorer.fast is scorer.exact) == (scorer.precision == "fp32")
+
+
+def test_both_encoders_give_unit_float32_embeddings_and_their_cosines_are_the_scores(scorer, inputs):
+    for encoder in encoders(scorer):
+        images, captions = encoder(*inputs)
+        for embeds in (images, captions):
+            assert embeds.dtype == torch.float32
+            torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(len(embeds)))
+        assert torch.equal(images, encoder.encode_image(inputs[0]))
+        assert torch.equal(captions, encoder.encode_text(inputs[1]))
+        scores = scorer(*inputs, exact=encoder is scorer.exact)
+        assert torch.equal(cosines(images, captions, inputs[1], "max"), scores)
+
+
+def test_autocast_around_a_scorer_changes_no_bit(scorer, inputs):
+    fast, exact = scorer(*inputs), scorer(*inputs, exact=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scorer(*inputs), fast)
+        assert torch.equal(scorer(*inputs, exact=True), exact)
+
+
+@pytest.mark.parametrize("name", ["exact", "fast"])
+def test_encoding_can_be_ended_before_every_batch(scorer, inputs, name):
+    pixel_values, input_ids = (part.repeat(20, *[1] * (part.ndim - 1)) for part in inputs)
+    input_ids[:, 1] = torch.arange(len(input_ids))  # since equal captions are encoded once
+    encoder = getattr(scorer, name)
+    for encode, rows in ((encoder.encode_image, pixel_values), (encoder.encode_text, input_ids)):
+        checks = []
+        encode(rows, check=lambda checks=checks: checks.append(None))
+        assert len(checks) > 3
+        results = iter([None, None])
+        with pytest.raises(StopIteration):
+            encode(rows, check=lambda results=results: next(results))
+
+
+def test_several_captions_of_an_image_are_reduced():
+    generator = np.random.default_rng(0)
+    images, captions = (torch.from_numpy(generator.normal(size=(rows, 8))).float() for rows in (3, 4))
+    input_ids = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [NO_CAPTION] * 2], [[7, 8], [NO_CAPTION] * 2]])
+    assert captions_of(input_ids).tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert num_captions(input_ids) == [2, 1, 1]
+    products = images @ captions.T
+    for reduce, of_first in (("max", torch.amax), ("mean", torch.mean), ("min", torch.amin)):
+        expected = torch.stack([of_first(products[0, :2], 0), products[1, 2], products[2, 3]])
+        torch.testing.assert_close(cosines(images, captions, input_ids, reduce), expected)
