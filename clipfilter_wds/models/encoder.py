@@ -40,7 +40,7 @@ Check = Callable[[], None]
 
 
 def no_check() -> None:
-    """Let the work go on to its end."""
+    """Let the work run to its end."""
 
 
 class Encoder(nn.Module):

@@ -24,6 +24,8 @@ def test_a_scorer_takes_its_options(clip_folder):
 def test_an_unknown_option_or_value_is_refused(clip_folder):
     with pytest.raises(TypeError, match="precison"):
         ClipScorer(clip_folder, precison="bf16")
+    with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
+        ScorerConfig(precision="int8")
     with pytest.raises(ValueError, match="use max, mean or min"):
         ScorerConfig(reduce="median")
     with pytest.raises(ValueError, match="leave compile out"):

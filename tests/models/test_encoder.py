@@ -1,10 +1,8 @@
-import numpy as np
 import pytest
 import torch
 
-from clipfilter_wds.models.cosine import captions_of, cosines, num_captions
+from clipfilter_wds.models.cosine import cosines
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.preprocess.tokens import NO_CAPTION
 from tests.support.toys import encoded, make_clip, photo
 
 
@@ -60,15 +58,3 @@ def test_encoding_can_be_ended_before_every_batch(scorer, inputs, name):
         results = iter([None, None])
         with pytest.raises(StopIteration):
             encode(rows, check=lambda results=results: next(results))
-
-
-def test_several_captions_of_an_image_are_reduced():
-    generator = np.random.default_rng(0)
-    images, captions = (torch.from_numpy(generator.normal(size=(rows, 8))).float() for rows in (3, 4))
-    input_ids = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [NO_CAPTION] * 2], [[7, 8], [NO_CAPTION] * 2]])
-    assert captions_of(input_ids).tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
-    assert num_captions(input_ids) == [2, 1, 1]
-    products = images @ captions.T
-    for reduce, of_first in (("max", torch.amax), ("mean", torch.mean), ("min", torch.amin)):
-        expected = torch.stack([of_first(products[0, :2], 0), products[1, 2], products[2, 3]])
-        torch.testing.assert_close(cosines(images, captions, input_ids, reduce), expected)
