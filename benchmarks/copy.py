@@ -16,7 +16,7 @@ from benchmarks.report import Report
 from benchmarks.rounds import Spread, ratios
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import SampleRow
 
 #: 5.4 GB: more than a system leaves lying in memory for the disk, so that cp has to write as well.
@@ -77,13 +77,17 @@ def _write(shards: Path, scores: Path) -> int:
             for key in keys:
                 record = {"key": key, "uid": rng.bytes(16).hex(), "url": "u" * 100, "exif": "e" * 300}
                 tar.write({"__key__": key, "jpg": rng.bytes(_IMAGE_BYTES), "json": record, "txt": "c" * 80})
+        metadata = ScoreMetadata(
+            shard=str(path),
+            num_bytes=path.stat().st_size,
+            num_samples=len(keys),
+            torn=False,
+            fingerprint={"model": "none", "precision": "fp32"},
+        )
         table = ShardScores.from_rows(
             [SampleRow(key, index) for index, key in enumerate(keys)],
             rng.permutation(np.linspace(0, 1, len(keys), dtype=np.float32)),
-            source=str(path),
-            num_bytes=path.stat().st_size,
-            torn=False,
-            fingerprint={"model": "none", "precision": "fp32"},
+            metadata,
         )
         with (scores / f"{shard:05d}.parquet").open("wb") as file:
             table.write(file)

@@ -49,7 +49,7 @@ class Rewrite(_Use):
             )
             tally = process_shards(config, self._scorer)
             kept = _kept_keys(Path(folder, "_scores"), self._threshold)
-            return Outcome(tally.counts.seen, kept, num_rechecked=tally.rechecked)
+            return Outcome(tally.counts.seen, kept, num_rechecked=tally.stats.rechecked)
 
 
 def _kept_keys(folder: Path, threshold: float) -> frozenset[str]:

@@ -1,39 +1,76 @@
 """Commits an output shard: the tar, then the mark that says what it holds."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.tar_writer import TarWriter
 from clipfilter_wds.storage.paths import AnyPath, num_bytes_of
 from clipfilter_wds.storage.publish import publish, publish_json
-from clipfilter_wds.types import DropReason, FilterStats, ShardError, StoredMember
+from clipfilter_wds.types import ShardError, StoredMember
 
 Record = dict[str, Any]
+T = TypeVar("T")
+Answer = TypeVar("Answer")
+
+#: Requests to the storage at a time: each takes a few round trips, and a run may have a million files.
+_NUM_REQUESTS = 32
+_NUM_AHEAD = 10_000
+
+#: What to do about an output that is there and is not of this run.
+CURE = "choose another folder"
 
 
-class Marked(Protocol):
-    """The outcome of one shard, which is committed once; what is committed is never done again. Picklable."""
+class Task(Protocol):
+    """Makes one output, once: what is committed is not made again. Picklable."""
 
     @property
     def url(self) -> str:
-        """The shard."""
+        """The shard; or how the output is called when it fails."""
 
     @property
     def mark(self) -> AnyPath:
-        """The file that is there when the outcome is."""
+        """The file that appears last, when the output is whole."""
 
-    def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """What an earlier run committed for this shard, None if that is nothing or the shard has changed since.
+    def committed(self) -> ShardStats | None:
+        """What an earlier run has committed, None when that is nothing or the shard has changed since.
 
         Raises:
             ValueError: When the earlier run had another model, other settings or another shard of this name.
             ShardError: When the shard can't be reached.
         """
+
+
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+def ask_storage(ask: Callable[[T], Answer], items: Sequence[T]) -> Iterator[tuple[T, Answer]]:
+    """Each item with the answer, in order; many are asked about at a time."""
+    with ThreadPoolExecutor(_NUM_REQUESTS, thread_name_prefix="clipfilter-storage") as pool:
+        for start in range(0, len(items), _NUM_AHEAD):
+            some = items[start : start + _NUM_AHEAD]
+            yield from zip(some, pool.map(ask, some), strict=True)
+
+
+def read_marks(tasks: Sequence[AnyTask]) -> Iterator[tuple[AnyTask, ShardStats | ShardError | None]]:
+    """Each task with what was committed, None when that is nothing, or why its shard can't be reached.
+
+    Raises:
+        ValueError: As ``Task.committed``.
+    """
+
+    def read(task: AnyTask) -> ShardStats | ShardError | None:
+        try:
+            return task.committed()
+        except ShardError as error:
+            return error
+
+    return ask_storage(read, tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +91,7 @@ class OutputFiles:
         return self.folder / f"{self.name}_stats.json"
 
     def read_mark(self, settings: Mapping[str, Any], fingerprint: Fingerprint) -> Record | None:
-        """What an earlier run of the same settings has committed, None if that is nothing whole.
+        """What an earlier run of the same settings has committed, None when that is nothing whole.
 
         Raises:
             ValueError: When it had other settings.
@@ -62,42 +99,47 @@ class OutputFiles:
         if not self.mark.is_file():
             return None
         record = read_record(self.mark)
-        in_the_way = f"{str(self.mark)!r} is in the way: it"
-        check_fingerprint(record["fingerprint"], fingerprint, in_the_way)
-        check_fingerprint({name: record.get(name) for name in settings}, settings, in_the_way)
+        check_fingerprint(record["fingerprint"], fingerprint, repr(str(self.mark)), CURE)
+        check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(self.mark)), CURE)
         if num_bytes_of(self.tar) != (record["tar_bytes"] if record["kept"] else None):
             self.forget()
             return None
         return record
 
+    def stats_of(self, record: Record, **planned: Any) -> ShardStats | None:
+        """What a mark counts that says what is planned. Another one is deleted, so that the output is made anew."""
+        if {name: record[name] for name in planned} == planned:
+            return ShardStats.from_record(record)
+        self.forget()
+        return None
+
     def forget(self) -> None:
-        """Make nothing of what was committed; the files are done anew."""
+        """Have the output made anew."""
         self.mark.unlink(missing_ok=True)  # the mark goes first: there is nothing whole that it could stand for
 
     def remove(self) -> None:
-        """Delete both."""
+        """Delete both files."""
         self.forget()
         self.tar.unlink(missing_ok=True)
 
     def commit(self, members: Iterable[StoredMember], stats: ShardStats, record: Record) -> None:
         """Write the tar and the mark; when this returns, they are on disk and whole."""
-        if not stats.counts.kept:
+        num_kept = stats.counts.kept
+        if not num_kept:
             self.tar.unlink(missing_ok=True)
-        digest, tar_bytes = self._write_tar(members) if stats.counts.kept else (None, 0)
-        counted = {
+        digest, tar_bytes = self._write_tar(members) if num_kept else (None, 0)
+        counted = stats.to_record()
+        content = {
             "shard": f"{self.name}.tar",
-            "seen": stats.counts.seen,
-            "kept": stats.counts.kept,
-            "successes": stats.counts.kept,  # what img2dataset calls the samples in a tar
-            "dropped": dict(stats.counts.dropped),
-            "torn": stats.torn,
-            "truncated_captions": stats.truncated_captions,
-            "band": stats.band,
-            "rechecked": stats.rechecked,
-            "in_band": stats.in_band,
-            "renamed_keys": stats.renamed,
+            "seen": counted.pop("seen"),
+            "kept": counted.pop("kept"),
+            "successes": num_kept,  # what img2dataset calls the samples in a tar
+            **counted,
+            **record,
+            "sha256": digest,
+            "tar_bytes": tar_bytes,
         }
-        publish_json(self.mark, {**counted, **record, "sha256": digest, "tar_bytes": tar_bytes})
+        publish_json(self.mark, content)
 
     def _write_tar(self, members: Iterable[StoredMember]) -> tuple[str, int]:
         with publish(self.tar) as file:
@@ -107,18 +149,14 @@ class OutputFiles:
             return tar.finish(), file.tell()
 
 
-def stats_of(record: Record) -> ShardStats:
-    """What a mark counts."""
-    dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
-    return ShardStats(
-        counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
-        torn=record["torn"],
-        truncated_captions=record["truncated_captions"],
-        band=record["band"],
-        rechecked=record["rechecked"],
-        in_band=record["in_band"],
-        renamed=record["renamed_keys"],
-    )
+def check_source(path: AnyPath, found: str, url: str) -> None:
+    """Refuse an output that was made from another shard.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if found != public_url(url):
+        raise ValueError(f"{str(path)!r} was made from {found!r}, not from {public_url(url)!r}; {CURE}")
 
 
 def read_record(path: AnyPath) -> Record:
@@ -129,48 +167,16 @@ def read_record(path: AnyPath) -> Record:
     """
     record: Record = json.loads(path.read_bytes())
     if "fingerprint" not in record:
-        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose an output folder of its own")
+        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; {CURE}")
     return record
 
 
 def write_sizes(folder: AnyPath) -> None:
     """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    with ThreadPoolExecutor(max_workers=32, thread_name_prefix="clipfilter-marks") as pool:  # it may be a million
-        sizes = dict(pool.map(_size_of, folder.rglob("*_stats.json")))
+    sizes = dict(size for _, size in ask_storage(_size_of, [*folder.rglob("*_stats.json")]))
     publish_json(folder / "sizes.json", {shard: sizes[shard] for shard in sorted(sizes) if sizes[shard]})
 
 
 def _size_of(mark: AnyPath) -> tuple[str, int]:
     record = read_record(mark)
     return record["shard"], record["kept"]
-
-
-#: Marks that are read at once: each takes a storage a few round trips, and a run may have a million.
-_NUM_READERS = 32
-
-
-_NUM_AHEAD = 10_000
-
-
-AnyOutput = TypeVar("AnyOutput", bound=Marked)
-
-
-def read_marks(
-    outputs: Sequence[AnyOutput], fingerprint: Fingerprint
-) -> Iterator[tuple[AnyOutput, ShardStats | ShardError | None]]:
-    """Per shard, in order: what was committed for it, None if nothing was, or why it can't be reached.
-
-    Raises:
-        ValueError: As ``Marked.committed``.
-    """
-
-    def read(output: AnyOutput) -> ShardStats | ShardError | None:
-        try:
-            return output.committed(fingerprint)
-        except ShardError as error:
-            return error
-
-    with ThreadPoolExecutor(max_workers=_NUM_READERS, thread_name_prefix="clipfilter-marks") as pool:
-        for start in range(0, len(outputs), _NUM_AHEAD):
-            some = outputs[start : start + _NUM_AHEAD]
-            yield from zip(some, pool.map(read, some), strict=True)

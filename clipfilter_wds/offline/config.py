@@ -72,6 +72,11 @@ class ScoreConfig:
         return any_path(self.output)
 
     @property
+    def table_folder(self) -> AnyPath:
+        """Where score tables are written."""
+        return self.folder
+
+    @property
     def layout(self) -> SampleLayout:
         """Where image and caption are."""
         return SampleLayout(caption=self.caption)
@@ -115,6 +120,11 @@ class RewriteConfig(ScoreConfig):
         is_default = self.threshold is None and self.keep_fraction is None and subset is None
         threshold = DEFAULT_THRESHOLD if is_default else self.threshold
         return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset)
+
+    @property
+    def table_folder(self) -> AnyPath:
+        """Where score tables are written."""
+        return self.folder / "_scores"
 
     @property
     def needs_all_scores(self) -> bool:

@@ -1,163 +1,127 @@
-"""What becomes of a shard: a score table, or the kept samples and a commit mark. Picklable, one per shard."""
+"""Copies the kept samples of a shard to a tar, as they are stored."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 
-from clipfilter_wds.offline.commit import Marked, OutputFiles, stats_of
+from clipfilter_wds.offline.commit import OutputFiles, check_source
+from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.tally import ShardStats
-from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cutoff
-from clipfilter_wds.scores.selection import Choice, select
+from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import ShardScores, read_scores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.open import open_shard, shard_num_bytes
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.storage.publish import publish
 from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError
 
 
-class Output(Marked, Protocol):
-    """What is made of a shard as soon as it is scored."""
-
-    def commit(self, scores: ShardScores) -> ShardStats:
-        """Write the outcome of the shard; when this returns, it is on disk and whole.
-
-        Raises:
-            ShardError: When the shard can't be read again or has changed.
-        """
-
-
-class CopyTask(Marked, Protocol):
-    """What is made of shards that have been scored before."""
-
-    def __call__(self) -> ShardStats:
-        """Write it; when this returns, it is on disk and whole.
-
-        Raises:
-            ShardError: When a shard can't be read, or is not the one that was scored.
-        """
-
-
 @dataclass(frozen=True, kw_only=True)
-class TableOutput:
-    """The score table of a shard, which is its own commit mark."""
+class CopyOptions:
+    """What all output shards of a run have in common. Picklable.
 
-    url: str
-    table: AnyPath
+    Attributes:
+        choice: What is kept.
+        layout: Where image and caption are.
+        fingerprint: What the scores depend on beside the shards.
+        samples_per_shard: How many samples an output shard holds; None when each input shard has its own.
+    """
+
+    choice: Choice
+    layout: SampleLayout
+    fingerprint: Fingerprint
+    samples_per_shard: int | None
+
+    @classmethod
+    def of(cls, config: RewriteConfig, fingerprint: Fingerprint) -> Self:
+        """What a run copies, from scores that depend on what the fingerprint says."""
+        return cls(
+            choice=config.choice,
+            layout=config.layout,
+            fingerprint=fingerprint,
+            samples_per_shard=config.samples_per_shard,
+        )
 
     @property
-    def mark(self) -> AnyPath:
-        """The table."""
-        return self.table
-
-    def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """See :class:`Marked`."""
-        if not self.table.is_file():
-            return None
-        scores = ShardScores.read(self.table)
-        check_fingerprint(scores.fingerprint, fingerprint, f"{str(self.table)!r} is in the way: it")
-        _check_source(self.table, scores.source, self.url)
-        return _score_stats(scores) if scores.num_bytes == shard_num_bytes(self.url) else None
-
-    def commit(self, scores: ShardScores) -> ShardStats:
-        """See :class:`Output`."""
-        with publish(self.table) as file:
-            scores.write(file)
-        return _score_stats(scores)
-
-
-def _score_stats(scores: ShardScores) -> ShardStats:
-    return shard_stats(select(scores, threshold=None).stats, scores)
-
-
-def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> ShardStats:
-    """The counts, and what the score table says beside them."""
-    return ShardStats(
-        counts=counts,
-        torn=scores.torn,
-        truncated_captions=scores.num_truncated,
-        band=scores.band,
-        rechecked=scores.num_rechecked,
-        in_band=in_band,
-    )
+    def settings(self) -> dict[str, Any]:
+        """What a commit mark says of them."""
+        return {**self.choice.settings, "samples_per_shard": self.samples_per_shard}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyOutput:
-    """A tar with the kept samples of a shard, as they were.
+class CopyTask:
+    """Makes a tar of the kept samples of a shard that has been scored.
 
     Attributes:
         url: The shard.
-        files: Where they go.
-        table: Where the shard's score table is, or goes when it is scored in this run; None when there is none.
-        choice: What is kept.
-        cutoff: What that means for this shard, when the choice needed all scores.
-        layout: Where image and caption are.
+        table: Its score table; None when there is none.
+        cutoff: What the choice keeps of this shard, when that took the scores of all.
+        files: Where the samples go.
+        options: What is kept.
     """
 
     url: str
-    files: OutputFiles
     table: AnyPath | None
-    choice: Choice
     cutoff: Cutoff | None
-    layout: SampleLayout
+    files: OutputFiles
+    options: CopyOptions
 
     @property
     def mark(self) -> AnyPath:
-        """``NAME_stats.json``."""
+        """See ``Task``."""
         return self.files.mark
 
-    def __call__(self) -> ShardStats:
-        """See :class:`CopyTask`."""
-        if self.table is None:
-            raise ShardError("there is no score table of it; score it first")
-        scores = read_scores(self.table, self.url)
-        return self._copy(scores, self.choice.num_in_band(scores, self.cutoff))
-
-    def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """See :class:`Marked`."""
-        record = self.files.read_mark(self._settings, fingerprint)
+    def committed(self) -> ShardStats | None:
+        """See ``Task``."""
+        record = self.files.read_mark(self.options.settings, self.options.fingerprint)
         if record is None:
             return None
-        _check_source(self.files.mark, record["source"], self.url)
-        if record["num_bytes"] != shard_num_bytes(self.url) or record["cutoff"] != _cutoff_record(self.cutoff):
-            self.files.forget()
-            return None
-        return stats_of(record)
+        check_source(self.files.mark, record["source"], self.url)
+        return self.files.stats_of(record, num_bytes=shard_num_bytes(self.url), cutoff=_cutoff_record(self.cutoff))
 
-    def commit(self, scores: ShardScores) -> ShardStats:
-        """See :class:`Output`. The score table is written first."""
-        assert self.table is not None
-        TableOutput(url=self.url, table=self.table).commit(scores)
-        return self._copy(scores)
+    def __call__(self) -> ShardStats:
+        """Copy; when this returns, the output is on disk and whole.
 
-    def _copy(self, scores: ShardScores, in_band: int = 0) -> ShardStats:
-        selection = self.choice.select(scores, self.cutoff)
-        stats = shard_stats(selection.stats, scores, in_band)
-        samples = read_kept(self.url, scores, selection.keep, self.layout)
+        Raises:
+            ShardError: When the shard can't be read, or is not the one that was scored.
+        """
+        if self.table is None:
+            raise ShardError("there is no score table of it; score it first")
+        scores, choice = read_scores(self.table, self.url), self.options.choice
+        selection = choice.select(scores, self.cutoff)
+        stats = shard_stats(selection.stats, scores, choice.num_in_band(scores, self.cutoff))
+        samples = read_kept(self.url, scores, selection.keep, self.options.layout)
         record = {
             "source": public_url(self.url),
-            "num_bytes": scores.num_bytes,
-            **self._settings,
+            "num_bytes": scores.metadata.num_bytes,
+            **self.options.settings,
             "cutoff": _cutoff_record(self.cutoff),
-            "fingerprint": dict(scores.fingerprint),
+            "fingerprint": dict(scores.metadata.fingerprint),
         }
         self.files.commit((member for sample in samples for member in sample.stored), stats, record)
         return stats
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {**self.choice.settings, "samples_per_shard": None}
 
 
 def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:
     if cutoff is None:
         return None
     return [cutoff.score if np.isfinite(cutoff.score) else None, cutoff.num_ties]  # JSON has no infinity
+
+
+def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> ShardStats:
+    """The counts, and what the shard's score table says beside them."""
+    return ShardStats(
+        counts=counts,
+        torn=scores.metadata.torn,
+        truncated_captions=scores.num_truncated,
+        band=scores.metadata.band,
+        rechecked=scores.metadata.rechecked,
+        in_band=in_band,
+    )
 
 
 def read_kept(
@@ -170,7 +134,8 @@ def read_kept(
         scores: Its scores.
         keep: bool ``[num_samples]``.
         layout: Where image and caption are.
-        to_end: See also that nothing else is behind the last of them; else the rest is not read.
+        to_end: Read the shard to its end, and check that it ends where the scores do; else stop behind the last of
+            these samples.
 
     Raises:
         ShardError: When the shard can't be read, or is not the one that was scored.
@@ -183,7 +148,7 @@ def read_kept(
             if isinstance(item, ShardEnd):
                 if item.num_samples != len(keep):
                     raise ShardError(f"it holds {item.num_samples} samples, and {len(keep)} were scored")
-                if item.torn != scores.torn:
+                if item.torn != scores.metadata.torn:
                     raise ShardError("it changed between scoring and writing")
             elif item.problem is not None or item.key != keys[item.index]:
                 raise ShardError(f"its sample {item.index} is {item.key!r}, and {keys[item.index]!r} was scored")
@@ -191,8 +156,3 @@ def read_kept(
                 yield item
                 if item.index == last:
                     return
-
-
-def _check_source(path: AnyPath, found: str, url: str) -> None:
-    if found != public_url(url):
-        raise ValueError(f"{str(path)!r} is in the way: it was made from {found!r}, not from {public_url(url)!r}")

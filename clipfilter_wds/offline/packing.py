@@ -1,20 +1,19 @@
-"""Kept samples of many shards -> output shards of equal size."""
+"""Packs the kept samples of many shards into output shards of equal size."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clipfilter_wds.offline.commit import OutputFiles, read_record, stats_of
-from clipfilter_wds.offline.copying import CopyTask, read_kept, shard_stats
+from clipfilter_wds.offline.commit import CURE, OutputFiles, read_record
+from clipfilter_wds.offline.copying import CopyOptions, CopyTask, read_kept, shard_stats
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.fraction import Cutoff
-from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import read_scores
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.shards.samples import SampleLayout, with_suffix
+from clipfilter_wds.shards.samples import with_suffix
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import FilterStats, Sample, ShardError, StoredMember
+from clipfilter_wds.types import Sample, ShardError, StoredMember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,79 +48,63 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedOutput:
-    """A tar of kept samples from consecutive shards, in their order.
+class PackTask:
+    """Makes a tar of kept samples of consecutive shards that have been scored, in their order.
 
     It accounts for all samples of its sources, so that what all outputs have seen is what all shards hold.
 
     Attributes:
-        files: Where they go.
-        sources: Where they come from.
+        sources: Where the samples come from.
         suffixes: By place in the output, what is put behind keys that came before in the run.
-        choice: What is kept.
-        samples_per_shard: How many an output holds; only the last one holds fewer.
-        layout: Where image and caption are.
+        files: Where the samples go.
+        options: What is kept.
     """
 
-    files: OutputFiles
     sources: tuple[Source, ...]
     suffixes: Mapping[int, str]
-    choice: Choice
-    samples_per_shard: int
-    layout: SampleLayout
+    files: OutputFiles
+    options: CopyOptions
 
     @property
     def url(self) -> str:
-        """What it is called when it fails."""
+        """See ``Task``."""
         return str(self.files.tar)
 
     @property
     def mark(self) -> AnyPath:
-        """What says that it is done."""
+        """See ``Task``."""
         return self.files.mark
 
-    def committed(self, fingerprint: Fingerprint) -> ShardStats | None:
-        """See ``Marked``. Made to another plan, it is made anew."""
-        record = self.files.read_mark(self._settings, fingerprint)
-        if record is None:
-            return None
-        if record["sources"] != self._sources or record["suffixes"] != self._suffixes:
-            self.files.forget()
-            return None
-        return stats_of(record)
+    def committed(self) -> ShardStats | None:
+        """See ``Task``. What was made to another plan is made anew."""
+        record = self.files.read_mark(self.options.settings, self.options.fingerprint)
+        return None if record is None else self.files.stats_of(record, **self._plan)
 
     def __call__(self) -> ShardStats:
-        """See ``CopyTask``. Each source is read once, no further than needed."""
+        """Copy; when this returns, the output is on disk and whole. Each source is read once, no further than needed.
+
+        Raises:
+            ShardError: When a source can't be read, or is not the one that was scored.
+        """
         stats, fingerprint = self._count()
-        record = {
-            **self._settings,
-            "sources": self._sources,
-            "suffixes": self._suffixes,
-            "fingerprint": dict(fingerprint),
-        }
+        record = {**self.options.settings, **self._plan, "fingerprint": dict(fingerprint)}
         self.files.commit(self._members(), stats, record)
         return stats
 
     def _count(self) -> tuple[ShardStats, Fingerprint]:
         """Samples are counted where they are; what is known of a whole shard, in the output that holds its end."""
-        counts, ends, fingerprint = FilterStats(), [], {}
+        stats, choice = ShardStats(renamed=len(self.suffixes)), self.options.choice
+        fingerprint = self.options.fingerprint
         for source in self.sources:
             scores = read_scores(source.table, source.url)
-            found = self.choice.select(scores, source.cutoff).stats_between(source.start, source.stop)
+            found = choice.select(scores, source.cutoff).stats_between(source.start, source.stop)
             if found.kept != source.num_kept:
                 raise ShardError(f"{str(source.table)!r} has changed since the run was planned; start it again")
-            counts, fingerprint = counts + found, dict(scores.fingerprint)
             if source.to_end:
-                ends.append(shard_stats(found, scores, self.choice.num_in_band(scores, source.cutoff)))
-        stats = ShardStats(
-            counts=counts,
-            torn=sum(end.torn for end in ends),
-            truncated_captions=sum(end.truncated_captions for end in ends),
-            band=max((end.band for end in ends), default=0.0),
-            rechecked=sum(end.rechecked for end in ends),
-            in_band=sum(end.in_band for end in ends),
-            renamed=len(self.suffixes),
-        )
+                stats += shard_stats(found, scores, choice.num_in_band(scores, source.cutoff))
+            else:
+                stats += ShardStats(counts=found)
+            fingerprint = scores.metadata.fingerprint
         return stats, fingerprint
 
     def _members(self) -> Iterator[StoredMember]:
@@ -134,24 +117,24 @@ class PackedOutput:
             if not source.num_kept:
                 continue
             scores = read_scores(source.table, source.url)
-            keep = self.choice.select(scores, source.cutoff).keep
+            keep = self.options.choice.select(scores, source.cutoff).keep
             keep[: source.start] = keep[source.stop :] = False
             try:
-                yield from read_kept(source.url, scores, keep, self.layout, to_end=source.to_end)
+                yield from read_kept(source.url, scores, keep, self.options.layout, to_end=source.to_end)
             except ShardError as error:
                 raise ShardError(f"{public_url(source.url)}: {error}") from error
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {**self.choice.settings, "samples_per_shard": self.samples_per_shard}
+    def _plan(self) -> dict[str, Any]:
+        """What the commit mark says of it."""
+        return {
+            "sources": [source.record for source in self.sources],
+            "suffixes": {str(place): suffix for place, suffix in self.suffixes.items()},
+        }
 
-    @property
-    def _sources(self) -> list[dict[str, Any]]:
-        return [source.record for source in self.sources]
 
-    @property
-    def _suffixes(self) -> dict[str, str]:
-        return {str(place): suffix for place, suffix in self.suffixes.items()}
+#: Makes an output shard of shards that have been scored.
+AnyCopyTask = CopyTask | PackTask
 
 
 def check_covered(outputs: Iterable[Iterable[Source]], counts: Mapping[str, tuple[int, int]]) -> None:
@@ -169,7 +152,7 @@ def check_covered(outputs: Iterable[Iterable[Source]], counts: Mapping[str, tupl
         stop, num_kept = taken[source.url]
         if source.start != stop or source.stop < stop:
             raise ValueError(
-                f"the plan loses samples or takes them twice: of {public_url(source.url)!r} it goes on with samples "
+                f"the plan loses samples or takes them twice: of {public_url(source.url)!r} it takes samples "
                 f"{source.start} to {source.stop} behind the first {stop}"
             )
         taken[source.url] = (source.stop, num_kept + source.num_kept)
@@ -181,17 +164,17 @@ def check_covered(outputs: Iterable[Iterable[Source]], counts: Mapping[str, tupl
             )
 
 
-def left_over(folder: AnyPath, outputs: Iterable[CopyTask], samples_per_shard: int) -> list[OutputFiles]:
-    """What an earlier plan has packed beyond these outputs.
+def left_over(folder: AnyPath, tasks: Iterable[PackTask], samples_per_shard: int) -> list[OutputFiles]:
+    """What an earlier plan has packed beyond these tasks.
 
     Raises:
         ValueError: When the folder holds shards that were not packed, or to another size.
     """
-    planned, beyond = {output.url for output in outputs}, []
+    planned, beyond = {str(task.files.tar) for task in tasks}, []
     for mark in folder.rglob("*_stats.json"):
         record = read_record(mark)
         found = {"samples_per_shard": record.get("samples_per_shard")}
-        check_fingerprint(found, {"samples_per_shard": samples_per_shard}, f"{str(mark)!r} is in the way: it")
+        check_fingerprint(found, {"samples_per_shard": samples_per_shard}, repr(str(mark)), CURE)
         files = OutputFiles(folder=folder, name=record["shard"].removesuffix(".tar"))
         if str(files.tar) not in planned:
             beyond.append(files)

@@ -1,42 +1,89 @@
-"""Score tables -> what each output shard is made of, where that takes all of them."""
+"""Plans a run: which shards are scored, and what each output shard is made of."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import compress, pairwise
 
 import numpy as np
 
-from clipfilter_wds.offline.commit import OutputFiles
+from clipfilter_wds.offline.commit import OutputFiles, ask_storage
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
-from clipfilter_wds.offline.copying import CopyOutput, CopyTask, TableOutput
+from clipfilter_wds.offline.copying import CopyOptions, CopyTask
 from clipfilter_wds.offline.duplicate_keys import find_suffixes
-from clipfilter_wds.offline.packing import PackedOutput, Source, check_covered
+from clipfilter_wds.offline.packing import AnyCopyTask, PackTask, Source, check_covered, left_over
+from clipfilter_wds.offline.scoring import ScoreTask
+from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cutoff, find_cutoffs
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import ShardScores, check_table
+from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import ShardError
 
-#: Storage is asked for the sizes of this many shards at a time.
-_ASKED_AT_ONCE = 16
+
+def plan_scoring(config: ScoreConfig, fingerprint: Fingerprint, rechecked_at: float | None) -> list[ScoreTask]:
+    """A task per shard. It is copied right after it is scored where that takes no other shard's scores."""
+    tasks = []
+    for url, name in config.names.items():
+        table, copy = config.table_folder / f"{name}.parquet", None
+        if isinstance(config, RewriteConfig) and not config.needs_all_scores:
+            copy = _copy_task(config, CopyOptions.of(config, fingerprint), url, table)
+        tasks.append(ScoreTask(url=url, table=table, fingerprint=fingerprint, rechecked_at=rechecked_at, copy=copy))
+    return tasks
 
 
-def table_outputs(config: ScoreConfig) -> list[TableOutput]:
-    """Where the scores of each shard go."""
-    folder = config.folder / "_scores" if isinstance(config, RewriteConfig) else config.folder
-    return [TableOutput(url=url, table=folder / f"{name}.parquet") for url, name in config.names.items()]
+@dataclass(frozen=True, kw_only=True)
+class CopyPlan:
+    """What is copied of shards that have been scored. The same tables give the same plan, on every rank.
+
+    Attributes:
+        tasks: One per output shard.
+        failed: Shards that can't be copied from, and why.
+        superseded: Outputs of an earlier plan, which are deleted when those of this one are there.
+    """
+
+    tasks: Sequence[AnyCopyTask]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    superseded: Sequence[OutputFiles] = ()
 
 
-def copy_output(config: RewriteConfig, url: str, table: AnyPath | None, cutoff: Cutoff | None = None) -> CopyOutput:
-    """Where the kept samples of a shard go that has this table."""
+def plan_copying(config: RewriteConfig, fingerprint: Fingerprint, tables: Mapping[str, AnyPath | None]) -> CopyPlan:
+    """Plan from the score tables of the shards.
+
+    Args:
+        config: What is kept.
+        fingerprint: What the scores depend on beside the shards.
+        tables: Per shard, its score table; None when there is none.
+
+    Raises:
+        ValueError: When the output folder holds what was made to another kind of plan.
+    """
+    options = CopyOptions.of(config, fingerprint)
+    if not config.needs_all_scores:
+        return CopyPlan(tasks=[_copy_task(config, options, url, table) for url, table in tables.items()])
+    whole, failed = _check_tables(config.choice, tables)
+    cutoffs = _cutoffs_of(config.choice, whole)
+    if config.samples_per_shard is None:
+        shards = zip(whole.items(), cutoffs, strict=True)
+        tasks = [_copy_task(config, options, url, table, cutoff) for (url, table), cutoff in shards]
+        return CopyPlan(tasks=tasks, failed=failed)
+    packed = _plan_packing(config, options, whole, cutoffs)
+    superseded = left_over(config.folder, packed, config.samples_per_shard)
+    return CopyPlan(tasks=packed, failed=failed, superseded=superseded)
+
+
+def _copy_task(
+    config: RewriteConfig, options: CopyOptions, url: str, table: AnyPath | None, cutoff: Cutoff | None = None
+) -> CopyTask:
     files = OutputFiles(folder=config.folder, name=config.names[url])
-    return CopyOutput(url=url, files=files, table=table, choice=config.choice, cutoff=cutoff, layout=config.layout)
+    return CopyTask(url=url, table=table, cutoff=cutoff, files=files, options=options)
 
 
-def check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple[dict[str, AnyPath], dict[str, str]]:
-    """The shards, by URL, that are the ones that were scored and can be chosen from, and why the others can't."""
+def _check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple[dict[str, AnyPath], dict[str, str]]:
+    """The shards that are the ones that were scored and can be chosen from, and why the others can't."""
 
-    def check(url: str, table: AnyPath | None) -> str | None:
+    def check(shard: tuple[str, AnyPath | None]) -> str | None:
+        url, table = shard
         if table is None:
             return "there is no score table of it; score it first"
         try:
@@ -47,13 +94,16 @@ def check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple[
             return str(error)
         return None
 
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        problems = dict(zip(tables, pool.map(check, tables, tables.values()), strict=True))
-    whole = {url: table for url, table in tables.items() if table is not None and problems[url] is None}
-    return whole, {url: problem for url, problem in problems.items() if problem is not None}
+    whole, failed = {}, {}
+    for (url, table), problem in ask_storage(check, [*tables.items()]):
+        if problem is not None:
+            failed[public_url(url)] = problem
+        elif table is not None:
+            whole[url] = table
+    return whole, failed
 
 
-def cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> list[Cutoff | None]:
+def _cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> list[Cutoff | None]:
     """Per shard, the cutoff that the choice comes to. Holds one table at a time."""
     if choice.keep_fraction is None:
         return [None] * len(tables)
@@ -64,52 +114,39 @@ def cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> list[Cutoff | N
     return list(find_cutoffs(read, choice.keep_fraction))
 
 
-def plan_outputs(config: RewriteConfig, tables: Mapping[str, AnyPath]) -> Sequence[CopyTask]:
-    """What the run writes. The same tables give the same plan, whoever makes it."""
-    cutoffs = cutoffs_of(config.choice, tables)
-    if config.samples_per_shard is None:
-        return [
-            copy_output(config, url, table, cutoff)
-            for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True)
-        ]
-    return _plan_packing(config, config.samples_per_shard, tables, cutoffs)
-
-
 def _plan_packing(
-    config: RewriteConfig, samples_per_shard: int, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
-) -> list[PackedOutput]:
+    config: RewriteConfig, options: CopyOptions, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
+) -> list[PackTask]:
     def read_keys() -> Iterator[list[str]]:
         for table, cutoff in zip(tables.values(), cutoffs, strict=True):
             scores = ShardScores.read(table)
             yield list(compress(scores.keys, config.choice.select(scores, cutoff).keep))
 
     suffixes = find_suffixes(read_keys)
-    outputs, start = [], 0
-    for number, sources in enumerate(_pack(config.choice, samples_per_shard, tables, cutoffs)):
+    tasks, start = [], 0
+    for number, sources in enumerate(_pack(config, tables, cutoffs)):
         stop = start + sum(source.num_kept for source in sources)
-        output = PackedOutput(
-            files=OutputFiles(folder=config.folder, name=f"{number:05d}"),
+        task = PackTask(
             sources=tuple(sources),
             suffixes=suffixes.between(start, stop),
-            choice=config.choice,
-            samples_per_shard=samples_per_shard,
-            layout=config.layout,
+            files=OutputFiles(folder=config.folder, name=f"{number:05d}"),
+            options=options,
         )
-        outputs.append(output)
+        tasks.append(task)
         start = stop
-    return outputs
+    return tasks
 
 
-def _pack(
-    choice: Choice, samples_per_shard: int, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
-) -> list[list[Source]]:
+def _pack(config: RewriteConfig, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]) -> list[list[Source]]:
     """Per output, where its samples come from. An output ends behind its last kept sample, the last one at the end."""
+    samples_per_shard = config.samples_per_shard
+    assert samples_per_shard is not None
     outputs: list[list[Source]] = [[]]
     counts = {}
     room = samples_per_shard
     for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True):
         scores = ShardScores.read(table)
-        kept = np.flatnonzero(choice.select(scores, cutoff).keep)
+        kept = np.flatnonzero(config.choice.select(scores, cutoff).keep)
         num_samples = scores.table.num_rows
         counts[url] = (num_samples, len(kept))
         stops = [*(kept[room - 1 :: samples_per_shard] + 1).tolist(), num_samples]
@@ -119,7 +156,7 @@ def _pack(
                 source = Source(
                     url=url,
                     table=table,
-                    num_bytes=scores.num_bytes,
+                    num_bytes=scores.metadata.num_bytes,
                     cutoff=cutoff,
                     start=start,
                     stop=stop,

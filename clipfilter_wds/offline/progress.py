@@ -1,4 +1,4 @@
-"""What a run shows while it works, and when it is done."""
+"""Shows how a run over shards goes, and how it went."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from transformers.utils import logging
 from clipfilter_wds.console import plain, share
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
-from clipfilter_wds.offline.engines.local import Engine
+from clipfilter_wds.offline.engines.engine import Engine
 from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.offline.tally import Tally
+from clipfilter_wds.offline.tally import OnProgress, Phase, Tally
 from clipfilter_wds.world import World
 
 #: Seconds between two lines when nobody watches a bar.
@@ -51,7 +51,7 @@ def run_with_progress(
 
 
 @contextmanager
-def show_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
+def show_progress(console: Console) -> Iterator[OnProgress]:
     """A function that shows a tally: as a bar on a terminal, as a line now and then elsewhere."""
     if console.is_terminal:
         with _bar(console) as update:
@@ -61,7 +61,7 @@ def show_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Callable[[Tally], None]]:
+def _bar(console: Console) -> Iterator[OnProgress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -83,7 +83,7 @@ def _bar(console: Console) -> Iterator[Callable[[Tally], None]]:
         yield update
 
 
-def _lines(console: Console) -> Callable[[Tally], None]:
+def _lines(console: Console) -> OnProgress:
     next_at = time.monotonic() + _LINE_SECONDS
 
     def update(tally: Tally) -> None:
@@ -113,7 +113,7 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_column(justify="right", style="dim")
-    counts = tally.counts
+    counts, stats = tally.counts, tally.stats
     table.add_row("seen", f"{counts.seen:,}", "")
     table.add_row(
         "[bold]scored[/]" if scored_only else "[bold]kept[/]", f"{counts.kept:,}", share(counts.kept, counts.seen)
@@ -123,18 +123,18 @@ def print_summary(console: Console, tally: Tally, *, scored_only: bool) -> None:
     table.add_row("shards", f"{tally.done:,}", f"of {tally.num_shards:,}")
     if tally.resumed:
         table.add_row("  done by an earlier run", f"{tally.resumed:,}", "")
-    if tally.torn:
-        table.add_row("  torn (cut or damaged)", f"{tally.torn:,}", "")
-    if tally.truncated_captions:
+    if stats.torn:
+        table.add_row("  torn (cut or damaged)", f"{stats.torn:,}", "")
+    if stats.truncated_captions:
         table.add_row(
-            "captions truncated", f"{tally.truncated_captions:,}", share(tally.truncated_captions, counts.seen)
+            "captions truncated", f"{stats.truncated_captions:,}", share(stats.truncated_captions, counts.seen)
         )
-    if tally.renamed:
-        table.add_row("keys with a suffix", f"{tally.renamed:,}", share(tally.renamed, counts.kept))
-    if tally.band and tally.phase == "copying":
-        table.add_row("within the error band", f"{tally.in_band:,}", f"of {tally.band:.2g} around the threshold")
-    if tally.rechecked:
-        table.add_row("rechecked in float32", f"{tally.rechecked:,}", share(tally.rechecked, counts.seen))
+    if stats.renamed:
+        table.add_row("keys with a suffix", f"{stats.renamed:,}", share(stats.renamed, counts.kept))
+    if stats.band and tally.phase is Phase.COPYING:
+        table.add_row("within the error band", f"{stats.in_band:,}", f"of {stats.band:.2g} around the threshold")
+    if stats.rechecked:
+        table.add_row("rechecked in float32", f"{stats.rechecked:,}", share(stats.rechecked, counts.seen))
     table.add_row("time", str(timedelta(seconds=round(tally.seconds))), f"{tally.samples_per_second:,.0f} samples/s")
     console.print(table)
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:

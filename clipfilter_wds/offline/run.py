@@ -1,19 +1,19 @@
-"""The run: which shards are left to do, have them done, sum up."""
+"""Runs a config over its shards: does what is left to do, and sums up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
 
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.commit import Marked, OutputFiles, read_marks, write_sizes
+from clipfilter_wds.offline.commit import AnyTask, ask_storage, read_marks, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
-from clipfilter_wds.offline.copying import CopyTask, Output
-from clipfilter_wds.offline.engines.local import Engine, LocalEngine, OnProgress
+from clipfilter_wds.offline.engines.engine import Engine, Outcomes
+from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT, Ranks
-from clipfilter_wds.offline.packing import left_over
-from clipfilter_wds.offline.plan import check_tables, copy_output, plan_outputs, table_outputs
-from clipfilter_wds.offline.scoring import ScoringOptions
-from clipfilter_wds.offline.tally import Tally
+from clipfilter_wds.offline.packing import AnyCopyTask
+from clipfilter_wds.offline.plan import plan_copying, plan_scoring
+from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions
+from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import public_url
@@ -21,8 +21,6 @@ from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish_json, remove_leftovers
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.world import World
-
-AnyOutput = TypeVar("AnyOutput", bound=Marked)
 
 
 def process_shards(
@@ -33,7 +31,7 @@ def process_shards(
     rank_timeout: float = DEFAULT_RANK_TIMEOUT,
     on_progress: OnProgress = lambda tally: None,
 ) -> Tally:
-    """Score the shards and write their outcome, going on where an earlier run of the same settings stopped.
+    """Score shards and write what comes of them. Resumes an earlier run of the same settings.
 
     Args:
         config: A :class:`ScoreConfig` for score tables, a ``RewriteConfig`` for shards of the kept samples as well.
@@ -52,22 +50,50 @@ def process_shards(
     """
     world = world or World()
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
-    ranks = Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress)
-    table = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
+    scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
     options = ScoringOptions.of(config)
-    fingerprint = engine.fingerprint(options) if table is None else table.fingerprint
-    run = _Run(engine=engine, ranks=ranks, options=options, fingerprint=fingerprint, on_progress=on_progress)
+    run = _Run(
+        engine=engine,
+        ranks=Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress),
+        options=options,
+        fingerprint=engine.fingerprint(options) if scores is None else scores.fingerprint,
+        on_progress=on_progress,
+    )
     remove_leftovers(config.folder)
-    if isinstance(config, RewriteConfig) and (table is not None or config.needs_all_scores):
-        tally = _score_then_copy(config, run, table)
+    if isinstance(config, RewriteConfig) and scores is not None:
+        tally = _copy(config, run, {url: scores.path(url) for url in config.urls})
     else:
-        outputs: Sequence[Output] = table_outputs(config)
-        if isinstance(config, RewriteConfig):
-            outputs = [copy_output(config, output.url, output.table) for output in table_outputs(config)]
-        tally = ranks.run(outputs, fingerprint, run.score)
+        tally = _score(config, run)
     remove_leftovers(config.folder)  # of actors and ranks that died on the way
     if world.rank == 0:
-        _write_summary(config, tally, fingerprint)
+        _write_summary(config, tally, run.fingerprint)
+    return tally
+
+
+def _score(config: ScoreConfig, run: "_Run") -> Tally:
+    """Score, and copy: each shard as soon as it is scored, or all when there are all scores."""
+    tasks = plan_scoring(config, run.fingerprint, run.options.rechecked_at(run.fingerprint))
+    if not isinstance(config, RewriteConfig) or not config.needs_all_scores:
+        return run.ranks.run(tasks, run.score)
+    scored = run.ranks.run_together(tasks, run.score)
+    tables = {task.url: task.table for task in tasks if public_url(task.url) not in scored.failed}
+    tally = _copy(config, run, tables)
+    tally.num_shards += len(scored.failed)
+    tally.num_scored = scored.num_scored
+    tally.failed = scored.failed | tally.failed
+    tally.started = scored.started
+    return tally
+
+
+def _copy(config: RewriteConfig, run: "_Run", tables: Mapping[str, AnyPath | None]) -> Tally:
+    """Copy what is kept of shards that have been scored."""
+    plan = plan_copying(config, run.fingerprint, tables)
+    tally = run.ranks.run(plan.tasks, run.copy)
+    if run.ranks.world.rank == 0:
+        for files in plan.superseded:
+            files.remove()
+    tally.num_shards += len(plan.failed)
+    tally.failed = {**plan.failed, **tally.failed}
     return tally
 
 
@@ -78,40 +104,9 @@ def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) 
     publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **made_by})
 
 
-def _score_then_copy(config: RewriteConfig, run: "_Run", table: ScoreFolder | None) -> Tally:
-    """Copy when there are all scores: from ``table``, or made in a first pass."""
-    tables: dict[str, AnyPath | None]
-    if table is None:
-        scored = run.ranks.run_together(table_outputs(config), run.score)
-        tables = {
-            output.url: output.table for output in table_outputs(config) if public_url(output.url) not in scored.failed
-        }
-    else:
-        scored = Tally(num_shards=0)
-        tables = {url: table.path(url) for url in config.urls}
-    if not config.needs_all_scores:
-        outputs: Sequence[CopyTask] = [copy_output(config, url, path) for url, path in tables.items()]
-        others: Sequence[OutputFiles] = []
-    else:
-        whole, failed = check_tables(config.choice, tables)
-        scored.failed |= {public_url(url): why for url, why in failed.items()}
-        outputs = plan_outputs(config, whole)
-        size = config.samples_per_shard
-        others = [] if size is None else left_over(config.folder, outputs, size)
-    tally = run.ranks.run(outputs, run.fingerprint, run.copy)
-    if run.ranks.world.rank == 0:
-        for files in others:
-            files.remove()
-    tally.num_shards += len(scored.failed)
-    tally.num_scored = scored.num_scored
-    tally.failed = scored.failed | tally.failed
-    tally.started = min(tally.started, scored.started)
-    return tally
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What does the shards of a run, and how."""
+    """Does the tasks of a run that are left, by an engine."""
 
     engine: Engine
     ranks: Ranks
@@ -119,34 +114,51 @@ class _Run:
     fingerprint: Fingerprint
     on_progress: OnProgress
 
-    def score(self, outputs: Sequence[Output]) -> Tally:
-        """Score the shards that are left; the outcome of each is written when it is scored."""
-        tally = Tally(num_shards=len(outputs))
-        left = not_committed(outputs, self.fingerprint, tally)
-        self.on_progress(tally)
-        if left:
-            self.engine.score(left, self.options, tally, self.on_progress)
+    def score(self, tasks: Sequence[ScoreTask]) -> Tally:
+        """Score shards, and copy those whose tasks say so."""
+        tally = Tally(num_shards=len(tasks))
+        left = self._not_committed(tasks, tally)
+        scored_before = {task.url: copy for task, copy in ask_storage(ScoreTask.copy_left, left) if copy is not None}
+
+        def on_scored(num_samples: int) -> None:
+            tally.num_scored += num_samples
+            self.on_progress(tally)
+
+        if to_score := [task for task in left if task.url not in scored_before]:
+            self._settle(self.engine.score(to_score, self.options, on_scored), tally)
+        self._copy([*scored_before.values()], tally)
         return tally
 
-    def copy(self, outputs: Sequence[CopyTask]) -> Tally:
-        """Copy what is kept of the shards that are left, which have been scored."""
-        tally = Tally(num_shards=len(outputs), phase="copying")
-        left = not_committed(outputs, self.fingerprint, tally)
-        self.on_progress(tally)
-        if left:
-            self.engine.copy(left, self.options.num_workers, tally, self.on_progress)
+    def copy(self, tasks: Sequence[AnyCopyTask]) -> Tally:
+        """Copy what is kept of shards that have been scored."""
+        tally = Tally(num_shards=len(tasks), phase=Phase.COPYING)
+        self._copy(self._not_committed(tasks, tally), tally)
         return tally
 
+    def _copy(self, tasks: Sequence[AnyCopyTask], tally: Tally) -> None:
+        if tasks:
+            self._settle(self.engine.copy(tasks, self.options.num_workers), tally, copied=True)
 
-def not_committed(outputs: Sequence[AnyOutput], fingerprint: Fingerprint, tally: Tally) -> list[AnyOutput]:
-    """The outputs that are left to do. The others are counted."""
-    left = []
-    for output, stats in read_marks(outputs, fingerprint):
-        if isinstance(stats, ShardError):
-            tally.fail(output.url, str(stats))
-        elif stats is None:
-            left.append(output)
-        else:
-            tally.resumed += 1
-            tally.add(stats)
-    return left
+    def _settle(self, outcomes: Outcomes, tally: Tally, *, copied: bool = False) -> None:
+        with closing(outcomes):  # now, and not when the traceback of an interrupt is let go of
+            for url, outcome in outcomes:
+                if isinstance(outcome, ShardStats):
+                    tally.add(outcome)
+                    tally.num_copied += outcome.counts.seen if copied else 0
+                else:
+                    tally.fail(url, str(outcome))
+                self.on_progress(tally)
+
+    def _not_committed(self, tasks: Sequence[AnyTask], tally: Tally) -> list[AnyTask]:
+        """The tasks that are left to do. The others are counted."""
+        left = []
+        for task, stats in read_marks(tasks):
+            if isinstance(stats, ShardError):
+                tally.fail(task.url, str(stats))
+            elif stats is None:
+                left.append(task)
+            else:
+                tally.resumed += 1
+                tally.add(stats)
+        self.on_progress(tally)
+        return left

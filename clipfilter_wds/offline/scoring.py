@@ -1,4 +1,4 @@
-"""Shards -> their scores. Everything that it takes is passed in, so that it can be done anywhere."""
+"""Scores shards. Everything that takes is passed in, so that any process can do it."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,15 +11,21 @@ import numpy as np
 from clipfilter_wds.models.recheck import NUM_MEASURED, BatchScores, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
+from clipfilter_wds.offline.commit import CURE, check_source
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
-from clipfilter_wds.scores.fingerprint import Fingerprint
-from clipfilter_wds.scores.selection import Choice
+from clipfilter_wds.offline.copying import CopyTask, shard_stats
+from clipfilter_wds.offline.tally import ShardStats
+from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.split import ShardPart
-from clipfilter_wds.types import SampleRow, ShardEnd
+from clipfilter_wds.storage.paths import AnyPath
+from clipfilter_wds.storage.publish import publish
+from clipfilter_wds.types import SampleRow, ShardEnd, ShardError
 from clipfilter_wds.workers.cpus import default_num_workers
 
 #: Blocks that are looked through for usable samples to measure the error of the scores on.
@@ -33,12 +39,12 @@ class ScoringOptions:
     Attributes:
         layout: Where image and caption are.
         batch_size: Samples per forward pass.
-        num_workers: Processes that decode; None chooses by device and number of processors.
+        num_workers: Processes that decode; None chooses by device and number of CPUs.
         threshold: Scores near it are computed in float32.
-        worker_timeout: Seconds that one sample may take to decode; 0 is for ever.
+        worker_timeout: Seconds that one sample may take to decode; 0 for no limit.
         subset: Decode and score only the samples that are listed.
         measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
-            all who do shards of the run, now or when it goes on, so that all compute the same bits.
+            every process that scores shards of the run, and when it is resumed, so that all compute the same bits.
     """
 
     layout: SampleLayout
@@ -70,6 +76,78 @@ class ScoringOptions:
             **self.layout.fingerprint,
             **({} if self.subset is None else {"subset": self.subset.digest}),
         }
+
+    def rechecked_at(self, fingerprint: Fingerprint) -> float | None:
+        """What score tables say of the threshold, None when their scores are in float32 all over."""
+        return None if fingerprint["precision"] == "fp32" else self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask:
+    """Makes the score table of a shard; then, where that is not for later, the tar of what is kept of it.
+
+    Attributes:
+        url: The shard.
+        table: Where its scores go.
+        fingerprint: What they depend on beside the shard.
+        rechecked_at: The threshold near which they are computed in float32.
+        copy: Copies what is kept; None where nothing is copied, or nothing before all shards are scored.
+    """
+
+    url: str
+    table: AnyPath
+    fingerprint: Fingerprint
+    rechecked_at: float | None
+    copy: CopyTask | None
+
+    @property
+    def mark(self) -> AnyPath:
+        """See ``Task``. A table is its own mark when nothing is copied."""
+        return self.table if self.copy is None else self.copy.mark
+
+    def committed(self) -> ShardStats | None:
+        """See ``Task``."""
+        if self.copy is not None:
+            return self.copy.committed()
+        scores = self._read_table()
+        return None if scores is None else _stats_of(scores)
+
+    def copy_left(self) -> CopyTask | None:
+        """The copy, when all that it takes is there: a run was killed between table and mark."""
+        try:
+            return None if self.copy is None or self._read_table() is None else self.copy
+        except (ValueError, ShardError):
+            return None  # written with other settings, or damaged: the shard is scored again, and the table replaced
+
+    def _read_table(self) -> ShardScores | None:
+        """The table that an earlier run has left, None when there is none that is like the one that this run makes.
+
+        Raises:
+            ValueError: When it was made with another model, other settings or from another shard.
+            ShardError: When the shard can't be reached.
+        """
+        if not self.table.is_file():
+            return None
+        scores = ShardScores.read(self.table)
+        found = scores.metadata
+        check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
+        check_source(self.table, found.shard, self.url)
+        is_alike = found.rechecked_at == self.rechecked_at and found.num_bytes == shard_num_bytes(self.url)
+        return scores if is_alike else None
+
+    def commit(self, scores: ShardScores) -> ShardStats:
+        """Write the table, and copy; when this returns, all is on disk and whole.
+
+        Raises:
+            ShardError: When the shard can't be read again or has changed.
+        """
+        with publish(self.table) as file:
+            scores.write(file)
+        return _stats_of(scores) if self.copy is None else self.copy()
+
+
+def _stats_of(scores: ShardScores) -> ShardStats:
+    return shard_stats(select(scores, threshold=None).stats, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +205,15 @@ def score_shards(
         pin_memory=scorer.device.type == "cuda",
     )
     with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
-        yield from collect_shards(blocks, recheck, options.fingerprint(scorer), on_batch)
+        fingerprint = options.fingerprint(scorer)
+        yield from collect_shards(blocks, recheck, fingerprint, options.rechecked_at(fingerprint), on_batch)
 
 
 def collect_shards(
     batches: Iterable[Block],
     recheck: Recheck,
     fingerprint: Fingerprint,
+    rechecked_at: float | None,
     on_batch: Callable[[int], None],
 ) -> Iterator[tuple[str, ShardScores] | FailedShard]:
     """Score batches and yield each shard with its URL when all its parts have ended.
@@ -144,6 +224,7 @@ def collect_shards(
         batches: From ``BlockDataset``, of any number of workers.
         recheck: Scores them.
         fingerprint: Goes into each table.
+        rechecked_at: Goes into each table.
         on_batch: Called with the number of samples of each batch.
     """
     pending: dict[str, _PendingShard] = {}
@@ -153,7 +234,7 @@ def collect_shards(
         on_batch(len(batch.rows))
         if shard.is_complete:
             del pending[batch.part.url]
-            yield shard.finish(fingerprint, recheck.band)
+            yield shard.finish(fingerprint, recheck.band, rechecked_at)
 
 
 @dataclass
@@ -176,7 +257,9 @@ class _PendingShard:
     def is_complete(self) -> bool:
         return len(self.ends) + len(self.errors) == self.part.num_parts
 
-    def finish(self, fingerprint: Fingerprint, band: float) -> tuple[str, ShardScores] | FailedShard:
+    def finish(
+        self, fingerprint: Fingerprint, band: float, rechecked_at: float | None
+    ) -> tuple[str, ShardScores] | FailedShard:
         url = self.part.url
         if self.errors:
             return FailedShard(url=url, why=self.errors[0])
@@ -185,13 +268,15 @@ class _PendingShard:
         end = self.ends[0]
         if len(self.rows) != end.num_samples:
             raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(self.rows)} arrived")
-        return url, ShardScores.from_rows(
-            self.rows,
-            np.concatenate([batch.scores for batch in self.scores]),
-            source=public_url(url),
+        metadata = ScoreMetadata(
+            shard=public_url(url),
             num_bytes=end.num_bytes,
+            num_samples=end.num_samples,
             torn=end.torn,
             fingerprint=fingerprint,
             band=band,
-            num_rechecked=sum(batch.num_rechecked for batch in self.scores),
+            rechecked=sum(batch.num_rechecked for batch in self.scores),
+            rechecked_at=rechecked_at,
         )
+        scores = np.concatenate([batch.scores for batch in self.scores])
+        return url, ShardScores.from_rows(self.rows, scores, metadata)

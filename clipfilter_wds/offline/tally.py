@@ -1,25 +1,85 @@
-"""How a run goes: the outcome of one shard, the running total, the summary."""
+"""Counts what became of the samples of a shard, and of a run."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, Self
 
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.types import FilterStats
+from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardStats:
-    """The outcome of one shard, or of the shards that end in a packed one; :class:`Tally` says what the numbers are."""
+    """What became of one shard, or of several together.
 
-    counts: FilterStats
-    torn: int
-    truncated_captions: int
-    band: float
-    rechecked: int
+    Attributes:
+        counts: The samples that were seen, kept and dropped.
+        torn: How many of the shards are damaged or cut.
+        truncated_captions: How many captions were longer than the text tower takes.
+        band: The widest error band of any shard's scores, 0.0 in float32.
+        rechecked: Samples that lay within the band of the threshold and were scored again in float32.
+        in_band: Samples whose score was made before, for no threshold or another one, and lies within the band of this
+            one: float32 might decide some of them otherwise.
+        renamed: Samples whose key got a suffix, since it came before in the output.
+    """
+
+    counts: FilterStats = field(default_factory=FilterStats)
+    torn: int = 0
+    truncated_captions: int = 0
+    band: float = 0.0
+    rechecked: int = 0
     in_band: int = 0
     renamed: int = 0
+
+    def __add__(self, other: "ShardStats") -> "ShardStats":
+        return ShardStats(
+            counts=self.counts + other.counts,
+            torn=self.torn + other.torn,
+            truncated_captions=self.truncated_captions + other.truncated_captions,
+            band=max(self.band, other.band),
+            rechecked=self.rechecked + other.rechecked,
+            in_band=self.in_band + other.in_band,
+            renamed=self.renamed + other.renamed,
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """As commit marks and summaries name it. JSON-ready."""
+        return {
+            "seen": self.counts.seen,
+            "kept": self.counts.kept,
+            "dropped": dict(self.counts.dropped),
+            "torn": self.torn,
+            "truncated_captions": self.truncated_captions,
+            "band": self.band,
+            "rechecked": self.rechecked,
+            "in_band": self.in_band,
+            "renamed_keys": self.renamed,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """What :meth:`to_record` made, also as a part of more."""
+        dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
+        return cls(
+            counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
+            torn=record["torn"],
+            truncated_captions=record["truncated_captions"],
+            band=record["band"],
+            rechecked=record["rechecked"],
+            in_band=record["in_band"],
+            renamed=record["renamed_keys"],
+        )
+
+
+class Phase(StrEnum):
+    """What a run is doing."""
+
+    SCORING = "scoring"
+    COPYING = "copying"
+    WAITING = "waiting for the other ranks"
 
 
 @dataclass(kw_only=True)
@@ -28,81 +88,66 @@ class Tally:
 
     Attributes:
         num_shards: How many the run has.
-        phase: What is being done to them: ``scoring``, or ``copying`` when they have been scored before.
+        phase: What is being done to them; ``COPYING`` when all of them have been scored before.
         done: Shards whose outcome is on disk, those of earlier runs included.
         resumed: How many of these an earlier run had committed.
         num_scored: Samples that this run has read and scored, those of unfinished shards included.
-        num_copied: Samples of the shards that this run has copied from, those that were not kept included.
-        counts: Of the shards that are done.
-        torn: How many of these are damaged or cut.
-        truncated_captions: How many of their captions were longer than the text tower takes.
-        band: The widest error band of any shard's scores, 0.0 in float32.
-        rechecked: Samples that lay within the band of the threshold and were scored again in float32.
-        in_band: Samples that were decided by scores made before, which lie within their band of the threshold: scored
-            in float32, some might be decided otherwise.
-        renamed: Samples whose key got a suffix, since it came before in the output.
+        num_copied: Samples of the shards that this run has copied from without scoring them, dropped ones included.
+        stats: Of the shards that are done.
         failed: Per shard that could not be used, why.
-        seconds: Time since the phase began.
+        started: When the run began, in seconds of ``time.perf_counter``.
     """
 
     num_shards: int
-    phase: str = "scoring"
+    phase: Phase = Phase.SCORING
     done: int = 0
     resumed: int = 0
     num_scored: int = 0
     num_copied: int = 0
-    counts: FilterStats = field(default_factory=FilterStats)
-    torn: int = 0
-    truncated_captions: int = 0
-    band: float = 0.0
-    rechecked: int = 0
-    in_band: int = 0
-    renamed: int = 0
+    stats: ShardStats = field(default_factory=ShardStats)
     failed: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
+    def counts(self) -> FilterStats:
+        """The samples of the shards that are done."""
+        return self.stats.counts
+
+    @property
     def seconds(self) -> float:
-        """Time since the phase began."""
+        """Time since the run began."""
         return time.perf_counter() - self.started
 
     @property
     def samples_per_second(self) -> float:
-        """Pace of the phase."""
+        """Pace of the run."""
         return (self.num_scored or self.num_copied) / max(self.seconds, 1e-9)
 
     def add(self, stats: ShardStats) -> None:
         """Count a shard as done."""
         self.done += 1
-        self.counts += stats.counts
-        self.torn += stats.torn
-        self.truncated_captions += stats.truncated_captions
-        self.band = max(self.band, stats.band)
-        self.rechecked += stats.rechecked
-        self.in_band += stats.in_band
-        self.renamed += stats.renamed
+        self.stats += stats
 
     def fail(self, url: str, why: str) -> None:
         """Count a shard as failed."""
         self.failed[public_url(url)] = why
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` tells of the run's course."""
+        """What ``summary.json`` says of the run's course."""
+        counted = self.stats.to_record()
         return {
-            "seen": self.counts.seen,
-            "kept": self.counts.kept,
-            "dropped": dict(self.counts.dropped),
+            **{name: counted.pop(name) for name in ("seen", "kept", "dropped")},
             "shards": self.num_shards,
             "failed_shards": self.failed,
-            "torn_shards": self.torn,
+            "torn_shards": counted.pop("torn"),
             "resumed_shards": self.resumed,
-            "truncated_captions": self.truncated_captions,
-            "band": self.band,
-            "rechecked": self.rechecked,
-            "in_band": self.in_band,
-            "renamed_keys": self.renamed,
+            **counted,
             "scored": self.num_scored,
             "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),
             "version": __version__,
         }
+
+
+#: Called with a run's tally whenever there is something new.
+OnProgress = Callable[[Tally], None]

@@ -121,6 +121,6 @@ def _count(findings: Findings, table: ShardScores, name: str, threshold: float) 
     findings.scores.add(scores[usable])
     findings.num_tokens += np.bincount(tokens, minlength=longest + 1)
     findings.truncated += table.num_truncated
-    findings.band = max(findings.band, table.band)
-    findings.rechecked += table.num_rechecked
-    findings.shards.append(ShardRate(name=name, seen=len(scores), kept=kept, torn=table.torn))
+    findings.band = max(findings.band, table.metadata.band)
+    findings.rechecked += table.metadata.rechecked
+    findings.shards.append(ShardRate(name=name, seen=len(scores), kept=kept, torn=table.metadata.torn))

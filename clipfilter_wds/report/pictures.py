@@ -73,7 +73,7 @@ def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> li
         scores, name = ShardScores.read(path), run.name(path)
         bare = {pick.index: _bare_card(pick, name, scores) for pick in group}
         if (url := shards.get(path)) is not None:
-            bare = _illustrate(bare, url, scores.fingerprint)
+            bare = _illustrate(bare, url, scores.metadata.fingerprint)
         elif urls:
             bare = _with_problem(bare, "its shard is not among those given")
         cards += bare.values()

@@ -7,8 +7,14 @@ from typing import Any
 Fingerprint = Mapping[str, Any]
 
 
-def check_fingerprint(found: Fingerprint, expected: Fingerprint, where: str) -> None:
+def check_fingerprint(found: Fingerprint, expected: Fingerprint, what: str, cure: str = "") -> None:
     """Refuse scores that were made in another way. The model's name may differ as long as its weights don't.
+
+    Args:
+        found: What the scores depend on.
+        expected: What they should depend on.
+        what: What holds the scores.
+        cure: What to do about it.
 
     Raises:
         ValueError: Naming the differing entries with both values.
@@ -20,7 +26,7 @@ def check_fingerprint(found: Fingerprint, expected: Fingerprint, where: str) -> 
         differences = "; ".join(
             f"{name} {_short(found.get(name))} there, {_short(expected.get(name))} here" for name in names
         )
-        raise ValueError(f"{where} was made with other settings ({differences})")
+        raise ValueError(f"{what} was written with other settings ({differences}){cure and f'; {cure}'}")
 
 
 def _short(value: object) -> str:

@@ -2,14 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
-from clipfilter_wds.scores.table import ShardScores, check_version, naming_file, read_scores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata, read_scores
 from clipfilter_wds.shards.names import public_url, shard_path
 from clipfilter_wds.types import ShardError
 
@@ -44,11 +41,12 @@ class ScoreFolder:
             name = path.relative_to(self.folder).with_suffix("").as_posix()
             if name.startswith(f"{PARTS_FOLDER}/"):
                 continue
-            fingerprint = fingerprint or metadata["fingerprint"]
-            in_the_way = f"{str(path)!r} does not go with the tables before it: it"
-            check_fingerprint(metadata["fingerprint"], fingerprint, in_the_way)
+            fingerprint = fingerprint or metadata.fingerprint
+            check_fingerprint(
+                metadata.fingerprint, fingerprint, f"{str(path)!r} does not go with the tables before it: it"
+            )
             self.paths.append(path)
-            self._add(name, metadata["shard"])
+            self._add(name, metadata.shard)
         if fingerprint is None:
             raise ValueError(
                 f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
@@ -93,17 +91,14 @@ class ScoreFolder:
         return max(names, key=lambda name: name.count("/"), default=None)
 
 
-def read_all_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Every table in a folder and below, in order of name, with what it says of itself (``shard``, ``fingerprint``).
+def read_all_metadata(folder: Path) -> Iterator[tuple[Path, ScoreMetadata]]:
+    """Every table in a folder and below, in order of name, with what it says of itself.
 
     Raises:
         ValueError: When a parquet file is no score table.
     """
     for path in sorted(folder.rglob("*.parquet")):
-        with naming_file(path):
-            metadata = check_version(pq.read_metadata(path).metadata)
-            checked = {"shard": metadata["shard"], "fingerprint": metadata["fingerprint"]}
-        yield path, checked
+        yield path, read_metadata(path)
 
 
 def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:

@@ -108,12 +108,13 @@ class Choice:
     def num_in_band(self, scores: "ShardScores", cutoff: Cutoff | None) -> int:
         """How many candidates of a shard score so near the threshold or cutoff that float32 might decide otherwise.
 
-        An upper bound: scores that were computed again in float32 are counted as well.
+        None where the scores were rechecked at this very threshold. At another limit this is an upper bound: scores
+        that were computed again in float32 count as well.
         """
-        limit = self.threshold if cutoff is None else cutoff.score
-        if scores.band == 0.0 or limit is None:
+        limit, band = self.threshold if cutoff is None else cutoff.score, scores.metadata.band
+        if band == 0.0 or limit is None or (cutoff is None and limit == scores.metadata.rechecked_at):
             return 0
-        return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= scores.band).sum())
+        return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= band).sum())
 
     def select(self, scores: "ShardScores", cutoff: Cutoff | None) -> Selection:
         """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""

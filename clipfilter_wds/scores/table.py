@@ -1,12 +1,12 @@
-"""Score tables: one parquet file per shard, with the fingerprint of what made the scores."""
+"""Reads and writes score tables: a parquet file per shard, with the fingerprint of what made the scores."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
-
 
 _SCHEMA = pa.schema(
     [
@@ -37,6 +36,47 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreMetadata:
+    """What a score table says of itself, under these names.
+
+    Attributes:
+        version: Of the format.
+        shard: The shard's URL, without credentials.
+        num_bytes: The shard's size as stored, -1 when unknown.
+        num_samples: Rows of the table.
+        torn: Whether the shard is damaged or cut.
+        fingerprint: What the scores depend on beside the shard.
+        band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
+        rechecked: How many samples have their caption in float32, and their image where that does not decide, since
+            their scores lay within the band of the run's threshold.
+        rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
+            none, or in float32.
+    """
+
+    version: int = _FORMAT_VERSION
+    shard: str
+    num_bytes: int
+    num_samples: int
+    torn: bool
+    fingerprint: Fingerprint
+    band: float = 0.0
+    rechecked: int = 0
+    rechecked_at: float | None = None
+
+    def to_schema(self) -> dict[bytes, str]:
+        """As a parquet schema holds it."""
+        return {_METADATA_KEY: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_schema(cls, metadata: Mapping[bytes, bytes] | None) -> Self:
+        """What :meth:`to_schema` made. Use it in a ``with _naming_file(path)`` block."""
+        found = json.loads((metadata or {})[_METADATA_KEY])
+        if found["version"] != _FORMAT_VERSION:
+            raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardScores:
     """The scores of one shard, a row per sample in the order of the shard.
@@ -44,43 +84,25 @@ class ShardScores:
     Attributes:
         table: Columns ``key``, ``index``, ``score`` (raw cosine; 0.0 where there is a reason), ``reason`` (a
             ``DropReason`` or null), ``num_tokens``, ``truncated``, ``width``, ``height``,
-            ``uid`` (16 bytes, big-endian; null where the sample's json member tells none).
-        source: The shard's URL, without credentials.
-        num_bytes: The shard's size as stored, -1 when unknown.
-        torn: Whether the shard is damaged or cut.
-        fingerprint: What the scores depend on beside the shard.
-        band: The largest difference from float32 scores that was allowed for, 0.0 when the scores are in float32.
-        num_rechecked: How many samples have their caption in float32, and their image where that does not decide, since
-            their scores lay within the band of the run's threshold.
-        rechecked_at: That threshold, where one is known at which all scores decide as float32 does.
+            ``uid`` (16 bytes, big-endian; null where the sample's json member has none).
+        metadata: What was scored, and how.
     """
 
     table: pa.Table
-    source: str
-    num_bytes: int
-    torn: bool
-    fingerprint: Fingerprint
-    band: float = 0.0
-    num_rechecked: int = 0
-    rechecked_at: float | None = None
+    metadata: ScoreMetadata
 
     @classmethod
-    def from_rows(
-        cls,
-        rows: Sequence[SampleRow],
-        scores: np.ndarray,
-        *,
-        source: str,
-        num_bytes: int,
-        torn: bool,
-        fingerprint: Fingerprint,
-        band: float = 0.0,
-        num_rechecked: int = 0,
-        rechecked_at: float | None = None,
-    ) -> Self:
-        """Put rows, in any order, and the scores of those without a reason, in the same order, together.
+    def from_rows(cls, rows: Sequence[SampleRow], scores: np.ndarray, metadata: ScoreMetadata) -> Self:
+        """Make a table of rows in any order.
 
-        A score that is NaN or infinite is none: its sample has the reason ``not_finite``.
+        Args:
+            rows: Of all samples.
+            scores: Of the rows without a reason, in the same order: raw cosines, float32 ``[N]``. One that is NaN or
+                infinite is none: its sample gets the reason ``not_finite``.
+            metadata: What the table says of itself.
+
+        Raises:
+            ValueError: When there are more or fewer scores than rows without a reason.
         """
         all_scores = np.zeros(len(rows), dtype=np.float32)
         usable = np.array([row.reason is None for row in rows], dtype=bool)
@@ -94,32 +116,11 @@ class ShardScores:
             [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
         )
-        table = table.sort_by("index").combine_chunks()
-        return cls(
-            table=table,
-            source=source,
-            num_bytes=num_bytes,
-            torn=torn,
-            fingerprint=fingerprint,
-            band=band,
-            num_rechecked=num_rechecked,
-            rechecked_at=rechecked_at,
-        )
+        return cls(table=table.sort_by("index").combine_chunks(), metadata=metadata)
 
     def write(self, file: BinaryIO) -> None:
         """Write as parquet."""
-        metadata = {
-            "version": _FORMAT_VERSION,
-            "shard": self.source,
-            "num_bytes": self.num_bytes,
-            "num_samples": self.table.num_rows,
-            "torn": self.torn,
-            "fingerprint": dict(self.fingerprint),
-            "band": self.band,
-            "rechecked": self.num_rechecked,
-            "rechecked_at": self.rechecked_at,
-        }
-        pq.write_table(self.table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)}), file)
+        pq.write_table(self.table.replace_schema_metadata(self.metadata.to_schema()), file)
 
     @classmethod
     def read(cls, path: AnyPath) -> Self:
@@ -128,21 +129,12 @@ class ShardScores:
         Raises:
             ValueError: When the file is no score table of this version.
         """
-        with naming_file(path):
+        with _naming_file(path):
             table = pq.read_table(pa.BufferReader(path.read_bytes()))
-            metadata = check_version(table.schema.metadata)
-            if table.num_rows != metadata["num_samples"]:
-                raise ValueError(f"it holds {table.num_rows} of {metadata['num_samples']} samples")
-            return cls(
-                table=table,
-                source=metadata["shard"],
-                num_bytes=metadata["num_bytes"],
-                torn=metadata["torn"],
-                fingerprint=metadata["fingerprint"],
-                band=metadata["band"],
-                num_rechecked=metadata["rechecked"],
-                rechecked_at=metadata["rechecked_at"],
-            )
+            metadata = ScoreMetadata.from_schema(table.schema.metadata)
+            if table.num_rows != metadata.num_samples:
+                raise ValueError(f"it holds {table.num_rows} of {metadata.num_samples} samples")
+            return cls(table=table, metadata=metadata)
 
     @property
     def scores(self) -> np.ndarray:
@@ -192,6 +184,17 @@ def no_rows() -> pa.Table:
     return _SCHEMA.empty_table()
 
 
+def read_metadata(path: AnyPath) -> ScoreMetadata:
+    """What a score table says of itself, without reading the scores.
+
+    Raises:
+        ValueError: When the file is no score table of this version.
+    """
+    with _naming_file(path):
+        source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
+        return ScoreMetadata.from_schema(pq.read_metadata(source).metadata)
+
+
 def read_scores(path: AnyPath, url: str) -> ShardScores:
     """The scores of a shard, from its table.
 
@@ -200,7 +203,7 @@ def read_scores(path: AnyPath, url: str) -> ShardScores:
         ValueError: When the table is damaged.
     """
     scores = ShardScores.read(path)
-    _check_num_bytes(scores.num_bytes, path, url)
+    _check_num_bytes(scores.metadata, path, url)
     return scores
 
 
@@ -209,22 +212,20 @@ def check_table(path: AnyPath, url: str) -> None:
 
     Raises:
         ShardError: When it has not.
-        ValueError: When the file is no table.
+        ValueError: When the file is no score table of this version.
     """
-    with naming_file(path):
-        source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
-        metadata = check_version(pq.read_metadata(source).metadata)
-    _check_num_bytes(metadata["num_bytes"], path, url)
+    _check_num_bytes(read_metadata(path), path, url)
 
 
-def _check_num_bytes(scored: int, path: AnyPath, url: str) -> None:
+def _check_num_bytes(metadata: ScoreMetadata, path: AnyPath, url: str) -> None:
+    scored = metadata.num_bytes
     found = -1 if scored == -1 else shard_num_bytes(url)
     if found not in (-1, scored):
         raise ShardError(f"it is not the shard that was scored: {found} bytes here, {scored} in {str(path)!r}")
 
 
 @contextmanager
-def naming_file(path: AnyPath) -> Iterator[None]:
+def _naming_file(path: AnyPath) -> Iterator[None]:
     """Say which file is no score table, in whatever way reading it fails."""
     try:
         yield
@@ -236,11 +237,3 @@ def naming_file(path: AnyPath) -> Iterator[None]:
 
 class _VersionError(Exception):
     """A table of another version."""
-
-
-def check_version(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """What a table's metadata says, if this version can read it."""
-    found: dict[str, Any] = json.loads((metadata or {})[_METADATA_KEY])
-    if found["version"] != _FORMAT_VERSION:
-        raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
-    return found

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
-from clipfilter_wds.scores.table import ShardScores, no_rows, read_scores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, no_rows, read_scores
 from clipfilter_wds.shards.names import output_names, public_url
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
 from clipfilter_wds.training.batches import StreamBatch
@@ -64,7 +64,7 @@ class RecordFolder:
         except OSError as error:
             raise ValueError(f"can't write to record {str(folder)!r}: {error.strerror}") from error
         for path, metadata in read_all_metadata(folder):
-            check_fingerprint(metadata["fingerprint"], fingerprint, f"the record {str(path)!r}")
+            check_fingerprint(metadata.fingerprint, fingerprint, f"the record {str(path)!r}")
         return cls(folder=folder, names=output_names(urls), fingerprint=fingerprint, threshold=threshold)
 
     def table(self, url: str) -> Path:
@@ -113,16 +113,16 @@ class RecordFolder:
             band: How close to the threshold scores are in float32.
         """
         if rows and not self.table(url).exists():
-            part = ShardScores.from_rows(
-                rows,
-                scores,
-                source=public_url(url),
+            metadata = ScoreMetadata(
+                shard=public_url(url),
                 num_bytes=num_bytes,
+                num_samples=len(rows),
                 torn=False,
                 fingerprint=self.fingerprint,
                 band=band,
                 rechecked_at=self.threshold,
             )
+            part = ShardScores.from_rows(rows, scores, metadata)
             self._write(self._part(url, f"{uuid4().hex}.parquet"), part)
 
     def add_end(self, url: str, end: ShardEnd) -> None:
@@ -137,23 +137,24 @@ class RecordFolder:
         try:
             end = ShardEnd(**json.loads(end_path.read_bytes()))
             parts = [ShardScores.read(path) for path in paths]
+            said = [part.metadata for part in parts]
         except (FileNotFoundError, ValueError):
             return  # somebody else has done it
         rows = pa.concat_tables([no_rows(), *(part.table for part in parts)])
         # By index; a sample may have been scored twice, by runs that did not know of each other.
         indices, places = np.unique(rows["index"].to_numpy(), return_index=True)
-        if not np.array_equal(indices, np.arange(end.num_samples)) or {p.num_bytes for p in parts} > {end.num_bytes}:
+        if not np.array_equal(indices, np.arange(end.num_samples)) or {one.num_bytes for one in said} > {end.num_bytes}:
             return
-        whole = ShardScores(
-            table=rows.take(places).combine_chunks(),
-            source=public_url(url),
+        metadata = ScoreMetadata(
+            shard=public_url(url),
             num_bytes=end.num_bytes,
+            num_samples=end.num_samples,
             torn=end.torn,
             fingerprint=self.fingerprint,
-            band=max((part.band for part in parts), default=0.0),
-            rechecked_at=self.threshold if all(part.rechecked_at == self.threshold for part in parts) else None,
+            band=max((part.band for part in said), default=0.0),
+            rechecked_at=self.threshold if all(part.rechecked_at == self.threshold for part in said) else None,
         )
-        self._write(self.table(url), whole)
+        self._write(self.table(url), ShardScores(table=rows.take(places).combine_chunks(), metadata=metadata))
         for path in (*paths, end_path):
             path.unlink(missing_ok=True)
 
@@ -195,9 +196,10 @@ class RecordLookup:
 
 def _decided(scores: ShardScores, threshold: float | None) -> np.ndarray:
     """Per sample, whether its score is exact enough to be compared with a threshold: bool ``[num_samples]``."""
-    if threshold is None or threshold <= 0.0 or scores.band == 0.0 or threshold == scores.rechecked_at:
+    band, rechecked_at = scores.metadata.band, scores.metadata.rechecked_at
+    if threshold is None or threshold <= 0.0 or band == 0.0 or threshold == rechecked_at:
         return np.ones(scores.table.num_rows, dtype=bool)
-    is_near = np.abs(scores.scores.astype(np.float64) - threshold) <= scores.band
+    is_near = np.abs(scores.scores.astype(np.float64) - threshold) <= band
     decided: np.ndarray = ~(is_near & scores.usable)
     return decided
 

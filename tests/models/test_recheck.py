@@ -267,8 +267,8 @@ class TestRuns:
         assert 0 < summary["band"] < 0.05
         assert 0 < summary["rechecked"] < 60
         tables = [ShardScores.read(path) for path in (tmp_path / "fast" / "_scores").glob("*.parquet")]
-        assert sum(table.num_rechecked for table in tables) == summary["rechecked"]
-        assert {table.band for table in tables} == {summary["band"]}
+        assert sum(table.metadata.rechecked for table in tables) == summary["rechecked"]
+        assert {table.metadata.band for table in tables} == {summary["band"]}
 
     def test_a_run_that_goes_on_has_the_same_bits_whatever_its_workers(self, bf16, shards, threshold, tmp_path):
         run(bf16, shards, tmp_path / "whole", threshold=threshold)

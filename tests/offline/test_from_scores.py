@@ -142,7 +142,7 @@ def test_samples_within_the_error_band_of_the_cut_are_counted(shards, scores, tm
         cosines += table.scores[table.usable].tolist()
         (tmp_path / "scores").mkdir(exist_ok=True)
         with (tmp_path / "scores" / path.name).open("wb") as file:
-            replace(table, band=band).write(file)
+            replace(table, metadata=replace(table.metadata, band=band)).write(file)
     summary = from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)
     limit = choice.get("threshold") or sorted(cosines)[-summary["kept"]]
     assert summary["in_band"] == sum(abs(cosine - limit) <= band for cosine in cosines) > 0

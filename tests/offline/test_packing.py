@@ -98,7 +98,7 @@ def test_marks_say_which_samples_of_which_shards_an_output_accounts_for(shards, 
             assert covered[source["source"]] == source["start"]
             covered[source["source"]] = source["stop"]
             assert source["num_bytes"] == (shards / source["source"].rpartition("/")[2]).stat().st_size
-    tables = {table.source: table.table.num_rows for table in map(ShardScores.read, scores.glob("*.parquet"))}
+    tables = {table.metadata.shard: table.table.num_rows for table in map(ShardScores.read, scores.glob("*.parquet"))}
     assert {url: num_samples for url, num_samples in tables.items() if num_samples} == dict(+covered)
 
 

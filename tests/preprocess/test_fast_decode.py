@@ -186,7 +186,8 @@ def test_tables_hold_the_size_as_stored_and_the_scores_of_the_fast_pixels(quick,
     assert tables["fast"].table["width"].to_pylist() == [*range(150, 156), 48, 200, 0]
     differing = tables["fast"].scores != tables["plain"].scores
     assert differing.tolist() == [True] * 6 + [False] * 3
-    assert (tables["fast"].fingerprint["fast_decode"], tables["plain"].fingerprint["fast_decode"]) == (True, False)
+    assert tables["fast"].metadata.fingerprint["fast_decode"] is True
+    assert tables["plain"].metadata.fingerprint["fast_decode"] is False
 
 
 def test_training_gets_whole_images_and_clips_view_is_that_of_the_table(quick, shard, tmp_path):

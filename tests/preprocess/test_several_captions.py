@@ -73,7 +73,7 @@ def test_the_score_is_reduced_from_those_of_all_captions(
     np.testing.assert_allclose(scores.scores[:3], reduced, rtol=0, atol=1e-5)
     assert scores.table["truncated"].to_pylist()[:3] == [False, True, False]
     assert scores.table["reason"].to_pylist()[3:] == (["blank_caption", "missing_caption"] if kept_as == "list" else [])
-    assert scores.fingerprint["reduce"] == how
+    assert scores.metadata.fingerprint["reduce"] == how
 
 
 def test_each_image_is_encoded_once(as_json_list, clip_folder, monkeypatch):

@@ -33,7 +33,7 @@ def test_an_equal_fingerprint_is_accepted_also_after_a_trip_through_json():
 )
 def test_a_difference_is_refused_with_both_values(name, value, shown):
     message = check({**FINGERPRINT, name: value}, FINGERPRINT)
-    assert message == f"'0.parquet' was made with other settings ({shown})"
+    assert message == f"'0.parquet' was written with other settings ({shown})"
 
 
 def test_all_differences_are_named():

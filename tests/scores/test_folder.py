@@ -11,7 +11,7 @@ def write_tables(folder, urls, **changes) -> None:
     for url, name in output_names(urls).items():
         path = folder / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        changes = {"source": public_url(url), "num_bytes": -1, **changes}
+        changes = {"shard": public_url(url), "num_bytes": -1, **changes}
         path.write_bytes(written(shard_scores([SampleRow(url, 0)], **changes)))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold, select
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import DropReason, SampleRow
 
 UNSCORED = [reason for reason in DropReason if reason not in (DropReason.BELOW_THRESHOLD, DropReason.NOT_IN_SUBSET)]
@@ -19,7 +19,8 @@ def table(scores: list[float | DropReason]) -> ShardScores:
         for index, score in enumerate(scores)
     ]
     cosines = np.array([score for score in scores if not isinstance(score, DropReason)], dtype=np.float32)
-    return ShardScores.from_rows(rows, cosines, source="", num_bytes=0, torn=False, fingerprint={})
+    metadata = ScoreMetadata(shard="", num_bytes=0, num_samples=len(rows), torn=False, fingerprint={})
+    return ShardScores.from_rows(rows, cosines, metadata)
 
 
 def is_kept(score: float | DropReason, threshold: float) -> bool:

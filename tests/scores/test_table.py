@@ -59,10 +59,12 @@ def test_a_table_reads_as_it_was_written(tmp_path_factory, rows, data, torn, num
     drawn = {row.index: data.draw(floats) for row in rows if row.reason is None}
     cosines = np.array(list(drawn.values()), dtype=np.float32)
     reasons = [row.reason if math.isfinite(drawn.get(row.index, 0.0)) else DropReason.NOT_FINITE for row in rows]
-    scores = shard_scores(rows, cosines, torn=torn, num_bytes=num_bytes, source=source)
+    scores = shard_scores(rows, cosines, torn=torn, num_bytes=num_bytes, shard=source)
     found = read_back(tmp_path_factory.getbasetemp(), scores)
-    assert (found.source, found.num_bytes, found.torn) == (source, num_bytes, torn)
-    assert found.fingerprint == FINGERPRINT
+    says = found.metadata
+    assert (says.shard, says.num_bytes, says.torn) == (source, num_bytes, torn)
+    assert says.fingerprint == FINGERPRINT
+    assert says == scores.metadata
     assert found.keys == [row.key for row in rows]
     assert found.usable.tolist() == [reason is None for reason in reasons]
     np.testing.assert_array_equal(found.scores[found.usable], cosines[np.isfinite(cosines)])

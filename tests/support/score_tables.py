@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import SampleRow
 
 FINGERPRINT = {
@@ -22,8 +22,9 @@ FINGERPRINT = {
 def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
     if scores is None:
         scores = np.linspace(-1, 1, sum(row.reason is None for row in rows), dtype=np.float32)
-    options = {"source": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
-    return ShardScores.from_rows(rows, np.asarray(scores, dtype=np.float32), **options)
+    says = {"shard": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
+    metadata = ScoreMetadata(num_samples=len(rows), **says)
+    return ShardScores.from_rows(rows, np.asarray(scores, dtype=np.float32), metadata)
 
 
 def written(scores: ShardScores) -> bytes:

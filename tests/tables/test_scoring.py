@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.scores.selection import select
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.tables.scoring import Pair, PairScores, batched, score_pairs
 from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.types import DropReason, SampleRow
@@ -23,9 +23,8 @@ def scores_of(similarity: list[float], reasons: list[DropReason | None] | None =
 @given(st.lists(st.floats(-1, 1, width=32)), st.floats(-1, 1))
 def test_rows_are_decided_as_samples_of_shards_are(cosines, threshold):
     rows = [SampleRow(str(index), index) for index in range(len(cosines))]
-    table = ShardScores.from_rows(
-        rows, np.array(cosines, dtype=np.float32), source="", num_bytes=0, torn=False, fingerprint={}
-    )
+    metadata = ScoreMetadata(shard="", num_bytes=0, num_samples=len(rows), torn=False, fingerprint={})
+    table = ShardScores.from_rows(rows, np.array(cosines, dtype=np.float32), metadata)
     found = scores_of(list(np.clip(cosines, 0.0, 1.0))).keep(threshold)
     assert found.tolist() == select(table, threshold).keep.tolist()
 

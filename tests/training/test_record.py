@@ -89,7 +89,8 @@ def check_complete(recipe: Recipe, record: Path, scores: Path) -> None:
     assert recorded.fingerprint == made.fingerprint
     for url in expand_shards(recipe.shards):
         ours, theirs = recorded.read(url), made.read(url)
-        assert (ours.source, ours.num_bytes, ours.torn) == (theirs.source, theirs.num_bytes, theirs.torn)
+        for name in ("shard", "num_bytes", "torn"):
+            assert getattr(ours.metadata, name) == getattr(theirs.metadata, name)
         assert ours.table.drop_columns("score").equals(theirs.table.drop_columns("score"))
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
 
@@ -278,7 +279,7 @@ def test_low_precision_decides_only_where_it_was_recorded_for(scored, tmp_path, 
 def test_a_record_of_another_model_is_refused_with_both_values(scored, tmp_path):
     keys(scored.build(record=tmp_path / "record"))
     other = Recipe(clip=make_clip(tmp_path / "clip", seed=1), shards=scored.shards, loader=scored.loader)
-    with pytest.raises(ValueError, match=r"the record '.*00000\.parquet' was made with .*weights .* there, .* here"):
+    with pytest.raises(ValueError, match=r"the record '.*00000\.parquet' was written with .*weights .* there, .* here"):
         other.build(record=tmp_path / "record")
 
 

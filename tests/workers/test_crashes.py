@@ -164,9 +164,9 @@ def test_an_image_that_kills_among_those_that_measure_low_precision_ends_no_run_
     process_shards(config, scorer)
     for shard in range(3):
         plain = ShardScores.read(tmp_path / "out0" / "_scores" / f"{shard}.parquet")
-        assert plain.band > 0
+        assert plain.metadata.band > 0
         for here in (tables[1][shard], tables[2][shard]):
-            assert here.band == plain.band
+            assert here.metadata.band == plain.metadata.band
             assert here.table["score"].equals(plain.table["score"])
 
 

@@ -1,4 +1,4 @@
-"""Shards done by Ray actors, each of which keeps the model loaded and takes another shard when it is done with one."""
+"""Does the shards of a run in Ray actors that keep the model loaded."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,11 +8,12 @@ from typing import Any, Self
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.copying import CopyTask, Output
-from clipfilter_wds.offline.engines.local import OnProgress
-from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure, num_assigned_cpus
-from clipfilter_wds.offline.scoring import FailedShard, ScoringOptions, measured_recheck, score_shards
-from clipfilter_wds.offline.tally import ShardStats, Tally
+from clipfilter_wds.offline.engines.engine import Outcomes
+from clipfilter_wds.offline.engines.ray_cluster import num_assigned_cpus
+from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
+from clipfilter_wds.offline.packing import AnyCopyTask
+from clipfilter_wds.offline.scoring import FailedShard, ScoreTask, ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 
@@ -20,13 +21,13 @@ from clipfilter_wds.types import ShardError
 class RayEngine:
     """Does the shards on Ray. Use it in a ``with`` block.
 
-    A shard that can't be used is failed, as ever. One that fails in another way, or whose actor dies, is tried again,
-    and given up after three attempts. What the actors read and write must be reachable from every node.
+    A shard that can't be used fails at once, as with any engine. A task that fails in another way, or whose actor dies,
+    is tried again, and given up after three attempts. What actors read and write must be reachable from every node.
 
     Args:
         load: Makes the model, in each actor. Picklable.
         address: Of a running Ray cluster; None starts Ray on this machine.
-        cpus_per_task: Processors of each actor; None shares them out among the GPUs, and is 1 without GPUs.
+        cpus_per_task: CPUs of each actor; None shares them out among the GPUs, and is 1 without GPUs.
         use_gpus: Give each actor a GPU, if the cluster has any.
 
     Raises:
@@ -60,24 +61,21 @@ class RayEngine:
         found: Fingerprint = fingerprint
         return found
 
-    def score(self, outputs: Sequence[Output], options: ScoringOptions, tally: Tally, on_progress: OnProgress) -> None:
+    def score(self, tasks: Sequence[ScoreTask], options: ScoringOptions, on_scored: Callable[[int], None]) -> Outcomes:
         """See ``Engine``."""
-        tasks = {output.url: partial(_score, output, options) for output in outputs}
-        for url, stats in self._scorer_pool().map(tasks):
-            if isinstance(stats, ShardStats):
-                tally.num_scored += stats.counts.seen
-            _settle(url, stats, tally, on_progress)
+        for url, result in self._scorer_pool().map({task.url: partial(_score, task, options) for task in tasks}):
+            outcome = _outcome(result)
+            if isinstance(outcome, ShardStats):
+                on_scored(outcome.counts.seen)
+            yield url, outcome
 
-    def copy(self, outputs: Sequence[CopyTask], num_workers: int | None, tally: Tally, on_progress: OnProgress) -> None:
-        """See ``Engine``. One processor each."""
-        tasks = {output.url: partial(_copy, output) for output in outputs}
+    def copy(self, tasks: Sequence[AnyCopyTask], num_workers: int | None) -> Outcomes:
+        """See ``Engine``. One CPU each, and as many as the cluster has."""
         if self._scorers is not None:
             self._scorers.release()
-        with RayPool(_nothing, address=self._address, use_gpus=False, final=(ShardError,)) as pool:
-            for url, stats in pool.map(tasks):
-                if isinstance(stats, ShardStats):
-                    tally.num_copied += stats.counts.seen
-                _settle(url, stats, tally, on_progress)
+        with RayPool(_load_nothing, address=self._address, use_gpus=False, final=(ShardError,)) as pool:
+            for url, result in pool.map({task.url: partial(_copy, task) for task in tasks}):
+                yield url, _outcome(result)
 
     def _scorer_pool(self) -> RayPool:
         if self._scorers is None:
@@ -99,43 +97,40 @@ class _Actor:
         self.scorer = load()
         self._recheck: Recheck | None = None
 
-    def fingerprint(self, options: ScoringOptions) -> Fingerprint:
-        return options.fingerprint(self.scorer)
-
-    def score(self, output: Output, options: ScoringOptions) -> ShardStats:
+    def score(self, task: ScoreTask, options: ScoringOptions) -> ShardStats:
         self._recheck = self._recheck or measured_recheck(self.scorer, options)
-        if options.num_workers is None:  # beside a GPU all processors decode; else one of them runs the model
+        if options.num_workers is None:  # beside a GPU all CPUs decode; else one of them runs the model
             num_free = num_assigned_cpus() - (self.scorer.device.type == "cpu")
             options = replace(options, num_workers=max(1, num_free))  # an image may kill a worker, but not the actor
-        [shard] = score_shards([output.url], self._recheck, options)
+        [shard] = score_shards([task.url], self._recheck, options)
         if isinstance(shard, FailedShard):
             raise ShardError(shard.why)
-        return output.commit(shard[1])
+        return task.commit(shard[1])
 
 
-def _score(output: Output, options: ScoringOptions, actor: _Actor) -> ShardStats:
-    return actor.score(output, options)
+# What actors do must be picklable.
 
 
 def _fingerprint(options: ScoringOptions, actor: _Actor) -> Fingerprint:
-    return actor.fingerprint(options)
+    return options.fingerprint(actor.scorer)
 
 
-def _copy(output: CopyTask, loaded: None) -> ShardStats:
-    return output()
+def _score(task: ScoreTask, options: ScoringOptions, actor: _Actor) -> ShardStats:
+    return actor.score(task, options)
 
 
-def _nothing() -> None:
+def _copy(task: AnyCopyTask, loaded: None) -> ShardStats:
+    return task()
+
+
+def _load_nothing() -> None:
     return None
 
 
-def _settle(url: str, stats: Any, tally: Tally, on_progress: OnProgress) -> None:
-    if isinstance(stats, ShardStats):
-        tally.add(stats)
-    elif isinstance(stats.error, ShardError):
-        tally.fail(url, str(stats.error))
-    elif isinstance(stats.error, OSError):
-        raise stats.error  # the output can't be written, which is no fault of the shard
-    else:
-        tally.fail(url, str(stats))
-    on_progress(tally)
+def _outcome(result: Any) -> ShardStats | ShardError:
+    if not isinstance(result, TaskFailure):
+        stats: ShardStats = result
+        return stats
+    if isinstance(result.error, OSError):
+        raise result.error  # the output can't be written, which is no fault of the shard
+    return result.error if isinstance(result.error, ShardError) else ShardError(str(result))

@@ -1,12 +1,13 @@
-"""Work on Ray: actors that keep what they have loaded, take tasks as they get free, and are replaced when they die."""
+"""Runs tasks on Ray, in actors that keep what they have loaded and are replaced when they die."""
 
 import os
-import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
+
+from clipfilter_wds.offline.engines.ray_cluster import connect, import_ray, shut_down
 
 #: What an actor does: a picklable function of what it has loaded.
 Task = Callable[[Any], Any]
@@ -15,6 +16,8 @@ Task = Callable[[Any], Any]
 _WAIT_SECONDS = 0.25
 #: Actors in a row that die while they start.
 _MAX_FAILED_STARTS = 10
+#: What stands for the result of a task that is to be tried again.
+_AGAIN = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +33,14 @@ class TaskFailure:
 
 
 class RayPool:
-    """As many actors as the cluster has room for; one per GPU, or per ``cpus_per_task`` processors without GPUs.
+    """As many actors as the cluster has room for; one per GPU, or per ``cpus_per_task`` CPUs without GPUs.
 
     Used in a ``with`` block, at whose end the actors are gone, and Ray too if it was started here.
 
     Args:
         load: Makes, in each actor, what tasks are called with. Picklable.
         address: Of a running Ray cluster; None starts Ray on this machine (or takes the cluster of ``RAY_ADDRESS``).
-        cpus_per_task: Processors of an actor; None shares them out among the GPUs, and is 1 without GPUs.
+        cpus_per_task: CPUs of an actor; None shares them out among the GPUs, and is 1 without GPUs.
         use_gpus: Give each actor a GPU, if the cluster has any.
         max_attempts: How often a task is tried. A node that is taken away on purpose costs no attempt.
         final: Errors that trying again would not mend.
@@ -58,8 +61,8 @@ class RayPool:
     ) -> None:
         if cpus_per_task is not None and cpus_per_task < 1:
             raise ValueError(f"cpus_per_task is {cpus_per_task}; it must be at least 1")
-        self._ray = _import_ray()
-        self._owns_ray = _connect(self._ray, address)
+        self._ray = import_ray()
+        self._owns_ray = connect(self._ray, address)
         self._load, self._max_attempts, self._final = load, max_attempts, final
         self._cpus_per_task, self._use_gpus = cpus_per_task, use_gpus
         self._folder = os.getcwd()  # noqa: PTH109  # handed to other processes
@@ -127,7 +130,7 @@ class RayPool:
         """Start actors until there is one for every waiting task, as far as the cluster has room."""
         resources, room = self._room()
         if room == 0 and not (self._starting or self._running):
-            raise ValueError(f"no node of the Ray cluster has {resources['num_cpus']} processors; see cpus_per_task")
+            raise ValueError(f"no node of the Ray cluster has {resources['num_cpus']} CPUs; see cpus_per_task")
         num_hired = len(self._starting) + len(self._idle) + len(self._running)
         num_free = len(self._starting) + len(self._idle)
         for _ in range(min(room - num_hired, num_waiting - num_free)):
@@ -166,41 +169,8 @@ class RayPool:
             self._ray.kill(actor)
 
 
-_AGAIN = object()
-
-
-def num_assigned_cpus() -> int:
-    """How many processors the actor has that this runs in."""
-    return int(_import_ray().get_runtime_context().get_assigned_resources().get("CPU", 1))
-
-
 def _last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ValueError(
-            "engine ray needs a package that is not installed: pip install 'clipfilter-wds[ray]'"
-        ) from None
-    return ray
-
-
-def _connect(ray: Any, address: str | None) -> bool:
-    """Whether Ray was connected to here, and not before."""
-    if ray.is_initialized():
-        return False
-    try:
-        host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
-        if colon:  # Ray itself would end the process after a minute without an answer
-            socket.create_connection((host, int(port)), timeout=10).close()
-        with ended_when_interrupted():
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"there is no Ray cluster at {address!r}: {error}") from error
-    return True
 
 
 def _actor_class(ray: Any) -> Any:
@@ -218,41 +188,3 @@ def _actor_class(ray: Any) -> Any:
             return task(self._loaded)
 
     return Worker
-
-
-@contextmanager
-def ended_when_interrupted() -> Iterator[None]:
-    """Kill what is started in the block, with all that it has started itself, when Ctrl-C strikes there.
-
-    Ray can be shut down only when all of it is up. Parts of it that are left alone stay for another minute.
-    """
-    import psutil
-
-    before = set(psutil.Process().children())
-    try:
-        yield
-    except KeyboardInterrupt:
-        started = set(psutil.Process().children()) - before
-        for child in started:
-            with suppress(psutil.NoSuchProcess):
-                child.suspend()  # so that it starts no more
-                for process in child.children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                child.kill()
-        raise
-
-
-def shut_down(ray: Any) -> None:
-    """Shut Ray down, in a third of a second.
-
-    What scales a cluster is killed first. It has nothing to do on this machine, and when Ray ends it, after the others,
-    it tries for a second to tell these.
-    """
-    import psutil
-
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if any("/autoscaler/" in word for word in child.cmdline()):
-                child.kill()
-    ray.shutdown()

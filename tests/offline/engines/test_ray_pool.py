@@ -17,7 +17,7 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Ray on this machine, as if it had four processors."""
+    """Ray on this machine, as if it had four CPUs."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
@@ -95,7 +95,7 @@ def test_what_can_not_be_loaded_is_an_error_that_says_why():
 
 
 def test_a_cluster_without_room_is_an_error_that_says_so():
-    with RayPool(load, cpus_per_task=64) as pool, pytest.raises(ValueError, match=r"no node .* has 64 processors"):
+    with RayPool(load, cpus_per_task=64) as pool, pytest.raises(ValueError, match=r"no node .* has 64 CPUs"):
         list(pool.map({"a": pid}))
 
 
