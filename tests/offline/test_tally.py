@@ -1,0 +1,55 @@
+import json
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from clipfilter_wds.offline.tally import ShardStats, Tally
+from clipfilter_wds.types import DropReason, FilterStats
+
+numbers = st.integers(0, 1000)
+
+
+@st.composite
+def all_stats(draw) -> ShardStats:
+    dropped = draw(st.dictionaries(st.sampled_from(DropReason), st.integers(1, 1000)))
+    kept = draw(numbers)
+    return ShardStats(
+        counts=FilterStats(seen=kept + sum(dropped.values()), kept=kept, dropped=dropped),
+        torn=draw(numbers),
+        truncated_captions=draw(numbers),
+        band=draw(st.floats(0, 2)),
+        rechecked=draw(numbers),
+        in_band=draw(numbers),
+        renamed=draw(numbers),
+    )
+
+
+@given(all_stats())
+def test_stats_are_the_same_after_a_trip_through_json_among_other_entries(stats):
+    assert ShardStats.from_record(json.loads(json.dumps({**stats.to_record(), "sha256": "0"}))) == stats
+
+
+@given(st.lists(all_stats()))
+def test_a_tally_sums_up_all_that_is_counted_and_takes_the_widest_band(shards):
+    tally = Tally(num_shards=len(shards))
+    for stats in shards:
+        tally.add(stats)
+    summary = tally.summary()
+    assert tally.done == len(shards)
+    assert summary["seen"] == summary["kept"] + sum(summary["dropped"].values())
+    records = [stats.to_record() for stats in shards]
+    for name in ("seen", "kept", "truncated_captions", "rechecked", "in_band", "renamed_keys"):
+        assert summary[name] == sum(record[name] for record in records)
+    assert summary["torn_shards"] == sum(record["torn"] for record in records)
+    assert summary["band"] == max((record["band"] for record in records), default=0.0)
+    for reason in DropReason:
+        assert summary["dropped"].get(reason, 0) == sum(record["dropped"].get(reason, 0) for record in records)
+
+
+def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
+    stats = ["seen", "kept", "dropped", "torn", "truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
+    assert list(ShardStats().to_record()) == stats
+    summary = ["seen", "kept", "dropped", "shards", "failed_shards", "torn_shards", "resumed_shards"]
+    summary += ["truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
+    summary += ["scored", "samples_per_second", "seconds", "version"]
+    assert list(Tally(num_shards=0).summary()) == summary
