@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
-from uuid import uuid4
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.scores.subset import Subset
@@ -14,7 +12,7 @@ from clipfilter_wds.shards.names import output_names, shard_folder
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
-from clipfilter_wds.storage.publish import publish
+from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
 
@@ -54,7 +52,7 @@ class ScoreConfig:
             raise ValueError(f"num_workers is {self.num_workers}; it must not be negative")
         SampleLayout(caption=self.caption)
         _check_apart(self.names, self.folder)
-        _check_writable(self.folder)
+        check_writable(self.folder)
 
     @cached_property
     def urls(self) -> list[str]:
@@ -142,18 +140,3 @@ def _check_apart(names: dict[str, str], folder: AnyPath) -> None:
     outputs = {folder_identity((folder / name).parent) for name in names.values()} | {folder_identity(folder)}
     if clash := inputs & outputs:
         raise ValueError(f"output {str(folder)!r} would write into {clash.pop()!r}, which holds input; choose another")
-
-
-def _check_writable(folder: AnyPath) -> None:
-    try:
-        if isinstance(folder, Path):
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-        else:
-            probe = folder / f".clipfilter-probe-{uuid4().hex}"
-            with publish(probe):
-                pass
-            probe.unlink()
-    except OSError as error:
-        raise ValueError(f"can't write to output {str(folder)!r}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""The report: read tables and shards, write the page."""
+"""Makes the report: reads score tables and shards, and writes the page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.storage.errors import without_secrets
-from clipfilter_wds.storage.paths import AnyPath, RemotePath, any_path
-from clipfilter_wds.storage.publish import publish
+from clipfilter_wds.storage.paths import RemotePath, any_path
+from clipfilter_wds.storage.publish import check_writable, publish
 
 #: More of them would make a page that is slow to open on a phone.
 _MAX_THUMBNAILS = 200
@@ -53,25 +53,17 @@ class ReportConfig:
         check_page(self.output, of=self.scores)
 
 
-def check_page(output: str | Path, *, of: str | Path) -> AnyPath:
-    """The path of a page, if one can be written there, of the score tables in a folder that may not be there yet.
+def check_page(output: str | Path, *, of: str | Path) -> None:
+    """Check that a page can be written, and made from the score tables in a folder that may not exist yet.
 
     Raises:
-        ValueError: When it is a folder, or its folder can't be made; or the tables are on another machine.
+        ValueError: When it can't be written, or the tables are on remote storage.
     """
     if isinstance(any_path(of), RemotePath):
         raise ValueError(
             f"a report is made from score tables of this machine; {without_secrets(str(of))!r} is not here"
         )
-    path = any_path(output)
-    try:
-        if isinstance(path, Path) and not path.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        elif isinstance(path, Path):
-            raise ValueError(f"output {str(path)!r} is a folder; name a file, such as {str(path / 'report.html')!r}")
-    except OSError as error:
-        raise ValueError(f"can't write to output {str(path)!r}: {error.strerror}") from error
-    return path
+    check_writable(any_path(output), as_file=True)
 
 
 def write_report(config: ReportConfig) -> Findings:

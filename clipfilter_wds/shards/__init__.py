@@ -1,1 +1,1 @@
-"""Turns shard patterns into samples, and samples into tars."""
+"""Reads samples from tar shards, and writes members to new ones."""

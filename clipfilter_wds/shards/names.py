@@ -1,4 +1,4 @@
-"""Names shards: output names, public URLs, folders."""
+"""Derives names from shard URLs: output names, public URLs, folders."""
 
 import posixpath
 import re
@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from clipfilter_wds.storage.cache import source_of
 from clipfilter_wds.storage.errors import without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_local
+from clipfilter_wds.storage.filesystem import local_path
 from clipfilter_wds.storage.paths import folder_identity
 
 _TAR_SUFFIX = re.compile(r"\.(tar|tgz|tzst|tar\.(gz|zst|zstd))$", re.IGNORECASE)
 
 
 def identity(url: str) -> str:
-    """What two ways to write one local path have in common."""
+    """A text that is the same for all ways to write one local path."""
     return url if "://" in url or url.startswith("pipe:") else str(Path(url).expanduser().resolve())
-
-
-# --- from a URL to names ---
 
 
 def shard_name(url: str) -> str:
@@ -37,9 +33,9 @@ def shard_path(url: str) -> str:
 
 
 def output_names(urls: Sequence[str]) -> dict[str, str]:
-    """A relative output name (no suffix) per URL, no two alike.
+    """A relative output name without suffix for each URL, no two alike.
 
-    Base names where those differ; where some are alike, every shard keeps its folders below the common parent.
+    These are base names where all differ; where some are alike, every shard keeps its folders below the common parent.
 
     Raises:
         ValueError: When two shards would still get one name (``00000.tar`` beside ``00000.tar.gz``).
@@ -62,9 +58,9 @@ def output_names(urls: Sequence[str]) -> dict[str, str]:
 
 
 def public_url(url: str) -> str:
-    """The absolute URL of a shard without what may be secret in it: user, password, query."""
+    """The absolute URL of a shard without user, password and query, which may be secret."""
     if url.startswith("pipe:"):
-        return f"{url.split()[0]} …" if " " in url else url  # a command's arguments may hold anything
+        return f"{url.split()[0]} …" if " " in url else url  # a command's arguments may hold secrets
     if "://" not in url:
         return identity(url)
     parts = urlsplit(url.rpartition("::")[2])
@@ -83,6 +79,6 @@ def _folder_of(url: str) -> str:
 
 
 def shard_folder(url: str) -> str:
-    """The folder that holds a shard, as ``folder_identity`` tells folders apart."""
-    fs, path = filesystem(source_of(url))
-    return folder_identity(Path(path).parent) if is_local(fs) else posixpath.dirname(public_url(url))
+    """The folder that holds a shard, written as ``folder_identity`` does."""
+    path = local_path(url)
+    return posixpath.dirname(public_url(url)) if path is None else folder_identity(path.parent)

@@ -1,4 +1,4 @@
-"""Shard URLs: expand them, share them out, open one."""
+"""Opens a shard and unpacks it."""
 
 import gzip
 import io
@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import zstandard
-from webdataset.gopen import gopen
 
-from clipfilter_wds.storage.cache import source_of
-from clipfilter_wds.storage.errors import reason, retrying
-from clipfilter_wds.storage.filesystem import filesystem, is_local
-from clipfilter_wds.storage.open import open_file, read_into
+from clipfilter_wds.storage.errors import reason
+from clipfilter_wds.storage.open import file_size, open_file, open_pipe, read_into
 from clipfilter_wds.types import ShardError
 
 _BUFFER_BYTES = 1 << 18
@@ -23,19 +20,22 @@ _BUFFER_BYTES = 1 << 18
 _MAX_EXPANSION = 200
 _UNCHECKED_BYTES = 1 << 28
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # behind any byte 0x5?; pzstd begins with such a frame
+_SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after any byte 0x5?; pzstd begins with such a frame
 
 
 class DamagedStreamError(Exception):
-    """A compressed shard that can't be unpacked any further."""
-
-
-# --- opening one ---
+    """A compressed shard can't be unpacked any further."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenShard:
-    """A shard that is being read: its unpacked bytes, and its size as stored (-1: the storage does not tell)."""
+    """A shard that is being read.
+
+    Attributes:
+        url: Where it is.
+        stream: Its unpacked bytes.
+        num_bytes: Its size as stored, -1 when the storage doesn't tell.
+    """
 
     url: str
     stream: io.BufferedIOBase
@@ -46,9 +46,14 @@ class OpenShard:
 def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
     """Open a shard for one pass from front to back, unpacking gzip and Zstandard by their magic bytes.
 
+    Args:
+        url: A path, a URL of any fsspec storage, or ``pipe:COMMAND``.
+        allow_pipe: Run the shell command of a ``pipe:`` URL; only ever for input that you trust.
+
     Raises:
-        ShardError: When it can't be opened, and from ``stream`` when reading fails or the storage delivers fewer bytes
+        ShardError: When it can't be opened; and from ``stream`` when reading fails, or the storage delivers fewer bytes
             than it announced.
+        DamagedStreamError: From ``stream`` when it can't be unpacked any further.
     """
     with _open_raw(url, allow_pipe) as (raw, num_bytes):
         yield OpenShard(url=url, stream=_unpack(_WholeRaw(raw, num_bytes, url)), num_bytes=num_bytes)
@@ -59,7 +64,8 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
-        yield from _open_pipe(url)
+        with open_pipe(url) as raw:
+            yield raw, -1
         return
     try:
         raw, num_bytes = open_file(url)
@@ -69,36 +75,20 @@ def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
         yield raw, num_bytes
 
 
-def _open_pipe(url: str) -> Iterator[tuple[BinaryIO, int]]:
-    raw = gopen(url)
-    failed = True
-    try:
-        yield raw, -1
-        failed = False
-    finally:
-        try:
-            raw.close()
-        except OSError as error:  # the command's exit status; no news when reading has failed already
-            if not failed:
-                raise ShardError(f"the command failed: {error}") from error
-
-
 def shard_num_bytes(url: str) -> int:
-    """Size of a shard as stored, -1 when the storage does not tell.
+    """Size of a shard as stored, -1 when the storage doesn't tell.
 
     Raises:
         ShardError: When it can't be reached.
     """
     try:
-        fs, path = filesystem(source_of(url))
-        num_bytes = fs.size(path) if is_local(fs) else retrying(lambda: fs.size(path))
+        return file_size(url)
     except Exception as error:  # each storage has errors of its own
         raise ShardError(f"can't open it: {reason(error, url)}") from error
-    return -1 if num_bytes is None else int(num_bytes)
 
 
 class _WholeRaw(io.RawIOBase):
-    """Passes bytes through and checks that the storage delivers all that it announced: a lost connection is no end."""
+    """Passes bytes through, and checks that the storage delivers all that it announced: a lost connection is no end."""
 
     def __init__(self, raw: BinaryIO, num_bytes: int, url: str) -> None:
         self._raw, self._num_bytes, self._url, self._position = raw, num_bytes, url, 0
@@ -112,7 +102,7 @@ class _WholeRaw(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing wider
-        filled, view = 0, memoryview(buffer)  # of what may be a bytearray, of which a slice would be a copy
+        filled, view = 0, memoryview(buffer)  # of what may be a bytearray, a slice of which would be a copy
         while filled < len(buffer) and (num_bytes := self._read(view[filled:])):
             filled += num_bytes
         return filled
@@ -129,7 +119,7 @@ class _WholeRaw(io.RawIOBase):
 
 
 class _UnpackedRaw(io.RawIOBase):
-    """Unpacks a compressed stream and gives its many ways to be damaged one name."""
+    """Unpacks a compressed stream, and turns all the errors of damaged ones into one."""
 
     def __init__(self, stream: io.BufferedIOBase, packed: _WholeRaw) -> None:
         self._stream, self._packed, self._num_bytes = stream, packed, 0
@@ -139,7 +129,7 @@ class _UnpackedRaw(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # as above
         try:
-            data = self._stream.read1(len(buffer))  # read would throw away what it has when it meets the damage
+            data = self._stream.read1(len(buffer))  # read would lose what it has when it meets the damage
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DamagedStreamError(str(error)) from error
         self._num_bytes += len(data)

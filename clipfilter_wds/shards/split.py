@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# --- who reads what ---
-
 
 class ShardPart(NamedTuple):
-    """One worker's share of a shard: every ``num_parts``-th block of samples, starting with block ``part``."""
+    """One worker's share of a shard: every ``num_parts``-th block of samples, beginning with block ``part``."""
 
     url: str
     part: int = 0
@@ -15,9 +13,9 @@ class ShardPart(NamedTuple):
 
 
 def split_by_worker(urls: Sequence[str], worker: int, num_workers: int) -> list[ShardPart]:
-    """What ``worker`` of ``num_workers`` reads, so that all of them have work and every block is read exactly once.
+    """What ``worker`` of ``num_workers`` reads, such that all have work and every block is read exactly once.
 
-    Whole shards in turn; the shards that are left when there are fewer than workers are each shared by several.
+    Workers take turns at whole shards. Where fewer shards than workers are left, several workers share each of them.
     """
     num_whole = len(urls) - len(urls) % num_workers
     parts = [ShardPart(url) for url in urls[worker:num_whole:num_workers]]

@@ -1,4 +1,4 @@
-"""Expands what the user wrote to a list of shard URLs."""
+"""Expands what the user wrote into a list of shard URLs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,21 +6,18 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from clipfilter_wds.shards.names import identity
-from clipfilter_wds.storage.cache import source_of
 from clipfilter_wds.storage.errors import without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_local, protocols
-from clipfilter_wds.storage.open import list_matches
-
-# --- from what the user wrote to a list of URLs ---
+from clipfilter_wds.storage.filesystem import local_path
+from clipfilter_wds.storage.open import is_glob, list_matches
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path], *, allow_pipe: bool = False) -> list[str]:
-    """Every shard that ``shards`` names, each once, in the order given (the matches of a glob sorted).
+    """The URL of every shard that ``shards`` names, each once, in the order given (the matches of a glob sorted).
 
     Args:
         shards: A path or URL, a glob, a brace range (``{00000..00999}``), several of these separated by commas,
             ``@file.txt`` with one of these per line, or a list of any of these.
-        allow_pipe: Let ``pipe:`` URLs through. They run a shell command, so only ever for input that you trust.
+        allow_pipe: Accept ``pipe:`` URLs. They run a shell command, so only ever for input that you trust.
 
     Raises:
         ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed.
@@ -43,7 +40,7 @@ def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
             raise ValueError(f"{pattern!r} would run a shell command; pass allow_pipe=True if you trust it")
         return [pattern]
     if "://" not in pattern and Path(pattern).is_file():
-        return [pattern]  # a file is meant as it is written, even with a comma or bracket in its name
+        return [pattern]  # where a file has that very name, a comma or bracket in it means nothing else
     if pattern.startswith("@"):
         return [url for line in _lines(Path(pattern[1:])) for url in _expand_one(line, allow_pipe)]
     parts = [part.strip() for part in _split_at_commas(pattern)]
@@ -57,7 +54,7 @@ def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
 
 
 def _split_at_commas(pattern: str) -> list[str]:
-    """The parts between commas that stand in no braces."""
+    """Split at commas, but not at those in braces."""
     parts, depth = [""], 0
     for char in pattern:
         depth += (char == "{") - (char == "}")
@@ -77,20 +74,14 @@ def _lines(path: Path) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    source = source_of(url)
-    fs, path = filesystem(source)
-    local = is_local(fs)
-    if any(char in path for char in ("*[" if "http" in protocols(fs) else "*?[")):  # the web's ? begins a query
-        found = sorted(list_matches(url, fs, path))
+    if is_glob(url):
+        found = list_matches(url)
         if not found:
             raise ValueError(f"no shard matches {without_secrets(url)!r}")
-        return (
-            found
-            if local and "://" not in url
-            else [url.removesuffix(source) + fs.unstrip_protocol(name) for name in found]
-        )
-    if local and Path(path).is_dir():
+        return found
+    path = local_path(url)
+    if path is not None and path.is_dir():
         raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
-    if local and not Path(path).exists():
+    if path is not None and not path.exists():
         raise ValueError(f"no shard matches {url!r}: there is no such file")
     return [url]

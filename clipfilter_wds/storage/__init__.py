@@ -1,1 +1,1 @@
-"""Reads and writes files of this machine and of any fsspec storage."""
+"""Reads and writes files on this machine and on any storage that fsspec knows."""

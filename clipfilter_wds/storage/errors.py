@@ -1,4 +1,4 @@
-"""Storage on other machines, through fsspec: find it, try again when it fails, read on where a connection broke."""
+"""Explains storage errors without giving secrets away, and retries requests that may succeed later."""
 
 import random
 import re
@@ -8,25 +8,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Pauses before the second, third, ... attempt; each is varied by half, so that many readers don't come back at once.
+#: Pauses before the second, third, ... attempt; each varies by half, so that many readers don't come back at once.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
-
 
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError)
 _PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "NotImplementedError"}
-_PASSING_STATUS = {408, 425, 429}
+_TRANSIENT_STATUS = {408, 425, 429}
 
 
 class ChangedError(Exception):
-    """A file is no longer the one that was being read."""
-
-
-# --- what goes wrong ---
+    """A file was replaced while it was being read."""
 
 
 def reason(error: BaseException, url: str) -> str:
-    """Why storage failed at a URL, in words that hold no secret of it."""
-    error = _behind(error)
+    """Why storage failed at a URL, without the URL's secrets."""
+    error = _cause(error)
     if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
         return "there is no such file"
     text = without_secrets(getattr(error, "strerror", None) or str(error) or type(error).__name__)
@@ -36,36 +32,36 @@ def reason(error: BaseException, url: str) -> str:
 
 
 def _secrets_of(url: str) -> list[str]:
-    """User and password, password, and query of a URL, as far as it has them: libraries quote parts of URLs."""
+    """A URL's user with password, its password, and its query, where it has them: libraries quote parts of URLs."""
     user = re.search(r"://([^\s/?]*)@", url)
     secrets = [user[1], user[1].partition(":")[2]] if user else []
     return [secret for secret in (*secrets, url.partition("?")[2]) if "=" in secret or len(secret) > 2]
 
 
 def without_secrets(text: str) -> str:
-    """The text with every URL in it stripped of user, password and query."""
+    """The text with user, password and query removed from every URL in it."""
     text = re.sub(r"(\w+://)[^\s/?'\"]*@", r"\1", text)
     return re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*", r"\1", text)  # without "=", it is a glob's ?
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: a missing file or a refused password won't."""
-    error = _behind(error)
+    """Whether the same request may succeed later. Where a file is missing or a password refused, it won't."""
+    error = _cause(error)
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if isinstance(status, int) and 400 <= status < 500:
-        return status in _PASSING_STATUS
+        return status in _TRANSIENT_STATUS
     return not isinstance(error, (*_PERMANENT, ChangedError)) and type(error).__name__ not in _PERMANENT_NAMES
 
 
-def _behind(error: BaseException) -> BaseException:
-    """What fsspec takes for a missing file when a web server does not answer as it should."""
+def _cause(error: BaseException) -> BaseException:
+    """The error itself; but what went wrong on the web where fsspec made a ``FileNotFoundError`` of it."""
     cause = error.__cause__
     of_the_web = isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp"
     return cause if isinstance(error, FileNotFoundError) and cause is not None and of_the_web else error
 
 
 def retrying(request: Callable[[], T]) -> T:
-    """What a request returns, made again after growing pauses while what it raises may pass.
+    """The result of a request, which is retried after growing pauses while its errors may pass.
 
     Raises:
         Exception: The last attempt's.

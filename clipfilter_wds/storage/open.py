@@ -1,43 +1,129 @@
-"""Opens, sizes and lists files of any storage."""
+"""Opens, sizes and lists files on any storage."""
 
-from typing import BinaryIO, cast
+import io
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, TypeVar, cast
 
 from fsspec import AbstractFileSystem
 
-from clipfilter_wds.storage.cache import is_cached, open_cached, source_of
+from clipfilter_wds.storage.cache import open_cached
 from clipfilter_wds.storage.errors import reason, retrying, without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_local
-from clipfilter_wds.storage.reader import RemoteReader
+from clipfilter_wds.storage.filesystem import filesystem, is_cached, is_local, is_web, local_path, source_of
+from clipfilter_wds.storage.reader import RemoteReader, open_web
+from clipfilter_wds.types import ShardError
 
-
-def list_matches(url: str, fs: AbstractFileSystem, path: str) -> list[str]:
-    """The files that a glob matches, as the file system names them.
-
-    Raises:
-        ValueError: When the storage can't be listed.
-    """
-    try:
-        found: list[str] = fs.glob(path) if is_local(fs) else retrying(lambda: fs.glob(path))
-    except Exception as error:  # each storage has errors of its own
-        raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
-    return found
+T = TypeVar("T")
 
 
 def open_file(url: str) -> tuple[BinaryIO, int]:
-    """A file opened for one pass from front to back, and its size, -1 when the storage does not tell."""
+    """Open a file for one pass from front to back.
+
+    Returns:
+        The open file, and its size in bytes, -1 when the storage doesn't tell.
+
+    Raises:
+        Exception: The storage's own.
+    """
     if is_cached(url):
         return open_cached(url)
-    fs, path = filesystem(source_of(url))
-    if is_local(fs):
-        return fs.open(path, "rb"), fs.size(path)
+    if (path := local_path(url)) is not None:
+        return path.open("rb"), path.stat().st_size
     reader = RemoteReader(url)
     return cast(BinaryIO, reader), reader.num_bytes
 
 
 def read_into(raw: BinaryIO, buffer: memoryview) -> int:
-    """Fills a buffer with what comes next, and returns how many bytes that was; 0 at the end."""
-    if not isinstance(raw, RemoteReader) and hasattr(raw, "readinto"):  # a local file's, which saves a copy
+    """Fill a buffer with what comes next; the number of bytes read, 0 at the end."""
+    if not isinstance(raw, RemoteReader) and hasattr(raw, "readinto"):  # local files can, which saves a copy
         return cast(int, raw.readinto(buffer))
     data = raw.read(len(buffer))
     buffer[: len(data)] = data
     return len(data)
+
+
+@contextmanager
+def open_once(url: str, *, seconds: float) -> Iterator[BinaryIO]:
+    """Open a file with a single request, without retries; a web server must deliver all of it within ``seconds``.
+
+    Raises:
+        Exception: The storage's own.
+    """
+    fs, path = filesystem(url)
+    with open_web(fs, path, total=seconds) if is_web(fs) else fs.open(path, "rb") as file:
+        yield file  # and hold the file system: one of an archive closes the archive when it is freed
+
+
+def file_size(url: str) -> int:
+    """Size of a file in bytes, -1 when the storage doesn't tell.
+
+    Raises:
+        Exception: The storage's own.
+    """
+    size = _ask(url, lambda fs, path: fs.size(path))
+    return -1 if size is None else int(size)
+
+
+def is_glob(url: str) -> bool:
+    """Whether a URL stands for all files that match it. On the web, ``?`` begins a query instead."""
+    fs, path = filesystem(url)
+    return any(char in path for char in ("*[" if is_web(fs) else "*?["))
+
+
+def list_matches(url: str) -> list[str]:
+    """The URLs of all files that a glob matches, sorted.
+
+    Raises:
+        ValueError: When the storage can't be listed.
+    """
+    try:
+        names: list[str] = sorted(_ask(url, lambda fs, path: fs.glob(path)))
+    except Exception as error:  # each storage has errors of its own
+        raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
+    if "://" not in url:
+        return names
+    fs, _ = filesystem(url)
+    return [url.removesuffix(source_of(url)) + fs.unstrip_protocol(name) for name in names]
+
+
+def _ask(url: str, request: Callable[[AbstractFileSystem, str], T]) -> T:
+    fs, path = filesystem(url)
+    return request(fs, path) if is_local(fs) else retrying(lambda: request(fs, path))
+
+
+# --- pipe: ---
+
+
+@contextmanager
+def open_pipe(url: str) -> Iterator[BinaryIO]:
+    """Run the shell command of a ``pipe:`` URL, and read what it writes to its standard output.
+
+    Raises:
+        ShardError: Where the output ends, when the command failed. A command that had to stop because nobody reads on
+            has not.
+    """
+    with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=0) as process:  # noqa: S602  # the caller was told to allow it
+        yield cast(BinaryIO, _CommandOutput(process))
+    _check_status(process)
+
+
+class _CommandOutput(io.RawIOBase):
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # nothing wider is passed
+        num_bytes = cast(BinaryIO, self._process.stdout).readinto(buffer)  # type: ignore[attr-defined]  # it is a FileIO
+        if not num_bytes:
+            _check_status(self._process)
+        return cast(int, num_bytes)
+
+
+def _check_status(process: "subprocess.Popen[bytes]") -> None:
+    status = process.wait()
+    if status not in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE):
+        raise ShardError(f"the command failed with exit status {status}")

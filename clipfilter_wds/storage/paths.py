@@ -1,4 +1,4 @@
-"""Where a run writes to: a folder of this machine, or of any fsspec storage."""
+"""Names files and folders that a run writes, on this machine or on any storage that fsspec knows."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,19 +10,19 @@ from typing import IO, TypeVar
 from fsspec import AbstractFileSystem
 
 from clipfilter_wds.storage.errors import reason, retrying, without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_local, protocols
+from clipfilter_wds.storage.filesystem import filesystem, is_local, is_web
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder of another storage, with as much of :class:`pathlib.Path` as a run needs.
+    """A file or folder on remote storage, with the part of :class:`pathlib.Path` that a run needs.
 
-    It may be pickled, and used in threads and forked processes. Every request is retried while what is wrong may pass.
+    Can be pickled, and used in threads and forked processes. Every request is retried while its error may pass.
 
     Raises:
-        OSError: From every method, when the storage fails; without what is secret in the URL.
+        OSError: From every method, when the storage fails; without the URL's secrets.
     """
 
     url: str
@@ -35,24 +35,24 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the URL."""
         return self.url.rpartition("/")[2]
 
     @property
     def parent(self) -> "RemotePath":
-        """The folder."""
+        """The folder that holds it."""
         return RemotePath(self.url.rpartition("/")[0])
 
     def exists(self) -> bool:
-        """Whether there is such a file."""
+        """Whether the file is there."""
         return self.num_bytes() is not None
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Whether the file is there."""
         return self.exists()
 
     def num_bytes(self) -> int | None:
-        """Size of the file, None when there is none."""
+        """Size of the file in bytes, None when it isn't there."""
 
         def ask(fs: AbstractFileSystem, path: str) -> int | None:
             try:
@@ -63,11 +63,11 @@ class RemotePath:
         return self._request("look for", ask)
 
     def read_bytes(self) -> bytes:
-        """All that is in the file."""
+        """The file's content."""
         return self._request("read", lambda fs, path: bytes(fs.cat_file(path)))
 
     def upload(self, file: IO[bytes]) -> None:
-        """Store the whole of an open file of this machine here. Nothing is to be seen of it before it is whole."""
+        """Store the whole of an open local file here. Nothing of it can be seen before it is whole."""
 
         def send(fs: AbstractFileSystem, path: str) -> None:
             num_bytes = file.seek(0, os.SEEK_END)
@@ -91,7 +91,7 @@ class RemotePath:
         self._request("delete", delete)
 
     def rglob(self, pattern: str) -> Iterator["RemotePath"]:
-        """The files of this folder, and of those in it, whose name matches."""
+        """Yield the files in this folder and below whose name matches."""
 
         def find(fs: AbstractFileSystem, path: str) -> list[str]:
             try:
@@ -104,8 +104,8 @@ class RemotePath:
                 yield self / name.lstrip("/")
 
     def _request(self, what: str, request: Callable[[AbstractFileSystem, str], T]) -> T:
-        # Asked for anew each time, since that of a parent process is of no use in a forked one; fsspec keeps them.
-        # What other processes write must be seen at once, so nothing is remembered of what a folder holds.
+        # Looked up each time, since a parent's file system doesn't work in a forked process; fsspec caches them.
+        # What other processes write must be seen at once, so listings are not cached.
         fs, path = filesystem(self.url, use_listings_cache=False)
         try:
             return retrying(lambda: request(fs, path))
@@ -117,26 +117,26 @@ AnyPath = Path | RemotePath
 
 
 def any_path(url: str | Path) -> AnyPath:
-    """A path or URL as something to write to.
+    """A path or URL as a place to write to.
 
     Raises:
-        ValueError: When the storage can't be written to, as the web can't, or its package is not installed.
+        ValueError: When it is on the web, which can't be written to, or as ``filesystem`` raises.
     """
     fs, path = filesystem(str(url))
     if is_local(fs):
         return Path(path) if "://" in str(url) else Path(url).expanduser()
-    if "http" in protocols(fs):
+    if is_web(fs):
         raise ValueError(f"{without_secrets(str(url))!r} can be read but not written to")
     return RemotePath(str(url).rstrip("/"))
 
 
 def folder_identity(folder: AnyPath) -> str:
-    """What two ways to write one folder have in common."""
+    """A text that is the same for all ways to write one folder."""
     return str(folder.resolve()) if isinstance(folder, Path) else str(folder)
 
 
 def num_bytes_of(path: AnyPath) -> int | None:
-    """Size of a file, None when there is none."""
+    """Size of a file in bytes, None when it isn't there."""
     if isinstance(path, RemotePath):
         return path.num_bytes()
     return path.stat().st_size if path.is_file() else None

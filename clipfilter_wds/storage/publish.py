@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and tars that hold members as they were."""
+"""Writes files that are whole or absent."""
 
 import fcntl
 import glob
@@ -15,17 +15,17 @@ from uuid import uuid4
 from clipfilter_wds.storage.paths import AnyPath, RemotePath
 
 _TEMPORARY = ".*.clipfilter-tmp"
-#: Shards are written in larger pieces, which are not copied through the buffer.
+#: Shards are written in larger pieces, which bypass the buffer.
 _BUFFER_BYTES = 1 << 14
 _EARLY_BYTES = 1 << 23
 
 
 @contextmanager
 def publish(path: AnyPath) -> Iterator[BinaryIO]:
-    """A file to write that appears at ``path`` when the block ends, whole and stored, or not at all.
+    """Open a file for writing that appears at ``path`` when the block ends, whole and on disk, or not at all.
 
     Raises:
-        OSError: When it can't be written; it names ``path``.
+        OSError: When it can't be written; names ``path``.
     """
     with _publish_local(path) if isinstance(path, Path) else _publish_remote(path) as file:
         yield file
@@ -50,19 +50,19 @@ def _publish_local(path: Path) -> Iterator[BinaryIO]:
 
 
 def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A file beside ``path``, locked as long as its writer lives: how others tell it from a leftover."""
+    """Create a file beside ``path``, locked while its writer lives: that tells it from a leftover."""
     while True:
         temporary = path.with_name(_TEMPORARY.replace("*", f"{_stem(path)}.{uuid4().hex}"))
         file = BufferedWriter(_EarlyFile(temporary, "xb"), _BUFFER_BYTES)
-        with suppress(OSError):  # some network storage has no locks; then nobody takes anything for a leftover either
+        with suppress(OSError):  # some network storage has no locks; then nothing is ever taken for a leftover either
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return temporary, file
-        file.close()  # it was taken for one before it could be locked
+        file.close()  # another process took it for one, before it was locked
 
 
 class _EarlyFile(FileIO):
-    """Has the system store what was written while more is written, so that little is left to wait for at the end."""
+    """Has the kernel write to disk while more is written, so that little is left to wait for at the end."""
 
     _num_bytes = _num_early = 0
 
@@ -80,8 +80,8 @@ class _EarlyFile(FileIO):
 
 @contextmanager
 def _publish_remote(path: RemotePath) -> Iterator[BinaryIO]:
-    """Uploads the whole file at the end, so that nothing half-written can be seen; an object store makes it atomic."""
-    with TemporaryFile(buffering=_BUFFER_BYTES) as file:  # without a name: it is gone when the process is
+    """Uploads the whole file at the end, so that nobody sees half of it; an object store makes that atomic."""
+    with TemporaryFile(buffering=_BUFFER_BYTES) as file:  # without a name: it disappears with the process
         yield cast(BinaryIO, file)
         file.flush()
         path.upload(file)
@@ -93,8 +93,26 @@ def publish_json(path: AnyPath, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
+def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
+    """Check that files can be written to a folder, or that a file can be written; folders that are missing are made.
+
+    Raises:
+        ValueError: When it can't be written, or a folder is named where a file is meant.
+    """
+    if as_file and isinstance(output, Path) and output.is_dir():
+        raise ValueError(f"output {str(output)!r} is a folder; name a file")
+    # Named as a leftover, so that the next run deletes it, should this one be killed right now.
+    probe = (output.parent if as_file else output) / _TEMPORARY.replace("*", f"probe.{uuid4().hex}")
+    try:
+        with publish(probe):
+            pass
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"can't write to output {str(output)!r}: {error.strerror or error}") from error
+
+
 def remove_leftovers(folder: AnyPath) -> None:
-    """Delete the unfinished files of writers that are no more, in ``folder`` and below. Remote folders have none."""
+    """Delete the unfinished files that dead writers left in ``folder`` and below. Remote folders have none."""
     if not isinstance(folder, Path):
         return
     for path in folder.rglob(_TEMPORARY):
@@ -102,18 +120,18 @@ def remove_leftovers(folder: AnyPath) -> None:
 
 
 def remove_leftovers_of(path: Path) -> None:
-    """Delete the unfinished files of writers of ``path`` that are no more."""
+    """Delete the unfinished files that dead writers of ``path`` left."""
     for leftover in path.parent.glob(_TEMPORARY.replace("*", f"{glob.escape(_stem(path))}.*")):
         _remove_leftover(leftover)
 
 
 def _stem(path: Path) -> str:
-    """As much of the name as leaves room for the rest of a temporary one."""
+    """The name, cut so that a temporary name made of it isn't too long."""
     return path.name.encode()[:120].decode(errors="ignore")
 
 
 def _remove_leftover(path: Path) -> None:
-    # Refused while its writer lives, when it has just finished, or where there are no locks to tell.
+    # Fails while its writer lives, when the writer has just finished, or where there are no locks.
     with suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)

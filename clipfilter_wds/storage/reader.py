@@ -6,23 +6,21 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from clipfilter_wds.storage.errors import ChangedError, retrying
-from clipfilter_wds.storage.filesystem import filesystem, protocols
+from clipfilter_wds.storage.filesystem import filesystem, is_web
 
 _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", "last_modified", "mtime", "created")
-
-
-# --- reading ---
+_SKIPPED_BYTES = 1 << 20
 
 
 class RemoteReader(io.RawIOBase):
-    """Reads a remote file once from front to back, and goes on where it was when a connection breaks.
+    """Reads a remote file once from front to back, and resumes at the right byte when a connection breaks.
 
     Args:
         url: The file.
 
     Attributes:
-        num_bytes: Its size; -1 when the storage does not tell.
-        version: What tells it from another file of that URL, as far as the storage does.
+        num_bytes: Its size; -1 when the storage doesn't tell.
+        version: What tells it from another file that had or will have this URL, as far as the storage says.
 
     Raises:
         Exception: The storage's own, when it can't be reached (retried) or has no such file (not retried).
@@ -35,17 +33,17 @@ class RemoteReader(io.RawIOBase):
         self.num_bytes, self.version = retrying(self._look)
 
     def readable(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes; none at the end only, which is never before ``num_bytes`` bytes have come."""
+        """Read up to ``size`` bytes; none only at the end, which never comes before ``num_bytes`` bytes have."""
         data: bytes = retrying(lambda: self._read(size))
         self._position += len(data)
         return data
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._disconnect()
         super().close()
 
@@ -61,8 +59,10 @@ class RemoteReader(io.RawIOBase):
             fs.invalidate_cache()
             if self._look()[1] != self.version:
                 raise ChangedError("it changed while it was being read")
-        if "http" in protocols(fs):
-            self._file = _open_http(fs, path, self._position, self.num_bytes)
+        self._fs = fs  # held while the file is open: an archive is closed when its file system is freed
+        if is_web(fs):
+            # A shard may take hours to read, as slowly as its samples are used, but never a minute without a byte.
+            self._file = open_web(fs, path, self._position, self.num_bytes, sock_connect=30, sock_read=60)
         else:
             self._file = fs.open(path, "rb")
             self._file.seek(self._position)
@@ -88,17 +88,27 @@ class RemoteReader(io.RawIOBase):
             self._file = None
 
 
-def _open_http(fs: fsspec.AbstractFileSystem, path: str, position: int, num_bytes: int) -> BinaryIO:
-    """A web server's file from a position on, in one request: not every server can deliver ranges."""
-    from aiohttp import ClientTimeout
+def open_web(
+    fs: fsspec.AbstractFileSystem, path: str, position: int = 0, num_bytes: int = -1, **seconds: float
+) -> BinaryIO:
+    """Open a web server's file at a position, with a single request: not every server can deliver ranges.
 
-    # A shard may take hours to read, as slowly as its samples are used, but not a minute without a single byte.
-    timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    Args:
+        fs: The file system of the web.
+        path: The file.
+        position: The byte to begin at.
+        num_bytes: Size of the whole file, if it is known.
+        seconds: Limits, by the names that ``aiohttp.ClientTimeout`` gives them.
+    """
+    from aiohttp import ClientTimeout  # takes long to import, and shards on this machine don't need it
+
     headers = {**fs.kwargs.get("headers", {}), **({"Range": f"bytes={position}-"} if position else {})}
-    # A stream needs no size, but without one fsspec would ask for it once more, and trip over the timeout.
-    file: Any = fs.open(path, "rb", block_size=0, size=max(num_bytes, 1), headers=headers, timeout=timeout)
+    # A stream needs no size, but without one fsspec would send another request for it, which fails on the timeout.
+    file: Any = fs.open(
+        path, "rb", block_size=0, size=max(num_bytes, 1), headers=headers, timeout=ClientTimeout(**seconds)
+    )
     skip = position if file.r.status != 206 else 0
-    while skip > 0 and (data := file.read(min(skip, 1 << 20))):
+    while skip > 0 and (data := file.read(min(skip, _SKIPPED_BYTES))):
         skip -= len(data)
     if skip:
         file.close()

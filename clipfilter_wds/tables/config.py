@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.tables.formats.open import SUFFIXES
 from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
 
@@ -55,7 +55,7 @@ class TableConfig:
         _check_types(self.source, self.target)
         if not self.source.is_file():
             raise ValueError(f"input {str(self.source)!r} is no file")
-        _check_writable(self.target)
+        check_writable(self.target, as_file=True)
         if self.target.exists() and self.target.samefile(self.source):
             raise ValueError(f"output {str(self.target)!r} is the input itself; choose another")
 
@@ -81,14 +81,3 @@ def _check_types(source: Path, target: Path) -> None:
         raise ValueError(f"input {str(source)!r} is no {', '.join(SUFFIXES)} file")
     if target.suffix.lower() != source.suffix.lower():
         raise ValueError(f"output {str(target)!r} gets the input's type; name it {target.stem + source.suffix!r}")
-
-
-def _check_writable(target: Path) -> None:
-    if target.is_dir():
-        raise ValueError(f"output {str(target)!r} is a folder; name a file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"can't write output {str(target)!r}: {error.strerror}") from error

@@ -1,56 +1,43 @@
-"""Image paths and URLs -> the bytes of one image file."""
+"""Reads an image file from a path or URL."""
 
-import stat
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import fsspec
-from aiohttp import ClientTimeout
-
+from clipfilter_wds.storage.filesystem import check_installed
+from clipfilter_wds.storage.open import open_once
 from clipfilter_wds.types import DropReason, UnusableError
 
 #: A larger file is dropped as ``member_too_large``, like a member of a shard.
 MAX_IMAGE_BYTES = 1 << 28
 
-_HTTP_SECONDS = 30.0
+_WEB_SECONDS = 30.0
 _READ_BYTES = 1 << 20
 
 
 def is_remote(image: str) -> bool:
-    """Whether this is a URL of something that is not a file on this machine."""
+    """Whether this is the URL of something other than a file on this machine."""
     return "://" in image and not image.startswith("file://")
 
 
 def check_protocol(image: str) -> None:
-    """Find out before a run that its images can't be fetched for want of a package.
+    """Check before a run that no package is missing for fetching an image.
 
     Raises:
-        ValueError: When fsspec needs a package for this URL that is not installed.
+        ValueError: When the storage of this URL needs a package that is not installed.
     """
     if is_remote(image):
-        _check_installed(fsspec.utils.get_protocol(image))
-
-
-@cache
-def _check_installed(protocol: str) -> None:
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        raise ValueError(f"reading {protocol}:// images needs a package that is not installed: {error}") from None
-    except ValueError:
-        pass  # no storage of that name: an image that can't be fetched, like any wrong URL
+        check_installed(image)
 
 
 def read_image(image: str, folder: Path) -> bytes:
-    """The bytes of an image file.
+    """Read an image file. What comes over a network is requested once, without retries: many links are dead.
 
     Args:
         image: A path, relative to ``folder`` if it is not absolute, or an ``http(s)://`` or other fsspec URL.
         folder: Where relative paths begin.
 
     Raises:
-        UnusableError: ``unreadable_image`` when it can't be opened or fetched for any cause, or ``member_too_large``.
+        UnusableError: ``unreadable_image`` when it can't be opened or fetched for any reason, or ``member_too_large``.
     """
     try:
         data = _fetch(image) if is_remote(image) else _read_file(folder / image.removeprefix("file://"))
@@ -62,21 +49,15 @@ def read_image(image: str, folder: Path) -> bytes:
 
 
 def _read_file(path: Path) -> bytes:
-    # Before opening: to open a pipe would wait for somebody to write, and to read some devices never ends.
-    if not stat.S_ISREG(path.stat().st_mode):
+    # Before opening: opening a named pipe would wait for a writer, and reading some devices never ends.
+    if not path.is_file():
         raise OSError(f"{str(path)!r} is not a file")
     with path.open("rb") as file:
         return file.read(MAX_IMAGE_BYTES + 1)
 
 
 def _fetch(url: str) -> bytes:
-    if url.startswith(("http://", "https://")):
-        fs, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": ClientTimeout(total=_HTTP_SECONDS)})
-        # No block size: one streamed request. A size, which nothing checks, saves the request that asks for it.
-        options: dict[str, Any] = {"block_size": 0, "size": 1}
-    else:
-        (fs, path), options = fsspec.core.url_to_fs(url), {}
-    with fs.open(path, "rb", **options) as file:
+    with open_once(url, seconds=_WEB_SECONDS) as file:
         return _read_bounded(file)
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from clipfilter_wds.storage.paths import any_path
-from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers, remove_leftovers_of
+from clipfilter_wds.storage.publish import (
+    check_writable,
+    publish,
+    publish_json,
+    remove_leftovers,
+    remove_leftovers_of,
+)
 from tests.support.servers import DATA, now_and_then
 
 # --- publishing ---
@@ -36,6 +42,22 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
         file.flush()
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
+
+
+def test_checking_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "c" / "page.html", as_file=True)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a", "a/b", "c"]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_what_can_not_be_written_is_named_with_the_reason(tmp_path, as_file):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out"
+    with pytest.raises(ValueError, match=r"can't write to output '.*/file/out': (Not a directory|File exists)"):
+        check_writable(output, as_file=as_file)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        check_writable(tmp_path, as_file=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -334,7 +334,7 @@ class TestImagesElsewhere:
 
     def test_a_storage_that_needs_a_package_is_an_error_that_names_it(self, operator):
         rows = pd.DataFrame({"image": ["gdrive://b/a.jpg"], "caption": ["a"]})
-        with pytest.raises(ValueError, match=r"gdrive:// images needs a package.*gdrive_?fs"):
+        with pytest.raises(ValueError, match=r"gdrive:// needs a package.*gdrive_?fs"):
             operator.run(Memory(rows))
 
 

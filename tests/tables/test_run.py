@@ -115,7 +115,7 @@ class TestUnusableArguments:
             ("pairs.jsonl", "out.jsonl", ("--score_key", "n"), "but there is such a column"),
             ("pairs.jsonl", "out.jsonl", ("--batch_size", "0"), "batch_size is 0"),
             ("pairs.jsonl", "s3://bucket/out.jsonl", (), "on this machine only"),
-            ("pairs.jsonl", "/dev/null/out.jsonl", (), "can't write output"),
+            ("pairs.jsonl", "/dev/null/out.jsonl", (), "can't write to output"),
             ("pairs.jsonl", "out.jsonl", (), "there is no model folder"),
         ],
     )

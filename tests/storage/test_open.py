@@ -1,0 +1,112 @@
+import zipfile
+
+import fsspec
+import pytest
+
+from clipfilter_wds.storage.filesystem import check_installed, local_path
+from clipfilter_wds.storage.open import file_size, is_glob, list_matches, open_file, open_once, open_pipe
+from clipfilter_wds.types import ShardError
+
+
+@pytest.fixture
+def archive(tmp_path) -> str:
+    """The URL of a file in a zip archive, which holds ``hello``."""
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        archive.writestr("inner/a.bin", b"hello")
+    return f"zip://inner/a.bin::{tmp_path}/files.zip"
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/x/a?b.bin": b"hello", "/x/c.bin": b""})
+    yield fs
+    fs.rm("/", recursive=True)
+
+
+def test_a_file_of_any_storage_is_opened_with_its_size(tmp_path, memory, archive):
+    path = tmp_path / "a b.bin"
+    path.write_bytes(b"hello")
+    for url in (str(path), f"file://{path}", "memory://x/a?b.bin", archive):
+        file, num_bytes = open_file(url)
+        with file:
+            assert (file.read(), num_bytes) == (b"hello", 5)
+        assert file_size(url) == 5
+        with open_once(url, seconds=10) as file:
+            assert file.read() == b"hello"
+
+
+@pytest.mark.parametrize("url", ["{folder}/none.bin", "memory://x/none.bin"])
+def test_a_file_that_is_missing_is_the_storages_own_error(tmp_path, memory, url):
+    for ask in (open_file, file_size):
+        with pytest.raises(FileNotFoundError):
+            ask(url.format(folder=tmp_path))
+
+
+def test_matches_are_named_as_the_glob_was(tmp_path, memory):
+    for name in ("b.bin", "a.bin", "c.txt"):
+        (tmp_path / name).touch()
+    assert list_matches(f"{tmp_path}/*.bin") == [f"{tmp_path}/a.bin", f"{tmp_path}/b.bin"]
+    assert list_matches(f"file://{tmp_path}/*.bin") == [f"file://{tmp_path}/a.bin", f"file://{tmp_path}/b.bin"]
+    assert list_matches("memory://x/*.bin") == ["memory:///x/a?b.bin", "memory:///x/c.bin"]
+    assert list_matches("memory://x/*.none") == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("a.tar", False),
+        ("a?.tar", True),
+        ("a[01].tar", True),
+        ("memory://x/a?.tar", True),
+        ("https://host/a.tar?token=1", False),
+        ("https://host/*.tar?token=1", True),
+    ],
+)
+def test_a_question_mark_is_no_glob_on_the_web(url, expected):
+    assert is_glob(url) is expected
+
+
+def test_only_files_of_this_machine_have_a_local_path(tmp_path):
+    assert local_path(f"file://{tmp_path}/a.tar") == local_path(f"{tmp_path}/a.tar") == tmp_path / "a.tar"
+    assert local_path("memory://x/a.tar") is None
+    assert local_path("simplecache::https://host/a.tar") is None
+
+
+def test_a_scheme_is_checked_without_connecting():
+    check_installed("https://nobody.invalid/a.tar")
+    check_installed("nothing-like-this://a.tar")
+    with pytest.raises(ValueError, match=r"gdrive:// needs a package that is not installed: .*gdrive_?fs"):
+        check_installed("gdrive://bucket/a.tar")
+
+
+@pytest.mark.parametrize("command", ["printf hello", "printf hello; kill -PIPE $$"])
+def test_a_command_is_read_to_its_end(command):
+    with open_pipe(f"pipe:{command}") as file:
+        assert file.read() == b"hello"
+
+
+@pytest.mark.parametrize("command", ["printf hello; exit 3", "printf hello; kill -KILL $$"])
+def test_a_command_that_fails_fails_where_its_output_ends(command):
+    def read_on() -> None:
+        with open_pipe(f"pipe:{command}") as file:
+            assert file.read(5) == b"hello"
+            file.read(1)
+
+    with pytest.raises(ShardError, match=r"the command failed with exit status (3|-9)"):
+        read_on()
+
+
+def test_a_command_that_failed_is_told_of_even_if_nobody_reads_to_its_end():
+    with pytest.raises(ShardError, match="exit status 3"), open_pipe("pipe:exit 3"):
+        pass
+
+
+def test_a_command_that_nobody_reads_on_has_not_failed():
+    with open_pipe("pipe:cat /dev/zero") as file:
+        assert file.read(5) == bytes(5)
+
+
+def test_an_error_while_a_command_is_read_is_the_one_that_is_raised():
+    with pytest.raises(KeyError), open_pipe("pipe:exit 3"):
+        raise KeyError
