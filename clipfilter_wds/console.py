@@ -1,6 +1,21 @@
-"""Text from elsewhere -> text that a terminal only shows."""
+"""Shows on a terminal how far a run is and what came of it, and makes other people's text safe to show there."""
 
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+#: Seconds between two lines where there is no bar.
+_LINE_SECONDS = 10.0
+
+#: A row of the closing table: what is counted, the count, and what it is a share of or how fast it went.
+Row = tuple[str, str, str]
 
 
 def printable(text: str) -> str:
@@ -12,10 +27,105 @@ def printable(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The same for rich, which has a markup of its own."""
+    """The same for rich, whose markup is shown and not obeyed."""
     return escape(printable(text))
 
 
-def share(part: int, whole: int) -> str:
-    """A share in per cent, blank when there is no whole."""
-    return f"{part / whole:.1%}" if whole else ""
+# --- while a run works ---
+
+
+class Shown(NamedTuple):
+    """What is shown of a running job.
+
+    Attributes:
+        phase: What is being done, such as ``scoring``.
+        share: How much of it is done, 0 to 1.
+        beside_bar: Text on the right of the bar, in rich's markup.
+        line: Text of a line, where there is no bar.
+    """
+
+    phase: str
+    share: float
+    beside_bar: str
+    line: str
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Callable[[Shown], None]]:
+    """A function that shows how far a run is: as a bar on a terminal, elsewhere as a line now and then."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[beside_bar]}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("scoring", total=1.0, beside_bar="")
+
+        def update(shown: Shown) -> None:
+            progress.update(task, description=shown.phase, completed=shown.share, beside_bar=shown.beside_bar)
+
+        yield update
+
+
+def _lines(console: Console) -> Callable[[Shown], None]:
+    next_at = time.monotonic() + _LINE_SECONDS
+
+    def update(shown: Shown) -> None:
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + _LINE_SECONDS
+            console.print(shown.line, highlight=False)
+
+    return update
+
+
+def pace(samples_per_second: float, keep_rate: float | None, seconds_left: float | None) -> str:
+    """How fast a run is, what it keeps and how long it will take; what is None is left out."""
+    parts = [_speed(samples_per_second)]
+    if keep_rate is not None:
+        parts.append(f"{keep_rate:.1%} kept")
+    if seconds_left is not None:
+        parts.append(f"{_duration(seconds_left)} left")
+    return ", ".join(parts)
+
+
+# --- when it is done ---
+
+
+def print_summary(console: Console, rows: Iterable[Row], notes: Iterable[str]) -> None:
+    """Print the closing table, and below it a line per note, in rich's markup."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right", style="dim")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def count_rows(seen: int, kept: int, dropped: Iterable[tuple[str, int]], *, kept_as: str = "kept") -> list[Row]:
+    """The first rows of a closing table: how many samples were seen, kept, and dropped for which reason."""
+    return [
+        ("seen", f"{seen:,}", ""),
+        share_row(f"[bold]{kept_as}[/]", kept, seen),
+        *(share_row(f"dropped: {reason}", count, seen) for reason, count in dropped),
+    ]
+
+
+def share_row(what: str, part: int, whole: int) -> Row:
+    """A row with a count and its share in per cent, which is blank when there is no whole."""
+    return what, f"{part:,}", f"{part / whole:.1%}" if whole else ""
+
+
+def time_row(seconds: float, samples_per_second: float) -> Row:
+    """The last row of a closing table: how long the run took and how fast it was."""
+    return "time", _duration(seconds), _speed(samples_per_second)
+
+
+def _speed(samples_per_second: float) -> str:
+    return f"{samples_per_second:,.0f} samples/s"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

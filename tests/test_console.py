@@ -1,9 +1,23 @@
+import io
 import json
+import re
+import time
 
 import pytest
+from rich.console import Console
 
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
-from clipfilter_wds.console import plain, printable
+from clipfilter_wds import console as module
+from clipfilter_wds.console import (
+    Shown,
+    count_rows,
+    pace,
+    plain,
+    print_summary,
+    printable,
+    show_progress,
+    time_row,
+)
 from tests.support.outputs import rewrite
 from tests.support.toys import pair, write_shard, write_tar
 
@@ -70,3 +84,67 @@ def test_what_is_not_printable_is_written_out(text, shown):
 
 def test_rich_markup_is_shown_and_not_obeyed():
     assert plain("[red]x[/]") == "\\[red]x\\[/]"
+
+
+# --- the bar and the closing table ---
+
+SHOWN = [
+    Shown("scoring", 0.25, "[bold]1/4[/] shards  50 samples/s", "1/4 shards, 50 samples/s"),
+    Shown("copying", 1.0, "[bold]4/4[/] shards  60 samples/s", "4/4 shards, 60 samples/s"),
+]
+
+
+def show(console: Console) -> str:
+    with show_progress(console) as update:
+        for shown in SHOWN:
+            update(shown)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+
+
+def test_a_terminal_gets_a_bar_that_is_gone_at_the_end():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    assert re.search(r"copying ━{40} 4/4 shards  60 samples/s", show(console))
+    assert console.file.getvalue().endswith("\x1b[2K")
+
+
+def test_what_is_no_terminal_gets_a_line_now_and_then(monkeypatch):
+    assert show(Console(file=io.StringIO(), width=100)) == ""  # the ten seconds are not over
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+    assert show(Console(file=io.StringIO(), width=100)).splitlines() == [shown.line for shown in SHOWN]
+
+
+def test_lines_come_no_more_often_than_they_may(monkeypatch):
+    monkeypatch.setattr(module, "_LINE_SECONDS", 10.0)
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=100)
+    with show_progress(console) as update:
+        for second in range(35):
+            now = float(second)
+            update(SHOWN[0])
+    assert console.file.getvalue().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "seconds_left", "text"),
+    [(None, None, "1,235 samples/s"), (0.5, 61.0, "1,235 samples/s, 50.0% kept, 0:01:01 left")],
+)
+def test_a_pace_has_what_is_known(keep_rate, seconds_left, text):
+    assert pace(1234.5678, keep_rate, seconds_left) == text
+
+
+def test_the_closing_table_has_counts_shares_and_notes():
+    console = Console(file=io.StringIO(), width=40)
+    rows = [*count_rows(4000, 1000, [("torn", 3000)], kept_as="scored"), time_row(3600, 1.1)]
+    print_summary(console, rows, ["[red]failed[/] " + "x" * 60])
+    assert [line.split() for line in console.file.getvalue().splitlines()] == [
+        ["seen", "4,000"],
+        ["scored", "1,000", "25.0%"],
+        ["dropped:", "torn", "3,000", "75.0%"],
+        ["time", "1:00:00", "1", "samples/s"],
+        ["failed", "x" * 60],
+    ]
+
+
+def test_of_nothing_there_are_no_shares():
+    assert [row[2] for row in count_rows(0, 0, [])] == ["", ""]

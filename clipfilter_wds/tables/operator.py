@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from rich.console import Console
 
+from clipfilter_wds.console import show_progress
 from clipfilter_wds.models.config import DEFAULT_MODEL
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
-from clipfilter_wds.tables.progress import show_pairs
+from clipfilter_wds.tables.progress import shown
 from clipfilter_wds.tables.scoring import Pair, batched, score_pair_fp32, score_pairs
 from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.types import DropReason
@@ -123,12 +124,12 @@ class ImageClipFilter:
         batches = ((batch, batch) for batch in batched(pairs, _BATCH_SIZE))
         num_workers = default_num_workers(self.scorer.device) if len(pairs) > _BATCH_SIZE else 0
         recheck = Recheck(self.scorer, threshold)
-        with show_pairs(Console(stderr=True)) as update:
+        with show_progress(Console(stderr=True)) as show:
             for batch, scores in score_pairs(batches, recheck, folder=Path(), num_workers=num_workers):
                 kept = scores.keep(threshold)
                 keep[tally.counts.seen : tally.counts.seen + len(batch)] = kept
                 tally.add(batch, scores, kept)
-                update(tally, tally.counts.seen / len(pairs))
+                show(shown(tally, tally.counts.seen / len(pairs)))
         tally.log(self.logger)
         return keep
 

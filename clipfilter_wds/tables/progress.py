@@ -1,75 +1,37 @@
-"""What scoring a table shows while it works, and when it is done."""
+"""Says how far scoring a table is, and at the end what came of it."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
-
-from clipfilter_wds.console import plain
+from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, share_row, time_row
 from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.tally import PairTally
 
-#: Seconds between two lines when nobody watches a bar.
-_LINE_SECONDS = 10.0
 
-#: Takes how the pairs fared and the share of the table, 0 to 1, that is done.
-Update = Callable[[PairTally, float], None]
-
-
-@contextmanager
-def show_pairs(console: Console) -> Iterator[Update]:
-    """A function that shows how far a table is: as a bar on a terminal, as a line now and then elsewhere."""
-    if not console.is_terminal:
-        yield _lines(console)
-        return
-    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("scoring", total=1.0, pace="")
-        yield lambda tally, done: progress.update(task, completed=done, pace=_pace(tally, done))
+def shown(tally: PairTally, share: float) -> Shown:
+    """What is shown while a table is scored, of which ``share`` is done, 0 to 1."""
+    seconds_left = tally.seconds / share * (1 - share) if share else None
+    how_fast = pace(tally.samples_per_second, tally.counts.keep_rate, seconds_left)
+    return Shown(
+        phase="scoring",
+        share=share,
+        beside_bar=f"[progress.percentage]{share:4.0%}[/] {how_fast}",
+        line=f"{tally.counts.seen:,} rows ({share:.0%}), {how_fast}",
+    )
 
 
-def _lines(console: Console) -> Update:
-    next_at = time.monotonic() + _LINE_SECONDS
-
-    def update(tally: PairTally, done: float) -> None:
-        nonlocal next_at
-        if time.monotonic() >= next_at:
-            next_at = time.monotonic() + _LINE_SECONDS
-            console.print(f"{tally.counts.seen:,} rows ({done:.0%}), {_pace(tally, done)}", highlight=False)
-
-    return update
-
-
-def _pace(tally: PairTally, done: float) -> str:
-    seconds = max(tally.seconds, 1e-9)
-    left = timedelta(seconds=round(seconds / done * (1 - done))) if done else "?"
-    return f"{tally.counts.seen / seconds:,.0f} samples/s, {tally.counts.keep_rate:.1%} kept, {left} left"
-
-
-def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) -> None:
-    """Print the closing table, and what could not be scored or read."""
-    counts = tally.counts
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(justify="right", style="dim")
-    table.add_row("seen", f"{counts.seen:,}", "")
-    table.add_row("[bold]kept[/]", f"{counts.kept:,}", f"{counts.keep_rate:.1%}")
-    for reason, count in counts.dropped.items():
-        table.add_row(f"dropped: {reason}", f"{count:,}", f"{count / counts.seen:.1%}")
+def summary_rows(tally: PairTally, bad_lines: BadLines) -> Iterator[Row]:
+    """The rows of the closing table."""
+    yield from count_rows(tally.counts.seen, tally.counts.kept, tally.counts.dropped.items())
     if tally.truncated_captions:
-        table.add_row("captions truncated", f"{tally.truncated_captions:,}", "")
+        yield share_row("captions truncated", tally.truncated_captions, tally.counts.seen)
     if bad_lines.count:
-        table.add_row("lines passed over", f"{bad_lines.count:,}", "")
-    pace = f"{counts.seen / tally.seconds:,.0f} samples/s"
-    table.add_row("time", str(timedelta(seconds=round(tally.seconds))), pace)
-    console.print(table)
-    notes = [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
+        yield "lines passed over", f"{bad_lines.count:,}", ""
+    yield time_row(tally.seconds, tally.samples_per_second)
+
+
+def notes(tally: PairTally, bad_lines: BadLines) -> Iterator[str]:
+    """What could not be scored or read, a line each."""
+    for line in tally.describe_unusable():
+        yield plain(f"scored 0.0 as {line}")
     if bad_lines.count:
-        notes.append(f"passed over {bad_lines}")
-    for note in notes:
-        console.print(plain(note), highlight=False, soft_wrap=True)
+        yield plain(f"passed over {bad_lines}")

@@ -1,34 +1,35 @@
-"""The run: read rows, score their pairs, write those that are kept."""
+"""Runs over a table: reads rows, scores their pairs, and writes the rows that are kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from transformers.utils import logging
 
+from clipfilter_wds.console import Shown, print_summary, show_progress
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.storage.publish import publish, remove_leftovers_of
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.tables.formats.open import open_table
 from clipfilter_wds.tables.formats.rows import Rows, TableReader, Wanted
-from clipfilter_wds.tables.progress import Update, print_pair_summary, show_pairs
+from clipfilter_wds.tables.progress import notes, shown, summary_rows
 from clipfilter_wds.tables.scoring import Pair, score_pairs
 from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.workers.cpus import default_num_workers
 
 
 def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) -> PairTally:
-    """Write the rows of a table whose caption describes the image, and show what is going on and what came out.
+    """Write the rows of a table whose caption describes the image, and show how far the run is and what came of it.
 
-    Rows are kept in order and as they are. Memory holds a few batches of them, whatever the size of the table (a
-    ``.json`` array is held whole).
+    Kept rows are written in order and unchanged. Memory holds a few batches of rows, whatever the size of the table
+    (except for a ``.json`` array, which is held whole).
 
     Args:
         config: What to read and write.
         load_scorer: Loads the model; not called when the table can't be used.
 
     Returns:
-        How the rows fared.
+        What became of the rows.
 
     Raises:
         ValueError: When the table can't be read or lacks a column.
@@ -46,13 +47,15 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
     with open_table(config.source, wanted) as reader:
         with console.status("loading the model"):
             scorer = load_scorer()
-        with show_pairs(console) as update:
-            tally = _filter_rows(reader, config, scorer, update)
-    print_pair_summary(Console(), tally, reader.bad_lines)
+        with show_progress(console) as show:
+            tally = _filter_rows(reader, config, scorer, show)
+    print_summary(Console(), summary_rows(tally, reader.bad_lines), notes(tally, reader.bad_lines))
     return tally
 
 
-def _filter_rows(reader: TableReader, config: TableConfig, scorer: ClipScorer, update: Update) -> PairTally:
+def _filter_rows(
+    reader: TableReader, config: TableConfig, scorer: ClipScorer, show: Callable[[Shown], None]
+) -> PairTally:
     tally = PairTally()
     num_workers = default_num_workers(scorer.device) if config.num_workers is None else config.num_workers
     recheck = Recheck(scorer, config.threshold)
@@ -71,7 +74,7 @@ def _filter_rows(reader: TableReader, config: TableConfig, scorer: ClipScorer, u
             keep = scores.keep(config.threshold)
             writer.write(rows, keep, scores.similarity)
             tally.add(pairs, scores, keep)
-            update(tally, reader.done())
+            show(shown(tally, reader.done()))
         writer.finish()
     return tally
 

@@ -1,4 +1,4 @@
-"""Counts how the pairs of a table fared."""
+"""Counts what became of a table's pairs."""
 
 import logging
 import time
@@ -10,17 +10,15 @@ import numpy as np
 from clipfilter_wds.tables.scoring import Pair, PairScores
 from clipfilter_wds.types import DropReason, FilterStats
 
-# --- counting ---
-
 
 @dataclass(kw_only=True)
 class PairTally:
-    """How the pairs of a table fared.
+    """What became of a table's pairs.
 
     Attributes:
-        counts: Kept and dropped, by reason.
-        unusable: Per reason, how many pairs could not be scored and have similarity 0.0, kept ones included.
-        first: Per such reason, its first pair: row number, counting from 0, and image.
+        counts: Pairs seen, kept, and dropped by reason.
+        unusable: Per reason, how many pairs could not be scored and got similarity 0.0, kept ones included.
+        first: Per such reason, the first pair that has it: row number, counting from 0, and image.
         truncated_captions: How many captions were longer than the text tower takes.
         started: When scoring began, by ``time.perf_counter``.
     """
@@ -33,8 +31,13 @@ class PairTally:
 
     @property
     def seconds(self) -> float:
-        """Time since scoring began."""
+        """Seconds since scoring began."""
         return time.perf_counter() - self.started
+
+    @property
+    def samples_per_second(self) -> float:
+        """Pairs scored per second."""
+        return self.counts.seen / max(self.seconds, 1e-9)
 
     def add(self, pairs: Sequence[Pair], scores: PairScores, keep: np.ndarray) -> None:
         """Count a batch: the pairs, their scores and which of them are kept."""
@@ -50,12 +53,12 @@ class PairTally:
         self.truncated_captions += scores.num_truncated
 
     def describe_unusable(self) -> Iterator[str]:
-        """One line per reason that pairs could not be scored for."""
+        """One line per reason for which pairs could not be scored."""
         for reason in sorted(self.unusable):
             row, image = self.first[reason]
             yield f"{reason}: {self.unusable[reason]:,}, the first in row {row:,} (image {image!r})"
 
     def log(self, logger: logging.Logger) -> None:
-        """Say once per reason what could not be scored."""
+        """Log what could not be scored, once per reason."""
         for line in self.describe_unusable():
             logger.warning("scored 0.0 of %s pairs as %s", f"{self.counts.seen:,}", line)
