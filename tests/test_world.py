@@ -53,6 +53,11 @@ def test_an_impossible_environment_is_refused(environ):
         World.from_env(environ)
 
 
+def test_the_world_is_read_without_torch():
+    code = f"{READ_WORLD}; import sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1] == "False"
+
+
 def test_a_process_reads_its_own_environment():
     environ = {**os.environ, "RANK": "1", "WORLD_SIZE": "3"}
     run = subprocess.run([sys.executable, "-c", READ_WORLD], env=environ, capture_output=True, text=True, check=True)
