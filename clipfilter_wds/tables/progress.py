@@ -10,7 +10,7 @@ from clipfilter_wds.tables.tally import PairTally
 def shown(tally: PairTally, share: float) -> Shown:
     """What is shown while a table is scored, of which ``share`` is done, 0 to 1."""
     seconds_left = tally.seconds / share * (1 - share) if share else None
-    how_fast = pace(tally.samples_per_second, tally.counts.keep_rate, seconds_left)
+    how_fast = pace(_samples_per_second(tally), tally.counts.keep_rate, seconds_left)
     return Shown(
         phase="scoring",
         share=share,
@@ -26,7 +26,7 @@ def summary_rows(tally: PairTally, bad_lines: BadLines) -> Iterator[Row]:
         yield share_row("captions truncated", tally.truncated_captions, tally.counts.seen)
     if bad_lines.count:
         yield "lines passed over", f"{bad_lines.count:,}", ""
-    yield time_row(tally.seconds, tally.samples_per_second)
+    yield time_row(tally.seconds, _samples_per_second(tally))
 
 
 def notes(tally: PairTally, bad_lines: BadLines) -> Iterator[str]:
@@ -35,3 +35,7 @@ def notes(tally: PairTally, bad_lines: BadLines) -> Iterator[str]:
         yield plain(f"scored 0.0 as {line}")
     if bad_lines.count:
         yield plain(f"passed over {bad_lines}")
+
+
+def _samples_per_second(tally: PairTally) -> float:
+    return tally.counts.seen / max(tally.seconds, 1e-9)

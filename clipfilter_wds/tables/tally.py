@@ -34,11 +34,6 @@ class PairTally:
         """Seconds since scoring began."""
         return time.perf_counter() - self.started
 
-    @property
-    def samples_per_second(self) -> float:
-        """Pairs scored per second."""
-        return self.counts.seen / max(self.seconds, 1e-9)
-
     def add(self, pairs: Sequence[Pair], scores: PairScores, keep: np.ndarray) -> None:
         """Count a batch: the pairs, their scores and which of them are kept."""
         dropped: dict[DropReason, int] = {}
