@@ -2,10 +2,10 @@ import multiprocessing
 
 import pytest
 
-from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.storage.filesystem import check_installed, local_path
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish_json
-from tests.support.servers import DATA, now_and_then
+from tests.support.servers import DATA
 from tests.support.toys import read_whole
 
 
@@ -29,9 +29,14 @@ def _read_twice() -> None:
     assert read_whole("s3://bucket/0.tar") == read_whole("s3://bucket/0.tar") == DATA
 
 
-def test_shards_are_listed_by_a_server_that_fails_now_and_then(storage):
-    storage.reset(now_and_then(3, busy=0.5))
-    assert expand_shards("s3://bucket/0*.tar") == ["s3://bucket/0.tar"]
-    storage.reset(lambda method, path: "busy")
-    with pytest.raises(ValueError, match="can't list 's3://bucket/"):
-        expand_shards("s3://bucket/other/*.tar")
+def test_only_files_of_this_machine_have_a_local_path(tmp_path):
+    assert local_path(f"file://{tmp_path}/a.tar") == local_path(f"{tmp_path}/a.tar") == tmp_path / "a.tar"
+    assert local_path("memory://x/a.tar") is None
+    assert local_path("simplecache::https://host/a.tar") is None
+
+
+def test_a_scheme_is_checked_without_connecting():
+    check_installed("https://nobody.invalid/a.tar")
+    check_installed("nothing-like-this://a.tar")
+    with pytest.raises(ValueError, match=r"gdrive:// needs a package that is not installed: .*gdrive_?fs"):
+        check_installed("gdrive://bucket/a.tar")

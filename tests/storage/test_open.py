@@ -3,9 +3,10 @@ import zipfile
 import fsspec
 import pytest
 
-from clipfilter_wds.storage.filesystem import check_installed, local_path
+from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.storage.open import file_size, is_glob, list_matches, open_file, open_once, open_pipe
 from clipfilter_wds.types import ShardError
+from tests.support.servers import now_and_then
 
 
 @pytest.fixture
@@ -52,6 +53,14 @@ def test_matches_are_named_as_the_glob_was(tmp_path, memory):
     assert list_matches("memory://x/*.none") == []
 
 
+def test_shards_are_listed_by_a_server_that_fails_now_and_then(storage):
+    storage.reset(now_and_then(3, busy=0.5))
+    assert expand_shards("s3://bucket/0*.tar") == ["s3://bucket/0.tar"]
+    storage.reset(lambda method, path: "busy")
+    with pytest.raises(ValueError, match="can't list 's3://bucket/"):
+        expand_shards("s3://bucket/other/*.tar")
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
@@ -65,19 +74,6 @@ def test_matches_are_named_as_the_glob_was(tmp_path, memory):
 )
 def test_a_question_mark_is_no_glob_on_the_web(url, expected):
     assert is_glob(url) is expected
-
-
-def test_only_files_of_this_machine_have_a_local_path(tmp_path):
-    assert local_path(f"file://{tmp_path}/a.tar") == local_path(f"{tmp_path}/a.tar") == tmp_path / "a.tar"
-    assert local_path("memory://x/a.tar") is None
-    assert local_path("simplecache::https://host/a.tar") is None
-
-
-def test_a_scheme_is_checked_without_connecting():
-    check_installed("https://nobody.invalid/a.tar")
-    check_installed("nothing-like-this://a.tar")
-    with pytest.raises(ValueError, match=r"gdrive:// needs a package that is not installed: .*gdrive_?fs"):
-        check_installed("gdrive://bucket/a.tar")
 
 
 @pytest.mark.parametrize("command", ["printf hello", "printf hello; kill -PIPE $$"])

@@ -1,1 +1,1 @@
-"""Reads and writes the file formats of tables, byte for byte."""
+"""Reads tables of several file formats, and writes kept rows byte for byte."""

@@ -1,4 +1,4 @@
-"""Tables of comma-separated values."""
+"""Reads and writes CSV tables."""
 
 import csv
 import io
@@ -9,19 +9,19 @@ from typing import BinaryIO
 import numpy as np
 
 from clipfilter_wds.tables.formats.json_lines import BadLines
-from clipfilter_wds.tables.formats.rows import Rows, RowsBuilder, TableWriter, Wanted
+from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted, in_runs
 
 _MAX_CELL_CHARACTERS = 1 << 24
-# Bytes that are not UTF-8 go through as they are.
+# Bytes that are not UTF-8 pass through unchanged.
 _ERRORS = "surrogateescape"
 
 
 class CsvReader:
-    """Comma-separated values in UTF-8, with a header. Kept rows are written as they were, byte for byte.
+    """Reads comma-separated values in UTF-8 with a header. Kept rows are written byte for byte.
 
     Args:
         file: The open file.
-        wanted: What is asked of it.
+        wanted: What to read and add.
 
     Raises:
         ValueError: When there is no header, or it lacks a wanted column.
@@ -42,18 +42,12 @@ class CsvReader:
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
         image, caption = (self._columns.index(key) for key in (self._wanted.image_key, self._wanted.caption_key))
-        builder = RowsBuilder()
-        for text, cells in self._records():
-            missing = [""] * (len(self._columns) - len(cells))
-            cells += missing
-            builder.add((text, len(missing)), cells[image], cells[caption])
-            if len(builder) == self._wanted.num_rows:
-                yield builder.build()
-                builder = RowsBuilder()
-        if len(builder):
-            yield builder.build()
+        return in_runs(
+            ((stored, cells[image], cells[caption]) for stored, cells in self._records()), self._wanted.num_rows
+        )
 
-    def _records(self) -> Iterator[tuple[str, list[str]]]:
+    def _records(self) -> Iterator[tuple[tuple[str, int], list[str]]]:
+        """Yield each record's text with the number of cells that it lacks, and its cells with those filled in."""
         while True:
             first_line = self._cells.line_num + 1
             try:
@@ -65,7 +59,8 @@ class CsvReader:
             if problem:
                 self.bad_lines.add(f"line {first_line}", problem)
             elif cells:
-                yield text, cells
+                num_missing = len(self._columns) - len(cells)
+                yield (text, num_missing), cells + [""] * num_missing
             if cells is None:
                 return
 
@@ -86,7 +81,7 @@ class CsvReader:
 
 
 class _Lines:
-    """Hands lines to the csv module and keeps those of the record that it is reading."""
+    """Hands lines to the csv module, and keeps the lines of the record that it is reading."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -105,7 +100,7 @@ class _Lines:
         return line
 
     def take(self) -> str:
-        """The text of the record just read."""
+        """The text of the record that was just read."""
         text, self._taken = "".join(self._taken), []
         return text
 

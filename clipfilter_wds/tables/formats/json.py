@@ -1,4 +1,4 @@
-"""Tables of JSON objects: a line each, or all of them in one array."""
+"""Reads and writes tables of JSON objects: one per line, or all in one array."""
 
 import json
 import math
@@ -10,18 +10,18 @@ from typing import BinaryIO
 import numpy as np
 
 from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, read_json_lines
-from clipfilter_wds.tables.formats.rows import Rows, RowsBuilder, TableWriter, Wanted
+from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted, in_runs
 
-#: Rows that are looked at to learn which columns there are.
+#: How many rows may be read to learn which columns there are.
 _MAX_PEEKED = 1000
 
 
 class JsonLinesReader:
-    """JSON lines. Kept lines are written as they were, byte for byte, unless a score is added to them.
+    """Reads JSON lines. Kept lines are written byte for byte, unless a score is added to them.
 
     Args:
         file: The open file.
-        wanted: What is asked of it.
+        wanted: What to read and add.
 
     Raises:
         ValueError: When no line is a JSON object, or none of the first thousand has a wanted column.
@@ -30,11 +30,11 @@ class JsonLinesReader:
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
         self.bad_lines = BadLines()
         self._file, self._wanted, self._size = file, wanted, max(1, os.fstat(file.fileno()).st_size)
-        self._records = peek(read_json_lines(file, self.bad_lines), wanted, self.bad_lines)
+        self._records = _peek(read_json_lines(file, self.bad_lines), wanted, self.bad_lines)
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
-        return rows_of(self._records, self._wanted)
+        return _rows_of(self._records, self._wanted)
 
     def done(self) -> float:
         """See :class:`TableReader`."""
@@ -46,14 +46,14 @@ class JsonLinesReader:
 
 
 class JsonArrayReader:
-    """An array of JSON objects, which is held in memory.
+    """Reads an array of JSON objects, which is held in memory.
 
     Args:
         file: The open file.
-        wanted: What is asked of it.
+        wanted: What to read and add.
 
     Raises:
-        ValueError: When it is no such array, or no object has a wanted column.
+        ValueError: When it is no array, or none of the first thousand objects has a wanted column.
     """
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
@@ -64,7 +64,7 @@ class JsonArrayReader:
                 f"it holds a {type(array).__name__}, not an array of objects; for JSON lines, name it .jsonl"
             )
         self._wanted, self._num_read, self._num_records = wanted, 0, max(1, len(array))
-        self._records = peek(self._objects(array), wanted, self.bad_lines)
+        self._records = _peek(self._objects(array), wanted, self.bad_lines)
 
     def _objects(self, array: list[object]) -> Iterator[tuple[bytes, Record]]:
         for self._num_read, record in enumerate(array, 1):
@@ -75,7 +75,7 @@ class JsonArrayReader:
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
-        return rows_of(self._records, self._wanted)
+        return _rows_of(self._records, self._wanted)
 
     def done(self) -> float:
         """See :class:`TableReader`."""
@@ -86,10 +86,10 @@ class JsonArrayReader:
         return _JsonWriter(file, self._wanted.score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
 
 
-def peek(
+def _peek(
     records: Iterator[tuple[bytes, Record]], wanted: Wanted, bad_lines: BadLines
 ) -> Iterable[tuple[bytes, Record]]:
-    """Check a table's columns by its first records, and give all records back."""
+    """Check a table's columns by its first records; all its records, those included."""
     head: list[tuple[bytes, Record]] = []
     columns: dict[str, None] = {}
     for line, record in records:
@@ -104,17 +104,13 @@ def peek(
     return chain(head, records)
 
 
-def rows_of(records: Iterable[tuple[bytes, Record]], wanted: Wanted) -> Iterator[Rows]:
-    """Make runs of records. A record that lacks a column says nothing in it."""
-    builder = RowsBuilder()
-    for line, record in records:
-        stored = line if wanted.score_key is None else record
-        builder.add(stored, record.get(wanted.image_key), record.get(wanted.caption_key))
-        if len(builder) == wanted.num_rows:
-            yield builder.build()
-            builder = RowsBuilder()
-    if len(builder):
-        yield builder.build()
+def _rows_of(records: Iterable[tuple[bytes, Record]], wanted: Wanted) -> Iterator[Rows]:
+    """Gather records into runs; a cell is None where a record lacks the column."""
+    stored_and_cells = (
+        (line if wanted.score_key is None else record, record.get(wanted.image_key), record.get(wanted.caption_key))
+        for line, record in records
+    )
+    return in_runs(stored_and_cells, wanted.num_rows)
 
 
 class _JsonWriter:

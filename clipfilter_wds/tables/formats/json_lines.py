@@ -1,4 +1,4 @@
-"""JSON lines -> records; lines that are none are passed over and remembered."""
+"""Reads JSON lines, passing over lines that hold no object, and writes objects as lines."""
 
 import json
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ Record = dict[str, Any]
 
 @dataclass
 class BadLines:
-    """The lines of a table that hold no row: how many, and what is wrong with the first few."""
+    """Counts the lines of a table that hold no row, and remembers what is wrong with the first few."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: object) -> None:
-        """Count one; ``where`` names it (``line 17``)."""
+        """Count a line; ``where`` names it (``line 17``)."""
         self.count += 1
         if len(self.first) < _MAX_REMEMBERED:
             self.first.append(f"{where}: {why}")
@@ -31,7 +31,11 @@ class BadLines:
 
 
 def read_json_lines(file: BinaryIO, bad: BadLines) -> Iterator[tuple[bytes, Record]]:
-    """Yield each line that is a JSON object: its bytes without the line's end, and the object. Empty lines don't count.
+    """Yield each line that is a JSON object: its bytes without the line end, and the object. Blank lines are skipped.
+
+    Args:
+        file: The open file.
+        bad: Counts the lines that are no JSON objects.
 
     Raises:
         ValueError: When a line is so long that the file can't be JSON lines.
@@ -60,7 +64,7 @@ def _parse(line: bytes) -> Record:
 
 
 def dump_record(record: Record, **options: Any) -> bytes:
-    """A record as one line of JSON, without the line's end; ``options`` are those of ``json.dumps``."""
+    """A record as a line of JSON without the line end; ``options`` are those of ``json.dumps``."""
     try:
         return json.dumps(record, ensure_ascii=False, **options).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 can't hold but an escape can

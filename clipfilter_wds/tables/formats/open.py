@@ -1,4 +1,4 @@
-"""Which file is what type of table."""
+"""Opens a table file with the reader of its format."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _READERS: dict[str, Callable[[BinaryIO, Wanted], TableReader]] = {
     ".json": JsonArrayReader,
 }
 
-#: What the names of tables end with.
+#: What a table's name may end with.
 SUFFIXES = tuple(_READERS)
 
 
@@ -26,7 +26,7 @@ def open_table(path: Path, wanted: Wanted) -> Iterator[TableReader]:
     """Open a table file by its suffix, one of :data:`SUFFIXES`.
 
     Raises:
-        ValueError: When it is no such file or lacks a wanted column.
+        ValueError: When it is no table of that format or lacks a wanted column.
     """
     with path.open("rb") as file:
         try:

@@ -1,4 +1,4 @@
-"""Tables in parquet."""
+"""Reads and writes parquet tables."""
 
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -11,16 +11,16 @@ from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted
 
 _READ_BYTES = 1 << 20
-#: A row group is written when it has so many rows or bytes.
+#: A row group is written when it has this many rows or bytes.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 26
 
 
 class ParquetReader:
-    """A parquet file. Schema, metadata and compression stay as they are.
+    """Reads a parquet file. Schema, metadata and compression stay as they are.
 
     Args:
         file: The open file.
-        wanted: What is asked of it.
+        wanted: What to read and add.
 
     Raises:
         ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no text.
@@ -28,7 +28,7 @@ class ParquetReader:
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
         self.bad_lines = BadLines()
-        # Read as it is needed, a piece of a column at a time: a row group may be larger than memory.
+        # Read piece by piece of a column, as it is needed: a row group may be larger than memory.
         self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         self._wanted, self._num_read = wanted, 0
         wanted.check(self._file.schema_arrow.names)
@@ -53,7 +53,7 @@ class ParquetReader:
         return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, compression)
 
     def _index(self, key: str) -> int:
-        index: int = self._file.schema_arrow.names.index(key)  # the first, if there are two of that name
+        index: int = self._file.schema_arrow.names.index(key)  # the first, if several have this name
         return index
 
 
