@@ -1,4 +1,4 @@
-"""Filter image-caption shards by CLIP similarity: inline while training, or ahead of it."""
+"""Filters image-caption shards by CLIP similarity: inline while training, or ahead of it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: `import clipfilter_wds` costs no torch."""
+    """Import a public name when it is first used, so that ``import clipfilter_wds`` doesn't import torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""The vocabulary of the stream: what passes from one file to the next."""
+"""Defines the types that pass from one stage to the next."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class DropReason(StrEnum):
-    """Why a sample was not kept. Every sample that is seen is either kept or has exactly one of these."""
+    """Why a sample was dropped. Every sample that is seen is either kept or has exactly one reason."""
 
     BELOW_THRESHOLD = "below_threshold"
     BLANK_CAPTION = "blank_caption"
@@ -28,7 +28,7 @@ NO_REASON = -1
 
 
 class ShardError(Exception):
-    """A shard that can't be used as a whole; the message says why and what to do."""
+    """A shard can't be used at all; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +41,15 @@ class Member:
 
 
 class StoredMember(NamedTuple):
-    """One file of a sample as it stands in a tar, to be copied to another.
+    """One file of a sample as it is stored in a tar, to be copied to another.
 
     Attributes:
         name: Its full name.
         size: Bytes of data.
-        window: A stretch of a tar, which others may lie in as well.
-        start: Where its headers begin in that.
-        data: Where its data begin.
-        stop: Where its padding ends.
+        window: A part of the tar that holds it, and maybe other members.
+        start: Where its headers begin in ``window``.
+        data: Where its data begins there.
+        stop: Where its padding ends there.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Sample:
             bytes that are not UTF-8 are escaped.
         index: Position of the sample in its shard, counting from 0 and counting unusable samples too.
         members: In the order of the tar. Empty when ``problem`` is set.
-        stored: In their place, when the sample was read to be copied.
-        problem: Why the sample can't be used, if that is known from the tar alone.
+        stored: Takes the place of ``members`` when the sample was read to be copied.
+        problem: Why the sample can't be used, where the tar alone tells.
     """
 
     key: str
@@ -82,12 +82,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEnd:
-    """What was found by the time that a shard was read to its end. Always the last thing that a shard yields.
+    """What reading a shard to its end has found. Always the last thing that a shard yields.
 
     Attributes:
         num_samples: How many samples the shard holds, unusable ones included.
-        torn: The archive is damaged or cut: it has no end-of-archive mark where its members end.
-        num_bytes: Size of the shard as stored (compressed, if it is), -1 when the storage does not tell.
+        torn: Whether the archive is damaged or cut: no end-of-archive mark follows its members.
+        num_bytes: Size of the shard as stored (compressed, if it is), -1 when the storage doesn't tell.
     """
 
     num_samples: int
@@ -99,11 +99,11 @@ class ShardEnd:
 class FilterStats:
     """Counts whose accounting closes: ``seen == kept + sum(dropped.values())``.
 
-    ``seen`` is counted where samples are read, ``kept`` and ``dropped`` where they are decided, so that a sample lost
-    on the way is an error here and not a silent difference.
+    ``seen`` is counted where samples are read, ``kept`` and ``dropped`` where it is decided, so that a sample lost on
+    the way is an error and not a silent difference.
 
     Raises:
-        ValueError: When the accounting does not close.
+        ValueError: When the accounting doesn't close.
     """
 
     seen: int = 0
@@ -131,7 +131,11 @@ class FilterStats:
 
 
 class UnusableError(Exception):
-    """A sample that can't be scored, and why."""
+    """A sample can't be scored.
+
+    Args:
+        reason: Why.
+    """
 
     def __init__(self, reason: DropReason) -> None:
         super().__init__(reason.value)
@@ -140,7 +144,7 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What is known of one sample beside its pixels and tokens; a row of the score table, but for the score."""
+    """A sample's row of the score table, without the score."""
 
     key: str
     index: int

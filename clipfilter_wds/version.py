@@ -1,3 +1,3 @@
-"""The version of the package."""
+"""Holds the package's version."""
 
 __version__ = "0.1.0"

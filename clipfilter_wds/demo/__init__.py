@@ -1,1 +1,1 @@
-"""A demonstration that downloads nothing: drawn scenes with captions, and a tiny CLIP trained on them."""
+"""Demonstrates the package without downloads: drawn scenes with captions, and a tiny CLIP trained on them."""

@@ -1,4 +1,4 @@
-"""A `Scene` -> its picture: the same pixels at every call."""
+"""Draws scenes, each with the same pixels at every call."""
 
 import cmath
 import io
@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 
 from clipfilter_wds.demo.scenes import Colour, Scene, Shape, Size
 
-# The pixels of a drawing.
 _RGB: dict[Colour, tuple[int, int, int]] = {
     "red": (214, 34, 36),
     "orange": (246, 136, 20),
@@ -27,14 +26,14 @@ _RGB: dict[Colour, tuple[int, int, int]] = {
 }
 # Mid-tones, so that white and black shapes both stand out.
 _BACKGROUND_RGB = [(140, 140, 140), (158, 146, 122), (122, 140, 156), (132, 150, 132)]
-# Diameters as a fraction of the image's shorter side. The sizes leave a gap, so that a size is never in doubt.
+# Diameters as a fraction of the image's shorter side. The gap between the sizes leaves none in doubt.
 _DIAMETER: dict[Size, tuple[float, float]] = {"small": (0.17, 0.20), "large": (0.27, 0.30)}
 _MARGIN = 0.04
 _SUPERSAMPLING = 3
 
 
 class Mark(NamedTuple):
-    """One drawn shape: the centre and radius of the circle around it, in pixels, and its turn in radians."""
+    """A drawn shape: centre and radius of the circle around it in pixels, and its turn in radians."""
 
     x: float
     y: float
@@ -43,7 +42,7 @@ class Mark(NamedTuple):
 
 
 def place(scene: Scene) -> tuple[tuple[Mark, ...], ...]:
-    """Return where each group's shapes are drawn: apart from one another, within the central square of the image."""
+    """The places of each group's shapes: apart from one another, within the central square of the image."""
     rng = random.Random(scene.seed)
     side = min(scene.width, scene.height)
     left, top = (scene.width - side) / 2, (scene.height - side) / 2
@@ -62,7 +61,7 @@ def place(scene: Scene) -> tuple[tuple[Mark, ...], ...]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Return the RGB image of a scene, `scene.width` by `scene.height`; the same pixels at every call."""
+    """The RGB image of a scene, ``scene.width`` by ``scene.height`` pixels."""
     noise = np.random.default_rng(scene.seed)
     image = Image.fromarray(_background(scene, noise))
     large = scene.width * _SUPERSAMPLING, scene.height * _SUPERSAMPLING
@@ -77,7 +76,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def to_jpeg(image: Image.Image, *, quality: int = 90) -> bytes:
-    """Return the image as a JPEG file's bytes."""
+    """The image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
@@ -89,7 +88,7 @@ def _split(start: float, stop: float, parts: int) -> list[tuple[float, float]]:
 
 
 def _cells(scene: Scene, index: int) -> tuple[Sequence[tuple[float, float]], Sequence[tuple[float, float]]]:
-    """Return the columns and rows of the cells a group may use, as fractions of the central square."""
+    """The columns and rows of the cells that a group may use, as fractions of the central square."""
     thirds = _split(_MARGIN, 1 - _MARGIN, 3)
     if scene.relation is None:
         return thirds, thirds
@@ -99,7 +98,7 @@ def _cells(scene: Scene, index: int) -> tuple[Sequence[tuple[float, float]], Seq
 
 
 def _background(scene: Scene, noise: np.random.Generator) -> NDArray[np.uint8]:
-    """Return the texture as uint8 pixels [height, width, 3], with noise and a soft gradient."""
+    """The texture as pixels, uint8 ``[height, width, 3]``, with noise and a soft gradient."""
     y, x = np.ogrid[: scene.height, : scene.width]
     period, phase = int(noise.integers(16, 27)), int(noise.integers(0, 16))
     pattern: NDArray[np.bool_]
@@ -130,7 +129,7 @@ def _draw_mark(pen: ImageDraw.ImageDraw, shape: Shape, mark: Mark) -> None:
 
 
 def _regular(corners: int, *, turn: float = 0.0) -> list[complex]:
-    """Return a regular polygon in the unit circle, the first corner on top (y is downwards)."""
+    """A regular polygon in the unit circle, the first corner on top (y points down)."""
     return [-1j * cmath.exp(1j * math.tau * (corner + turn) / corners) for corner in range(corners)]
 
 

@@ -1,4 +1,4 @@
-"""A picture of some of what was kept and dropped."""
+"""Draws a picture of some kept and some dropped pairs."""
 
 import io
 import textwrap
@@ -16,7 +16,7 @@ _KEPT_COLOUR, _DROPPED_COLOUR, _INK, _PAPER = "#1a7f37", "#b42318", "#1f2328", "
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A scored pair: encoded image, caption, cosine, whether it was kept, and whether its caption is true."""
+    """A scored pair: encoded image, caption, cosine, whether it was kept, and whether the caption is true."""
 
     image: bytes
     caption: str
@@ -26,7 +26,7 @@ class Picture:
 
 
 def write_overview(path: Path, pictures: Sequence[Picture], threshold: float) -> None:
-    """Write a PNG with a row of kept and a row of dropped pairs, evenly from the best to the worst score."""
+    """Write a PNG with a row of kept and a row of dropped pairs, evenly spread from the best to the worst score."""
     kept, dropped = ([p for p in pictures if p.kept is is_kept] for is_kept in (True, False))
     row_height = _HEADING + _TILE + _TEXT + _GAP
     sheet = Image.new("RGB", (_COLUMNS * (_TILE + _GAP) + _GAP, 2 * row_height + _GAP), _PAPER)

@@ -1,4 +1,4 @@
-"""The demo: draw shards with known mistakes, filter them with the bundled CLIP, compare with the truth."""
+"""Runs the demo: draws shards with known mistakes, filters them with the bundled CLIP, compares with the truth."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -62,13 +62,13 @@ def demo(*, output: str = "clipfilter_demo") -> int:
 
 
 def demo_threshold() -> float:
-    """The threshold that was chosen for the bundled model on validation scenes."""
+    """The bundled model's threshold, which was chosen on validation scenes."""
     return float(json.loads((BUNDLED_MODELS[MODEL] / "clipfilter.json").read_bytes())["threshold"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """How decisions compare with what is known of the pairs that could be scored."""
+    """Compares the decisions with the truth, over the pairs that could be scored."""
 
     matched: int
     kept: int
@@ -76,7 +76,7 @@ class Truth:
 
     @classmethod
     def of(cls, pictures: Sequence[Picture]) -> "Truth":
-        """Count pictures."""
+        """Count the pictures."""
         return cls(
             matched=sum(picture.matched for picture in pictures),
             kept=sum(picture.kept for picture in pictures),
@@ -95,7 +95,7 @@ class Truth:
 
 
 def _decided(shard: Path, output: Path, threshold: float) -> Iterator[Picture]:
-    """The pairs of a shard that could be scored, with score and decision from its table."""
+    """Yield the pairs of a shard that could be scored, with score and decision from its table."""
     table = ShardScores.read(output / "_scores" / f"{shard.stem}.parquet")
     keep, usable, scores = select(table, threshold).keep, table.usable, table.scores
     layout = SampleLayout()

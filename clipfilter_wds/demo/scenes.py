@@ -1,8 +1,8 @@
-"""Drawn scenes with captions: the world that the bundled tiny CLIP knows.
+"""Invents scenes and captions: the world that the bundled tiny CLIP knows.
 
-A `Scene` is one or two groups of shapes on a textured background. A quarter of the colour-and-shape pairs are held
-out: the tiny CLIP is trained without them and measured on scenes that hold nothing else. Every function is pure over
-its arguments; randomness comes in as a `random.Random`.
+A scene is one or two groups of shapes on a textured background. A quarter of the colour-and-shape pairs are held out:
+the tiny CLIP is trained without them and measured on scenes that hold nothing else. All randomness comes in as a
+``random.Random``.
 """
 
 import random
@@ -25,10 +25,10 @@ TEXTURES: tuple[Texture, ...] = get_args(Texture)
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
 OPPOSITE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# The most shapes in a group: of the only group, and of each of two.
+# The most shapes in a group: in the only group, and in each of two.
 MAX_COUNT = {1: 4, 2: 3}
 
-# What a caption may say instead of an attribute's own name.
+# What a caption may say instead of an attribute's name.
 _SYNONYMS: dict[str, list[str]] = {
     "circle": ["disc"],
     "cross": ["plus sign"],
@@ -68,26 +68,29 @@ class Thing:
 
     @property
     def held_out(self) -> bool:
-        """Whether this colour never has this shape in training: two of the eight shapes for every colour."""
+        """Whether training never shows this shape in this colour: two of the eight shapes for every colour."""
         return (COLOURS.index(self.colour) - SHAPES.index(self.shape)) % len(SHAPES) in (0, 3)
 
     @property
     def core(self) -> tuple[int, Colour, Shape]:
-        """What every caption says about the group."""
+        """What every caption says of the group."""
         return self.count, self.colour, self.shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """All that a drawing depends on; equal scenes are drawn to equal pixels.
+    """Everything that a drawing depends on; equal scenes have equal pixels.
 
     Attributes:
-        things: one group, or two of different colour-and-shape pairs.
-        relation: where the first of two groups is, seen from the second; `None` for one group.
-        background: the texture behind the shapes.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        seed: of what no caption mentions: exact places and shades, and the background's noise.
+        things: One group, or two of different colour-and-shape pairs.
+        relation: Where the first of two groups is, seen from the second; None for one group.
+        background: The texture behind the shapes.
+        width: Width of the image in pixels.
+        height: Its height.
+        seed: Decides what no caption mentions: exact places and shades, and the background's noise.
+
+    Raises:
+        ValueError: When it could not be drawn or described.
     """
 
     things: tuple[Thing, ...]
@@ -98,7 +101,6 @@ class Scene:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse scenes that could not be drawn or described."""
         if len(self.things) not in (1, 2):
             raise ValueError(f"things holds {len(self.things)} groups; a scene has one or two")
         if (self.relation is None) != (len(self.things) == 1):
@@ -111,7 +113,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
-    """Return a scene whose groups all have held-out colour-and-shape pairs, or all have trained ones."""
+    """A scene whose groups all have held-out colour-and-shape pairs, or all have trained ones."""
     num_things = rng.choice((1, 2))
     pairs = rng.sample(_pairs(held_out), num_things)
     things = tuple(
@@ -130,7 +132,7 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def different_scene(scene: Scene, rng: random.Random, *, held_out: bool) -> Scene:
-    """Return a random scene no caption of which is true of `scene`: a source of mismatched captions."""
+    """A random scene, no caption of which is true of ``scene``: a source of mismatched captions."""
     while True:
         other = random_scene(rng, held_out=held_out)
         if contradicts(other, scene):
@@ -138,19 +140,19 @@ def different_scene(scene: Scene, rng: random.Random, *, held_out: bool) -> Scen
 
 
 def contradicts(described: Scene, shown: Scene) -> bool:
-    """Return whether every caption of `described` is false of the image of `shown`.
+    """Whether every caption of ``described`` is false of the image of ``shown``.
 
-    Captions may leave out sizes, the relation and the background, and always name count, colour and shape. So they
-    are all false when `shown` lacks one of the groups, and a group with another count is another group.
+    Captions may leave out sizes, the relation and the background, but always name count, colour and shape. So all are
+    false when ``shown`` lacks one of the groups; a group with another count is another group.
     """
     return not {thing.core for thing in described.things} <= {thing.core for thing in shown.things}
 
 
 def change_one(scene: Scene, rng: random.Random) -> tuple[Scene, Attribute]:
-    """Return `scene` with exactly one attribute changed, and which: a hard negative.
+    """The scene with exactly one attribute changed, and which one: a hard negative.
 
-    A changed colour or shape gives a held-out pair where the pair was held out, and a trained one where it was not.
-    Caption the result with `describe(changed, rng, always=(attribute,))`, or the change may go unmentioned.
+    Changing the colour or shape of a held-out pair gives a held-out pair, and of a trained pair a trained one. Caption
+    the result with ``describe(changed, rng, always=(attribute,))``, or the change may go unmentioned.
     """
     changes = {attribute: _changes(scene, attribute) for attribute in ATTRIBUTES}
     attribute = rng.choice([attribute for attribute in ATTRIBUTES if changes[attribute]])
@@ -158,10 +160,10 @@ def change_one(scene: Scene, rng: random.Random) -> tuple[Scene, Attribute]:
 
 
 def describe(scene: Scene, rng: random.Random, *, always: Collection[Attribute] = ()) -> str:
-    """Return a true caption of 4 to 30 words, of a random wording and case.
+    """A true caption of 4 to 30 words, in a random wording and case.
 
-    Count, colour and shape of every group are always named; sizes, the relation and the background now and then, and
-    whenever they are in `always`.
+    Always names count, colour and shape of every group; sizes, the relation and the background now and then, and
+    whenever they are in ``always``.
     """
     with_size = "size" in always or rng.random() < 0.6
     groups = [_phrase(thing, rng, with_size=with_size) for thing in scene.things]
@@ -192,7 +194,7 @@ def _pairs(held_out: bool) -> tuple[tuple[Colour, Shape], ...]:
 
 
 def _changes(scene: Scene, attribute: Attribute) -> list[Scene]:
-    """Return every scene that differs from `scene` in this attribute only, on the same side of the hold-out."""
+    """Every scene that differs from ``scene`` in this attribute only, and is held out just when ``scene`` is."""
     if attribute == "background":
         return [replace(scene, background=texture) for texture in TEXTURES if texture != scene.background]
     if attribute == "relation":

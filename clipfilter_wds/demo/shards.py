@@ -1,4 +1,4 @@
-"""The demo's shards: drawn scenes, a known share of them with another scene's caption, and every kind of bad sample."""
+"""Writes the demo's shards: scenes, a known share with another scene's caption, and every kind of bad sample."""
 
 import io
 import json
@@ -20,11 +20,10 @@ _TORN_SHARD, _TORN_SHARE = 3, 0.95
 
 
 def write_demo_shards(folder: Path, *, seed: int = 0) -> list[Path]:
-    """Write the demo's shards, laid out as img2dataset does; the ``json`` member says whether the caption is true."""
+    """Write shards laid out as img2dataset's; the ``json`` member says whether the caption is true."""
     rng = random.Random(seed)
     paths = []
     for shard in range(NUM_SHARDS):
-        # Exactly that share of every 10 samples in a row, so that the truth is known to the sample.
         path = folder / f"{shard:05d}.tar"
         with publish(path) as file:
             tar = TarWriter(file)
@@ -42,6 +41,7 @@ def _sample(shard: int, index: int, rng: random.Random) -> Iterator[Member]:
     key = f"{shard:05d}{index:04d}"
     oddity = _ODDITIES.get((shard, index))
     number = shard * SAMPLES_PER_SHARD + index
+    # Of any 10 samples in a row exactly that share is mismatched.
     matched = oddity is not None or number * 7 % 10 >= MISMATCHED_PERCENT // 10
     scene = random_scene(rng, held_out=False)
     told = scene if matched else different_scene(scene, rng, held_out=False)

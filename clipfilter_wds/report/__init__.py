@@ -1,1 +1,1 @@
-"""Shows what a threshold keeps, as one HTML page."""
+"""Makes one HTML page that shows what a threshold keeps."""

@@ -1,4 +1,4 @@
-"""One pass over the score tables -> all that the report tells of them, but for pictures and captions."""
+"""Gathers what the report says, but for pictures and captions, in one pass over the score tables."""
 
 import json
 from collections import Counter
@@ -18,30 +18,39 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.types import DropReason
 
-#: Captions longer than this many times the text tower's limit are counted together.
+#: Captions longer than the text tower's limit times this number are counted together.
 _TOKEN_LIMITS = 2
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """Score tables, and what the run that wrote them said of itself: ``summary.json``, empty where there is none."""
+    """Score tables, and the summary of the run that wrote them.
+
+    Attributes:
+        table: The tables.
+        summary: The content of ``summary.json``, empty where there is none.
+    """
 
     table: ScoreFolder
     summary: dict[str, Any]
 
     @classmethod
     def open(cls, scores: str | Path, *, run: str | Path | None = None) -> "ScoredRun":
-        """The tables of a ``score`` or ``rewrite`` run's output folder; and that folder, if they lie elsewhere.
+        """Open the score tables of a ``score`` or ``rewrite`` run.
+
+        Args:
+            scores: Its output folder, or another folder with score tables.
+            run: The output folder of the run whose summary is shown, if that is elsewhere.
 
         Raises:
-            ValueError: When there are none, they don't go together, or the summary is damaged.
+            ValueError: When there are no tables, they have different fingerprints, or the summary is damaged.
         """
         table = ScoreFolder(scores)
         beside = table.folder.parent if table.folder.name == "_scores" else table.folder
         return cls(table, _read_summary((beside if run is None else any_path(run)) / "summary.json"))
 
     def name(self, path: Path) -> str:
-        """A table's name: that of its shard in the run's output, without suffix."""
+        """The name of a table's shard in the run's output, without suffix."""
         return path.relative_to(self.table.folder).with_suffix("").as_posix()
 
 
@@ -63,16 +72,16 @@ class Findings:
 
     Attributes:
         fingerprint: What made the scores; the same for all tables.
-        seen: Samples.
-        kept: Of these, how many the threshold keeps.
+        seen: How many samples there are.
+        kept: How many of them the threshold keeps.
         unusable: Per reason, how many could not be scored.
-        scores: Of those that could.
-        num_tokens: int64; per length in tokens, how many captions have it, the last entry for all that are longer.
-        truncated: Captions that were longer than the text tower takes.
-        band: The largest difference from float32 scores that was allowed for in any of the tables.
-        rechecked: How many scores were computed again in float32, since they lay within the band of the threshold.
-        shards: A line per table.
-        picks: Samples to show.
+        scores: The scores of the others.
+        num_tokens: int64 ``[L]``: how many captions have each length in tokens; the last entry counts all longer ones.
+        truncated: How many captions were longer than the text tower takes.
+        band: The widest error band around the threshold in any of the tables.
+        rechecked: How many scores were computed again in float32, because they lay within the band.
+        shards: The keep rate of each table's shard.
+        picks: The samples to show.
     """
 
     fingerprint: Fingerprint
@@ -89,12 +98,12 @@ class Findings:
 
     @property
     def max_tokens(self) -> int:
-        """What the text tower takes, in tokens."""
+        """The text tower's limit, in tokens."""
         return int(self.fingerprint["max_tokens"])
 
 
 def gather(run: ScoredRun, threshold: float, num_picks: int) -> Findings:
-    """Read the tables, one at a time. Memory grows with their number (a line for each), not with the samples.
+    """Read the tables one at a time. Memory grows with the number of tables (a line for each), not of samples.
 
     Raises:
         ValueError: When a table is damaged.

@@ -1,20 +1,20 @@
-"""Scores -> counts at fine, fixed steps, in memory that does not grow with the scores."""
+"""Counts scores at fixed fine steps, in memory that doesn't grow with the number of scores."""
 
 import numpy as np
 
-#: Steps of one unit of cosine: thresholds are compared every 0.0001.
+#: Steps per unit of cosine: thresholds are multiples of 0.0001.
 STEPS = 10_000
 
-# k / STEPS is the float64 nearest to that decimal number, so a count at 0.25 is that of `score >= 0.25`.
+# k / STEPS is the float64 nearest to that decimal number, so the count at 0.25 is that of `score >= 0.25`.
 _GRID = np.arange(-STEPS, STEPS + 1) / STEPS
 
 
 class ScoreCounts:
-    """How many scores reach each threshold, exactly, for all thresholds that are multiples of 0.0001.
+    """Counts exactly how many scores reach each threshold that is a multiple of 0.0001.
 
     Attributes:
-        lowest: The least score so far, infinity when there is none.
-        highest: The greatest score so far, minus infinity when there is none.
+        lowest: The lowest score so far, infinity when there is none.
+        highest: The highest score so far, minus infinity when there is none.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ScoreCounts:
         self.lowest, self.highest = np.inf, -np.inf
 
     def add(self, scores: np.ndarray) -> None:
-        """Count raw cosines, float32 ``[N]``. Those that are not a number reach no threshold and are left out."""
+        """Count raw cosines, float32 ``[N]``. NaNs reach no threshold and are left out."""
         numbers = np.clip(scores[~np.isnan(scores)].astype(np.float64), -1.0, 1.0)
         if len(numbers):
             steps_reached = np.searchsorted(_GRID, numbers, side="right")

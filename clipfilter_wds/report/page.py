@@ -1,4 +1,4 @@
-"""What was found -> one HTML file that needs nothing else and asks nobody for anything."""
+"""Renders the findings as one HTML file that needs no other file and sends no request."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, out
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.version import __version__
 
-#: Shards in the chart and lines in its table; of the rest, some of those that are no outliers are left out.
+#: The most shards in the chart, the most outliers among them, and the most lines in the table of outliers.
 _MAX_SHARD_POINTS, _MAX_OUTLIERS, _MAX_OUTLIER_LINES = 2000, 500, 50
 _MAX_FAILED_LINES = 20
 
@@ -27,17 +27,17 @@ def render(
 ) -> str:
     """The page's HTML.
 
-    Texts from samples reach it as JSON in a block that no browser runs, from where they are only ever set as text; a
-    Content-Security-Policy names the page's own scripts by their hash, forbids all others and every request.
+    Texts from samples are in a JSON block that browsers don't run, and the page's scripts only ever show them as text.
+    A Content-Security-Policy names these scripts by their hashes, and forbids all others and every request.
 
     Args:
-        findings: From the tables.
+        findings: What the tables say.
         cards: The gallery, lowest score first.
         summary: The run's ``summary.json``, or empty.
         threshold: Where the slider begins.
         has_shards: Whether there were shards to take pictures from.
     """
-    from plotly.offline import get_plotlyjs  # 0.3 s that no other command needs
+    from plotly.offline import get_plotlyjs  # takes 0.3 s, and no other command needs it
 
     folder = files(__package__)
     scripts = [get_plotlyjs(), (folder / "page.js").read_text(encoding="utf-8")]
@@ -82,7 +82,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _scores(findings: Findings, threshold: float) -> dict[str, Any]:
-    """Counts of scores from a step below the lowest to one above the highest, zero always among them."""
+    """Counts of scores, from a step below the lowest or 0 to a step above the highest or the threshold."""
     counts = findings.scores
     lowest, highest = (counts.lowest, counts.highest) if counts.total else (0.0, 0.0)
     first = max(-STEPS, min(0, math.floor(lowest * STEPS) - 1))
@@ -107,7 +107,7 @@ def _tokens(findings: Findings) -> dict[str, Any]:
 
 
 def _shard_points(shards: Sequence[ShardRate], flags: Sequence[bool]) -> dict[str, Any]:
-    """The chart's points, in the order of the shards: the outliers, and as many others as a browser draws at ease."""
+    """The chart's points in the order of the shards: outliers, and as many others as a browser draws easily."""
     far = [number for number, flag in enumerate(flags) if flag][:_MAX_OUTLIERS]
     others = [number for number, flag in enumerate(flags) if not flag]
     every = math.ceil(len(others) / (_MAX_SHARD_POINTS - len(far)))
@@ -129,7 +129,7 @@ def _outlier_lines(shards: Sequence[ShardRate], flags: Sequence[bool]) -> list[S
 
 
 def _facts(findings: Findings, summary: Mapping[str, Any]) -> dict[str, str]:
-    """What made the scores: precision and fingerprint, from the tables, and what else their run said."""
+    """What made the scores: precision and fingerprint from the tables, and more from the run's summary."""
     fingerprint = dict(findings.fingerprint)
     leading = {name: fingerprint.pop(name, None) for name in ("model", "precision")}
     run = {name: summary.get(name) for name in ("samples_per_second", "version")}

@@ -1,4 +1,4 @@
-"""Which samples to show: those around the threshold, those at both ends, and some of every score between."""
+"""Chooses the samples to show: around the threshold, at both ends, and at every score between."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ _SPREAD_WIDTH = 0.001
 
 @dataclass(frozen=True, order=True)
 class Pick:
-    """A sample to show: its score, the number of its table, and its index in the shard."""
+    """A sample to show: its score, its table's number, and its index in the shard."""
 
     score: float
     table: int
@@ -19,15 +19,15 @@ class Pick:
 
 
 class Picker:
-    """Chooses samples from tables that come by one at a time, in memory that depends on ``num_picks`` only.
+    """Chooses samples from tables that are added one at a time, in memory that depends on ``num_picks`` only.
 
-    Of the samples chosen, a fifth each have the lowest scores, the highest, those nearest below the threshold and those
-    nearest above it; the rest are spread evenly over the scores, or are next to the threshold where all are alike.
-    Ties go to the sample that comes first.
+    A fifth of the chosen samples have the lowest scores, a fifth the highest, a fifth the nearest below the threshold
+    and a fifth the nearest above it. The rest are spread evenly over the scores, or next to the threshold where all
+    scores are alike. Of equal scores, the first is chosen.
 
     Args:
         threshold: What a score must reach to be kept.
-        num_picks: How many samples to choose, if there are so many.
+        num_picks: How many samples to choose, if there are that many.
     """
 
     def __init__(self, threshold: float, num_picks: int) -> None:
@@ -36,7 +36,7 @@ class Picker:
         self._spread: dict[int, Pick] = {}
 
     def add(self, table: int, scores: np.ndarray, usable: np.ndarray) -> None:
-        """Look through a table: raw cosines, float32 ``[N]``, and which of them count, bool ``[N]``."""
+        """Add a table: raw cosines, float32 ``[N]``, and which of them are usable, bool ``[N]``."""
         indices = np.nonzero(usable & np.isfinite(scores))[0]
         found = scores[indices].astype(np.float64)
         above = passes(found, self._threshold)
@@ -62,7 +62,7 @@ class Picker:
 
 
 class _Least:
-    """The ``size`` rows of least cost so far."""
+    """Keeps the ``size`` rows of lowest cost so far."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -72,7 +72,7 @@ class _Least:
     def add(self, table: int, indices: np.ndarray, scores: np.ndarray, *, costs: np.ndarray) -> None:
         if self._size == 0 or not len(costs):
             return
-        # Sorting is stable and only among those that can be chosen, so a tie goes to the earlier row.
+        # Only rows that can be chosen are sorted; the sort is stable, so a tie goes to the earlier row.
         limit = np.partition(costs, self._size - 1)[self._size - 1] if len(costs) > self._size else np.inf
         rows = np.nonzero(costs <= limit)[0]
         rows = rows[np.argsort(costs[rows], kind="stable")][: self._size]

@@ -1,4 +1,4 @@
-"""Picked samples -> what is shown of them, with caption and thumbnail where the shards are at hand."""
+"""Makes the gallery's cards of picked samples, with caption and thumbnail where the shards are at hand."""
 
 import base64
 import io
@@ -22,10 +22,10 @@ _SIDE = 240
 _QUALITIES = (78, 60, 40, 20)
 _MAX_CAPTION_CHARS = 600
 
-#: No thumbnail has more bytes, so that 200 of them fit into a page of 12 MB beside plotly.js.
+#: No thumbnail is larger, so that 200 of them and plotly.js fit into a page of 12 MB.
 MAX_THUMBNAIL_BYTES = 18_000
 
-# Control characters are shown as pictures of themselves.
+# Control characters are shown as the symbols that Unicode has for them.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 
@@ -37,11 +37,11 @@ class Card:
         key: The sample's key.
         shard: Its shard's name.
         score: Raw cosine.
-        num_tokens: Of the caption.
-        truncated: Whether the text tower takes fewer.
-        width: Of the image as stored, in pixels.
-        height: Likewise.
-        caption: Its beginning, None when no shard was there to read it from.
+        num_tokens: Length of the caption in tokens.
+        truncated: Whether the caption is longer than the text tower takes.
+        width: Width of the image as stored, in pixels.
+        height: Its height.
+        caption: The beginning of the caption, None when no shard was there to read it from.
         image: Thumbnail as a ``data:`` URL, or None.
         problem: Why there is no image or caption.
     """
@@ -59,12 +59,12 @@ class Card:
 
 
 def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> list[Card]:
-    """Read the picked samples, shard by shard, each shard only as far as needed; lowest score first.
+    """Read the picked samples, each shard only as far as needed. Cards come lowest score first.
 
     Args:
         picks: The samples.
-        run: Where they were picked from.
-        urls: Shards for captions and pictures, not always of all tables; there may be none at all.
+        run: The tables that they were picked from.
+        urls: Shards to read captions and pictures from; they may be those of some tables only, or none.
     """
     shards = {run.table.path(url): url for url in urls}
     cards: list[Card] = []
@@ -94,7 +94,7 @@ def _bare_card(pick: Pick, name: str, scores: ShardScores) -> Card:
 
 
 def _illustrate(cards: Mapping[int, Card], url: str, fingerprint: Fingerprint) -> dict[int, Card]:
-    """The cards, by index in the shard, with captions and thumbnails."""
+    """The cards with captions and thumbnails, by index in the shard."""
     done = _with_problem(cards, "its shard has no such sample any more")
     try:
         for sample in _read(url, cards, _layout(fingerprint)):
@@ -129,7 +129,7 @@ def _illustrated(card: Card, sample: Sample, fingerprint: Fingerprint) -> Card:
 
 
 def thumbnail(encoded: bytes, *, max_pixels: int) -> str:
-    """A small JPEG of an image, as a ``data:`` URL; its long side has at most 240 pixels.
+    """A JPEG of an image as a ``data:`` URL, whose longer side has at most 240 pixels.
 
     Raises:
         UnusableError: ``unreadable_image`` or ``image_too_large``.

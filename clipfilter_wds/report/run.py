@@ -17,7 +17,7 @@ from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.paths import RemotePath, any_path
 from clipfilter_wds.storage.publish import check_writable, publish
 
-#: More of them would make a page that is slow to open on a phone.
+#: With more, the page would open slowly on a phone.
 _MAX_THUMBNAILS = 200
 
 
@@ -27,12 +27,11 @@ class ReportConfig:
 
     Attributes:
         scores: The output folder of a ``score`` or ``rewrite`` run.
-        output: The HTML file to write; one that is there is replaced.
-        shards: Where captions and pictures come from: whatever ``expand_shards`` takes, or
-            None for a report without them.
-        run: The output folder of the ``rewrite`` run to show, where its tables lie elsewhere (``rewrite --scores``).
-        threshold: Where the slider begins; None is where the run's own choice lies.
-        thumbnails: How many samples the gallery has, at most 200.
+        output: The HTML file to write; an existing one is replaced.
+        shards: The shards to take captions and pictures from, as ``expand_shards`` takes them; None shows neither.
+        run: The output folder of the ``rewrite`` run to show, where its tables are elsewhere (``rewrite --scores``).
+        threshold: Where the slider begins; None takes the run's own choice.
+        thumbnails: How many samples the gallery shows, at most 200.
 
     Raises:
         ValueError: When one of them can't be used.
@@ -70,7 +69,7 @@ def write_report(config: ReportConfig) -> Findings:
     """Write the page, and return what it was made of.
 
     Raises:
-        ValueError: When there are no score tables, they don't fit together, or no shard matches.
+        ValueError: When there are no score tables, they have different fingerprints, or no shard matches.
         OSError: When the page can't be written.
     """
     run = ScoredRun.open(config.scores, run=config.run)
@@ -85,7 +84,7 @@ def write_report(config: ReportConfig) -> Findings:
 
 
 def _threshold(config: ReportConfig, run: ScoredRun) -> float:
-    """Where the slider begins: as asked for, or at the run's threshold, or what its other choices come to."""
+    """Where the slider begins: as configured, or at the run's threshold, or where its keep fraction cuts."""
     chosen = config.threshold if config.threshold is not None else run.summary.get("threshold")
     if chosen is not None:
         return float(chosen)
@@ -95,7 +94,7 @@ def _threshold(config: ReportConfig, run: ScoredRun) -> float:
 
 
 def _threshold_of(fraction: float, run: ScoredRun) -> float:
-    """The highest threshold of the slider that keeps at least this share of what could be scored."""
+    """The slider's highest threshold that keeps at least this share of the samples that could be scored."""
     counts = ScoreCounts()
     for path in run.table.paths:
         scores = ShardScores.read(path)

@@ -1,4 +1,4 @@
-"""Keep rates of shards, and which of them stand out."""
+"""Finds shards whose keep rate stands out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRate:
-    """What is kept of a shard at the report's threshold."""
+    """How much of a shard the report's threshold keeps."""
 
     name: str
     seen: int
@@ -23,15 +23,15 @@ class ShardRate:
 
     @property
     def rate(self) -> float:
-        """Share of the seen samples that is kept; not a number for an empty shard."""
+        """Share of the seen samples that is kept, NaN for an empty shard."""
         return self.kept / self.seen if self.seen else float("nan")
 
 
 def outliers(shards: Sequence[ShardRate]) -> list[bool]:
-    """Whether each shard's keep rate is far from the median of all.
+    """Whether each shard's keep rate is far from the median of all shards.
 
-    Far means more than ``OUTLIER_DEVIATIONS`` times the larger of two spreads: that between shards (from the median
-    absolute deviation, which the outliers themselves don't widen), and what chance makes of a shard of this size.
+    Far means by more than ``OUTLIER_DEVIATIONS`` times the larger of two spreads: that between shards (from the median
+    absolute deviation, which outliers don't widen), and the one that chance alone gives a shard of this size.
     """
     rates = np.array([shard.rate for shard in shards])
     seen = np.array([shard.seen for shard in shards])
@@ -41,7 +41,7 @@ def outliers(shards: Sequence[ShardRate]) -> list[bool]:
     median = np.median(rates[holds])
     between = _MAD_TO_SIGMA * np.median(np.abs(rates[holds] - median))
     size = np.maximum(seen, 1)
-    # Kept off 0 and 1, where a binomial has no spread at all.
+    # Not 0 or 1, where a binomial distribution has no spread.
     share = np.clip(median, 0.5 / size, 1 - 0.5 / size)
     by_chance = np.sqrt(share * (1 - share) / size)
     far = np.abs(rates - median) > OUTLIER_DEVIATIONS * np.maximum(between, by_chance)

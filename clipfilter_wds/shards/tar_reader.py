@@ -1,4 +1,4 @@
-"""A tar stream -> its members, in one pass from front to back."""
+"""Reads the members of a tar stream in one pass from front to back."""
 
 import re
 import tarfile
@@ -15,7 +15,7 @@ _END_MARK = bytes(_BLOCK)
 _READ_BYTES = 1 << 18
 _MIN_LIMIT_BYTES = 1 << 20
 
-# A header as nearly all are, behind the name: numbers in octal, no prefix. Groups: size, checksum, kind.
+# What follows the name in nearly all headers: numbers in octal, no prefix. Groups: size, checksum, kind.
 _NUMBER = rb"[0-7]{6}[0-7\0 ][\0 ]"
 _FIELDS = re.compile(
     3 * _NUMBER
@@ -24,21 +24,21 @@ _FIELDS = re.compile(
     + rb"\0.{166}",
     re.DOTALL,
 )
-# What stands behind a header that tells a time to fractions of a second. Group: how long it is.
+# The record after a pax header that holds just a time to fractions of a second. Group: its length.
 _TIME = re.compile(rb"(\d\d) [amc]time=[0-9.]+\n")
 
 
 class TarEntry(NamedTuple):
-    """A regular member of a tar: its name, and where in the stream it lies.
+    """A regular member of a tar: its name, and its place in the stream.
 
     Attributes:
-        name: The full one; bytes that are not UTF-8 are surrogates.
+        name: The full name; bytes that are not UTF-8 are surrogates.
         size: Bytes of data.
-        start: Where its headers begin: a long name or a precise time has one of its own.
-        data: Where its data begin.
+        start: Where its headers begin: a long name or a precise time has a header of its own.
+        data: Where its data begins.
         stop: Where the next member begins.
-        sparse: What tarfile knows of a member whose holes were left out of the tar.
-        is_alone: Whether its headers are all that is known of it; a tar may also have some for all that follow.
+        sparse: What tarfile knows of a member whose holes were left out of the tar, None for other members.
+        is_alone: Whether its own headers describe it fully; a tar can also have global ones for all that follow.
     """
 
     name: str
@@ -51,14 +51,14 @@ class TarEntry(NamedTuple):
 
     @property
     def is_possible(self) -> bool:
-        """Whether there is room for as many bytes as it declares."""
+        """Whether as many bytes as it declares fit between its headers and the next member."""
         return self.size >= 0 and (self.sparse is not None or self.data + self.size <= self.stop)
 
 
 class TarStream:
-    """The regular members of a tar, read once. Links, devices and folders are passed over and never followed.
+    """Reads the regular members of a tar once. Links, devices and folders are passed over and never followed.
 
-    Nearly all headers are alike, and read here in a few microseconds; tarfile reads the others.
+    Nearly all headers are alike and are parsed here in a few microseconds; tarfile parses the others.
 
     Args:
         stream: The archive, from its beginning.
@@ -71,10 +71,10 @@ class TarStream:
         self._time_header, self._time_size = b"", 0
 
     def __iter__(self) -> Iterator[TarEntry]:
-        """Yield the members in order. What is wanted of one must be read before the next is asked for.
+        """Yield the members in order. Read the data of one before asking for the next.
 
         Raises:
-            tarfile.TarError: When there is damage; or whatever else tarfile raises that trips over it.
+            tarfile.TarError: Where the archive is damaged; tarfile may raise other errors there too.
         """
         reader = self._reader
         self._archive = archive = tarfile.TarFile(fileobj=reader, mode="r", errors="surrogateescape")  # type: ignore[arg-type]  # all that reading needs
@@ -97,7 +97,7 @@ class TarStream:
                 archive.offset = entry.stop
 
     def _read_plain(self) -> TarEntry | None:
-        """The member that begins here, when its headers are as nearly all are."""
+        """The member that begins here, if its headers are of the common form."""
         reader = self._reader
         reader.have(_BLOCK)
         if reader.window[reader.at + 156 : reader.at + 157] == b"x":
@@ -116,9 +116,9 @@ class TarStream:
         return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % _BLOCK)
 
     def _is_plain_time(self, window: bytes, at: int) -> bool:
-        """Whether a header at this place tells of the next one no more than a time."""
+        """Whether the pax header at this place holds nothing but a time for the next header."""
         header = window[at : at + _BLOCK]
-        if header != self._time_header:  # it is mostly the same one, member after member
+        if header != self._time_header:  # mostly, all members have the same
             found = _read_header(header)
             if found is None:
                 return False
@@ -130,10 +130,10 @@ class TarStream:
         return window[time.end() : at + _BLOCK] == _END_MARK[self._time_size :]
 
     def read(self, entry: TarEntry) -> bytes:
-        """The data of the member that was yielded last.
+        """Read the data of the member that was yielded last.
 
         Raises:
-            tarfile.ReadError: When they are cut, or more than what may be read.
+            tarfile.ReadError: When it is cut, or larger than ``max_member_bytes``.
         """
         if entry.sparse is None:
             self._reader.seek(entry.data)
@@ -146,7 +146,7 @@ class TarStream:
         return data
 
     def read_stored(self, entry: TarEntry) -> StoredMember:
-        """The member that was yielded last, with its headers; or with another one, if they mean nothing elsewhere.
+        """Read the member that was yielded last, with its headers; or a new one, where they need the rest of the tar.
 
         Raises:
             tarfile.ReadError: As :meth:`read`.
@@ -156,32 +156,32 @@ class TarStream:
         window, start = self._reader.show(entry.start, entry.stop)
         data = start + entry.data - entry.start
         if data + entry.size > len(window):
-            self.read(entry)  # says that it is cut
+            self.read(entry)  # raises, since it is cut
         return StoredMember(entry.name, entry.size, window, start, data, start + entry.stop - entry.start)
 
     def has_ended(self) -> bool:
-        """Whether what came last is the end mark, and nothing but padding follows. To be called at the end.
+        """Whether the last thing read is the end mark, and only padding follows. Call this after the last member.
 
-        A zeroed header in mid-shard looks like the end, but is none.
+        A zeroed header in the middle of a shard looks like the end mark, but isn't.
         """
         return self._reader.at_end_mark and self._reader.only_zeros_follow()
 
     @property
     def num_read(self) -> int:
-        """Bytes of the archive that have been read."""
+        """How many bytes of the archive have been read."""
         return self._reader.tell()
 
     @property
     def failed_at_first_header(self) -> bool:
-        """Whether reading stopped at a first block that is there but is no header. An empty file is torn instead."""
+        """Whether reading stopped at a first block that isn't a header. An empty file has none, and is torn instead."""
         return 0 < self.num_read < _BLOCK or (self.num_read == _BLOCK and not self._reader.was_short)
 
 
 def stored_member(name: str, data: bytes) -> StoredMember:
-    """A member with a header that depends on its name and size only: time, owner and mode are fixed."""
+    """A member with a new header that depends on name and size only: time, owner and mode are fixed."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    # GNU keeps names of any length and any bytes exactly, but for NUL, where it ends.
+    # The GNU format keeps names of any length and any bytes exactly, but ends them at a NUL.
     has_nul = "\0" in name
     info.pax_headers = {"path": name} if has_nul else {}
     header = info.tobuf(tarfile.PAX_FORMAT if has_nul else tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
@@ -190,12 +190,12 @@ def stored_member(name: str, data: bytes) -> StoredMember:
 
 
 def _read_header(header: bytes) -> tuple[bytes, int, bytes] | None:
-    """Name, size and kind in a header that is as nearly all are."""
+    """Name, size and kind in a header of the common form, None for another header."""
     fields = _FIELDS.match(header, 100)
     if fields is None:
         return None
     octal, checksum, kind = fields.groups()
-    # The sum of 512 ASCII characters stays below 65521, so that the lower half of their Adler-32 is one more than it.
+    # The sum of 512 ASCII characters is less than 65521, so the lower half of their Adler-32 is that sum plus one.
     if not header.isascii() or adler32(header) & 0xFFFF != _sum_with(checksum):
         return None
     name = header[:100].partition(b"\0")[0]
@@ -204,19 +204,19 @@ def _read_header(header: bytes) -> tuple[bytes, int, bytes] | None:
 
 @lru_cache(maxsize=1 << 14)
 def _sum_with(checksum: bytes) -> int:
-    """One more than what a header adds up to whose checksum, which counts itself as spaces, is right."""
+    """The sum plus one of a header with this checksum, if that is right; a checksum counts itself as spaces."""
     return int(checksum[:6], 8) - 8 * ord(" ") + sum(checksum) + 1
 
 
 class _ForwardReader:
-    """The part of a file that tarfile needs, over a stream that can't go back.
+    """The methods of a file that tarfile needs, on a stream that can't seek back.
 
-    It holds on to what has come since it was last told to seek, so that headers can be had once more.
+    Keeps what was read since the last seek, so that headers can be read once more.
     """
 
     def __init__(self, stream: BufferedIOBase, limit: int) -> None:
         self._stream, self._limit = stream, limit
-        # A stretch of the stream, where it begins there, and places in it.
+        # A part of the stream, its position in the stream, and positions within it.
         self.window, self._base, self._held, self.at = b"", 0, 0, 0
         self.at_end_mark = self.was_short = False
 
@@ -224,7 +224,7 @@ class _ForwardReader:
         return self._base + self.at
 
     def seek(self, position: int) -> None:
-        """Go forward to a position, or to the end of the stream where that comes first."""
+        """Skip forward to a position, or to the end of the stream if that comes first."""
         at = position - self._base
         if self.at <= at <= len(self.window):
             self.at = self._held = at
@@ -238,9 +238,9 @@ class _ForwardReader:
         self.at = self._held = min(at, len(self.window))
 
     def show(self, start: int, stop: int) -> tuple[bytes, int]:
-        """What stands between two positions, the first of which is not before the last seek; and where in that.
+        """A window that holds the stream between two positions, and where in it the first is. Does not move.
 
-        Where the stream ends before, there is less. Does not move.
+        The first position must not lie before the last seek. The window is shorter where the stream ends earlier.
         """
         self.have(stop - self.tell())
         return self.window, start - self._base
@@ -264,10 +264,10 @@ class _ForwardReader:
         return False
 
     def have(self, size: int) -> None:
-        """Have as many bytes from here on in the window, or all that is left of the stream. Does not move."""
+        """Fill the window with this many bytes from here on, or with the rest of the stream. Does not move."""
         if self.at + size <= len(self.window):
             return
-        # A header may declare far more bytes than there are, so memory is only taken for what arrives.
+        # A header may declare far more bytes than there are, so memory is allocated only for what arrives.
         pieces = [self.window[self._held :]]
         size -= len(self.window) - self.at
         while size > 0 and (piece := self._stream.read1(_READ_BYTES)):

@@ -1,4 +1,4 @@
-"""Writes a tar whose bits depend on its members only."""
+"""Writes tars whose bytes depend on their members only."""
 
 import hashlib
 import tarfile
@@ -9,31 +9,31 @@ from clipfilter_wds.types import Member, StoredMember
 
 
 class TarWriter:
-    """Writes members to a tar whose bits depend on the members only.
+    """Writes members to a tar. The same members in the same order give the same bytes.
 
     Args:
-        file: Where to, from its beginning.
+        file: The open file, which the archive begins.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._num_bytes = file, hashlib.sha256(), 0
-        # What comes next, and has not been written yet.
+        # What is to be written next: adjacent members that lie in one window.
         self._window, self._start, self._stop = b"", 0, 0
 
     def add(self, member: Member) -> None:
-        """Append a member under its own name, with fixed time, owner and mode."""
+        """Append a member with a new header that has a fixed time, owner and mode."""
         self.copy(stored_member(member.name, member.data))
 
     def copy(self, member: StoredMember) -> None:
-        """Append a member as it stands in another tar."""
-        # Neighbours are written at once: where all are kept, that is a stretch of the tar that has dozens.
+        """Append a member as it is stored in another tar, headers included."""
+        # Adjacent members are written at once; where all are kept, that is dozens.
         if member.window is not self._window or member.start != self._stop:
             self._write_stretch()
             self._window, self._start = member.window, member.start
         self._stop = member.stop
 
     def finish(self) -> str:
-        """Write the end of the archive; the SHA-256 of all that was written, in hex."""
+        """Write the end of the archive; the SHA-256 of the whole archive, in hex."""
         self._write_stretch()
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._num_bytes % tarfile.RECORDSIZE))

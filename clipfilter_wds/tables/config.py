@@ -1,4 +1,4 @@
-"""What a run over a table reads, keeps and writes."""
+"""Checks the options of a run over a table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,22 @@ from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_t
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """A table file, and the one with the rows that are kept.
+    """What a run over a table reads, keeps and writes.
 
-    Creating one checks all that can be checked without reading the table, and makes the output's folder.
+    Creating one checks everything that can be checked without reading the table, and makes the output's folder.
 
     Attributes:
         input: A jsonl, csv, parquet or json file on this machine. Its folder is where relative image paths begin.
-        output: File to write, of the same type as ``input``. One that is there is replaced when the run is done.
+        output: File to write, of the same format as ``input``. An existing file is replaced when the run is done.
         image_key: Column of the images: paths, or ``http(s)://`` and other fsspec URLs.
         caption_key: Column of the captions.
         threshold: Keep a row when its score is at least this.
-        score_key: Name of a column to add for the score, None for no such column.
+        score_key: Name of a column to add for the score; None adds none.
         batch_size: Rows per forward pass.
-        num_workers: Processes that open images; None chooses by device and number of processors. With 0, this process
-            opens them, and an image that crashes its decoder ends it.
-        worker_timeout: Seconds that one image may take to be read and decoded; 0 is for ever. One that takes longer, or
-            kills the process that it is decoded in, is tried once more, and then has the reason ``decoder_crash``.
+        num_workers: Processes that open images; None chooses by device and number of CPUs. With 0, this process opens
+            them, and an image that crashes its decoder ends it.
+        worker_timeout: Seconds that one image may take to be read and decoded; 0 means no limit. An image that takes
+            longer, or kills the process that decodes it, is tried once more, and then has the reason ``decoder_crash``.
 
     Raises:
         ValueError: When one of them can't be used.
@@ -80,4 +80,4 @@ def _check_types(source: Path, target: Path) -> None:
     if source.suffix.lower() not in SUFFIXES:
         raise ValueError(f"input {str(source)!r} is no {', '.join(SUFFIXES)} file")
     if target.suffix.lower() != source.suffix.lower():
-        raise ValueError(f"output {str(target)!r} gets the input's type; name it {target.stem + source.suffix!r}")
+        raise ValueError(f"output {str(target)!r} gets the input's format; name it {target.stem + source.suffix!r}")

@@ -1,4 +1,4 @@
-"""A file storage for operators, for those who have no DataFlow: one file per step of a pipeline."""
+"""Stores a pipeline's tables, one file per step, for operators that run without DataFlow."""
 
 import copy
 import json
@@ -21,20 +21,20 @@ _logger = logging.getLogger(__name__)
 
 
 class FileStorage:
-    """Reads a table from one file and writes the next one beside it, as DataFlow's ``FileStorage`` does.
+    """Reads each step's table from one file and writes the next step's to another, as DataFlow's ``FileStorage`` does.
 
-    Step 0 is the file that a pipeline begins with; what the operator of step ``n`` writes is
+    Step 0 is the file that a pipeline begins with; the operator of step ``n`` writes
     ``{cache_path}/{file_name_prefix}_step{n + 1}.{cache_type}``.
 
-    Unlike DataFlow's: files are whole or absent, values come back as they are in the file (no numbers made of strings,
-    no dates guessed, ``None`` and ``NA`` in a CSV are text), and lines of a jsonl that are no JSON objects are passed
-    over and logged. Needs pandas: ``pip install 'clipfilter-wds[dataflow]'``.
+    Unlike DataFlow's, files are whole or absent, values come back as they are in the file (no string becomes a number
+    or a date, ``None`` and ``NA`` in a CSV are text), and lines of a jsonl that are no JSON objects are passed over and
+    logged. Needs pandas: ``pip install 'clipfilter-wds[dataflow]'``.
 
     Args:
-        first_entry_file_name: The first file; its suffix tells what it is.
+        first_entry_file_name: The first file; its suffix tells the format.
         cache_path: Folder of the files that are written.
-        file_name_prefix: What their names begin with.
-        cache_type: What they are: ``json``, ``jsonl``, ``csv`` or ``parquet``.
+        file_name_prefix: Beginning of their names.
+        cache_type: Their format: ``json``, ``jsonl``, ``csv`` or ``parquet``.
 
     Raises:
         ModuleNotFoundError: When pandas is not installed.
@@ -56,21 +56,21 @@ class FileStorage:
         self.operator_step = -1
 
     def step(self) -> Self:
-        """Go on to the next step, and get the storage as it is at that step, for one operator to use."""
+        """Begin the next step; the storage at that step, for one operator to use."""
         self.operator_step += 1
         return copy.copy(self)
 
     def reset(self) -> Self:
-        """Go back to before the first step."""
+        """Return to before the first step."""
         self.operator_step = -1
         return self
 
     def read(self, output_type: Literal["dataframe", "dict"] = "dataframe") -> Any:
-        """The table of this step: a pandas ``DataFrame``, or a list with a dict per row.
+        """Read the table of this step, as a pandas ``DataFrame`` or a list with a dict per row.
 
         Raises:
-            FileNotFoundError: When its file is not there.
-            ValueError: When the file can't be read as what its suffix says, or is a pickle.
+            FileNotFoundError: When its file isn't there.
+            ValueError: When the file isn't of the format that its suffix names, or is a pickle.
             RuntimeError: When no step has begun.
         """
         if output_type not in ("dataframe", "dict"):
@@ -115,7 +115,7 @@ def _check_type(file_type: str, where: str) -> CacheType:
             "save the table as parquet"
         )
     if file_type not in get_args(CacheType):
-        raise ValueError(f"{where}: {file_type!r} is no type of table; use {', '.join(get_args(CacheType))}")
+        raise ValueError(f"{where}: {file_type!r} is no table format; use {', '.join(get_args(CacheType))}")
     return file_type  # type: ignore[return-value]  # mypy does not narrow by get_args
 
 
@@ -147,7 +147,7 @@ def _read_jsonl(path: Path, file: BinaryIO) -> "pd.DataFrame":
 
 
 def _parse(text: bytes) -> Any:
-    """JSON with half surrogate pairs replaced: one of them in a column, and pandas can't hold the table."""
+    """Parse JSON and replace halves of surrogate pairs: pandas can't hold a table that has one."""
     parsed = json.loads(text)
     if _may_hold_surrogates(text):
         parsed = json.loads(json.dumps(parsed, ensure_ascii=False).encode("utf-8", errors="replace"))
@@ -178,7 +178,7 @@ def _json_rows(dataframe: "pd.DataFrame") -> Iterator[bytes]:
 
 
 def _json_value(value: Any) -> Any:
-    """What JSON has no type for: numpy arrays and numbers become lists and numbers, dates ISO text, the rest text."""
+    """Convert what JSON lacks: numpy arrays to lists, numpy numbers to numbers, dates to ISO text, the rest to text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

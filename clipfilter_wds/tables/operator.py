@@ -1,4 +1,4 @@
-"""``ImageClipFilter``: DataFlow's operator of that name, with this package's scores and speed."""
+"""Filters tables as DataFlow's operator ``ImageClipFilter`` does, with this package's scores and speed."""
 
 import logging
 from collections.abc import Sequence
@@ -40,22 +40,22 @@ class Storage(Protocol):
     """What the operator needs of a storage, DataFlow's or any other."""
 
     def read(self, output_type: Any = ..., /) -> Any:
-        """The table, for ``"dataframe"`` as a pandas ``DataFrame``."""
+        """Read the table; with ``"dataframe"``, as a pandas ``DataFrame``."""
 
     def write(self, data: Any, /) -> Any:
-        """Take the table that was made of it."""
+        """Store the rows that are kept."""
 
 
 class ImageClipFilter:
     """Keeps the rows of a table whose caption describes the image.
 
-    A row's score is the cosine similarity of CLIP's embeddings of image and caption, clipped to [0, 1]. Where the image
-    can't be read or the caption is blank it is 0.0, and is compared with the threshold like any other; how many rows
-    that were is logged once per reason. Relative paths are relative to the working folder.
+    A row's score is the cosine similarity of CLIP's embeddings of image and caption, clipped to [0, 1]. It is 0.0 where
+    the image can't be read or the caption is blank, and compared with the threshold like any other; the number of such
+    rows is logged once per reason. Relative paths begin in the working folder.
 
     Args:
-        model_name: Hugging Face hub id of a CLIP, a local folder, or ``demo-tiny``.
-        device: Any torch device; None is CUDA where there is one.
+        model_name: Hugging Face hub id of a CLIP model, a local folder, or ``demo-tiny``.
+        device: Any torch device; None takes CUDA where it is available.
 
     Raises:
         ModelError: When the model can't be used.
@@ -70,7 +70,7 @@ class ImageClipFilter:
 
     @staticmethod
     def get_desc(lang: str = "zh") -> str:
-        """What the operator does, in Chinese (``zh``) or else in English."""
+        """A description of the operator, in Chinese (``zh``) or English (anything else)."""
         return _DESCRIPTION.get(lang, _DESCRIPTION["en"])
 
     def run(
@@ -86,13 +86,13 @@ class ImageClipFilter:
             storage: Anything with ``read("dataframe")`` and ``write(dataframe)``.
             input_image_key: Column of the images: paths, or ``http(s)://`` and other fsspec URLs.
             input_caption_key: Column of the captions.
-            threshold: Least score of a row that is kept.
+            threshold: The lowest score of a row that is kept.
 
         Returns:
             ``[input_image_key, input_caption_key]``.
 
         Raises:
-            ValueError: When the table lacks a column, or the threshold is no cosine.
+            ValueError: When the table lacks a column, or the threshold lies outside [-1, 1].
         """
         check_threshold(threshold)
         dataframe = storage.read("dataframe")
@@ -138,19 +138,19 @@ def _cells(dataframe: "pd.DataFrame", key: str, parameter: str) -> list[object]:
     columns = list(dataframe.columns)
     if key not in columns:
         if not columns and not len(dataframe):
-            return []  # an empty jsonl says nothing of its columns
+            return []  # an empty jsonl names no columns
         raise ValueError(f"{parameter} is {key!r}, but the table's columns are {', '.join(map(repr, columns))}")
     cells: list[object] = dataframe.iloc[:, columns.index(key)].to_list()
     return cells
 
 
 def _register_with_dataflow() -> None:
-    """Make the operator known to DataFlow, where that is installed: to its registry and to its pipelines."""
+    """Register the operator with DataFlow's registry and pipelines, where DataFlow is installed."""
     try:
         registry = import_module("dataflow.utils.registry").OPERATOR_REGISTRY
         base = import_module("dataflow.core").OperatorABC
-    except Exception as error:  # noqa: BLE001  # a DataFlow that does not work must not keep this from working
-        # Other things are called dataflow too, such as the folder of DataFlow's examples: they have no registry.
+    except Exception as error:  # noqa: BLE001  # the operator must work beside a broken DataFlow
+        # Other things are called dataflow too, such as the folder of DataFlow's examples; they have no registry.
         is_absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "dataflow"
         if not is_absent:
             _logger.warning("DataFlow is installed but can't be used, so it does not know ImageClipFilter: %s", error)

@@ -109,7 +109,7 @@ class TestUnusableArguments:
     @pytest.mark.parametrize(
         ("name", "output", "options", "message"),
         [
-            ("pairs.jsonl", "out.csv", (), "gets the input's type; name it 'out.jsonl'"),
+            ("pairs.jsonl", "out.csv", (), "gets the input's format; name it 'out.jsonl'"),
             ("pairs.xlsx", "out.xlsx", (), "is no .jsonl, .csv, .parquet, .json file"),
             ("none.jsonl", "out.jsonl", (), "is no file"),
             ("pairs.jsonl", "out.jsonl", ("--score_key", "n"), "but there is such a column"),
