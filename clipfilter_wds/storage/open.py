@@ -101,8 +101,8 @@ def open_pipe(url: str) -> Iterator[BinaryIO]:
     """Run the shell command of a ``pipe:`` URL, and read what it writes to its standard output.
 
     Raises:
-        ShardError: Where the output ends, when the command failed. A command that had to stop because nobody reads on
-            has not.
+        ShardError: Where the output ends, when the command failed. Being stopped because its output is no longer read
+            is no failure.
     """
     with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=0) as process:  # noqa: S602  # the caller was told to allow it
         yield cast(BinaryIO, _CommandOutput(process))

@@ -80,7 +80,7 @@ class _EarlyFile(FileIO):
 
 @contextmanager
 def _publish_remote(path: RemotePath) -> Iterator[BinaryIO]:
-    """Uploads the whole file at the end, so that nobody sees half of it; an object store makes that atomic."""
+    """Uploads the whole file at the end, so that half of it is never seen; an object store makes that atomic."""
     with TemporaryFile(buffering=_BUFFER_BYTES) as file:  # without a name: it disappears with the process
         yield cast(BinaryIO, file)
         file.flush()
