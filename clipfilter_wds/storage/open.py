@@ -62,35 +62,35 @@ def file_size(url: str) -> int:
     Raises:
         Exception: The storage's own.
     """
-    size = _ask(url, lambda fs, path: fs.size(path))
+    fs, path = filesystem(url)
+    size = _ask(fs, lambda: fs.size(path))
     return -1 if size is None else int(size)
 
 
 def is_glob(url: str) -> bool:
     """Whether a URL stands for all files that match it. On the web, ``?`` begins a query instead."""
-    fs, path = filesystem(url)
-    return any(char in path for char in ("*[" if is_web(fs) else "*?["))
+    on_web = source_of(url).startswith(("http://", "https://"))
+    return any(char in url for char in ("*[" if on_web else "*?["))
 
 
 def list_matches(url: str) -> list[str]:
     """The URLs of all files that a glob matches, sorted.
 
     Raises:
-        ValueError: When the storage can't be listed.
+        ValueError: When the storage can't be listed, or as ``filesystem`` raises.
     """
+    fs, path = filesystem(url)
     try:
-        names: list[str] = sorted(_ask(url, lambda fs, path: fs.glob(path)))
+        names: list[str] = sorted(_ask(fs, lambda: fs.glob(path)))
     except Exception as error:  # each storage has errors of its own
         raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
     if "://" not in url:
         return names
-    fs, _ = filesystem(url)
     return [url.removesuffix(source_of(url)) + fs.unstrip_protocol(name) for name in names]
 
 
-def _ask(url: str, request: Callable[[AbstractFileSystem, str], T]) -> T:
-    fs, path = filesystem(url)
-    return request(fs, path) if is_local(fs) else retrying(lambda: request(fs, path))
+def _ask(fs: AbstractFileSystem, request: Callable[[], T]) -> T:
+    return request() if is_local(fs) else retrying(request)
 
 
 # --- pipe: ---
