@@ -1,4 +1,4 @@
-"""Runs the command and shows how far it is, and at the end what came of it."""
+"""Runs a command over shards, and shows how far it is and what came of it."""
 
 from collections.abc import Callable, Iterator
 
