@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.demo.overview import Picture, write_overview
 from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, write_demo_shards
 from clipfilter_wds.models.loading import BUNDLED_MODELS
@@ -14,7 +15,8 @@ from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.progress import run_with_progress
 from clipfilter_wds.preprocess.members import read_captions
-from clipfilter_wds.report.run import ReportConfig, write_report
+from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.open import open_shard
@@ -24,13 +26,9 @@ from clipfilter_wds.types import Sample
 MODEL = "demo-tiny"
 
 
-def demo(*, output: str = "clipfilter_demo") -> int:
-    """Draw shards with known mistakes, filter them with the bundled tiny CLIP, and compare with the truth.
-
-    Args:
-        output: Folder to write to.
-    """
-    folder = Path(output)
+def run_demo(config: DemoConfig) -> None:
+    """Draw shards with known mistakes, filter them with the bundled tiny CLIP, and compare with the truth."""
+    folder = Path(config.output)
     console = Console()
     console.print(
         f"Drawing {NUM_SHARDS} shards of {SAMPLES_PER_SHARD} scenes: {MISMATCHED_PERCENT} % carry "
@@ -39,13 +37,13 @@ def demo(*, output: str = "clipfilter_demo") -> int:
     )
     shards = write_demo_shards(folder / "shards")
     threshold = demo_threshold()
-    config = RewriteConfig(shards=shards, output=folder / "filtered", threshold=threshold)
-    run_with_progress(config, lambda: ClipScorer(MODEL))
+    rewrite = RewriteConfig(shards=shards, output=folder / "filtered", threshold=threshold)
+    run_with_progress(rewrite, lambda: ClipScorer(MODEL))
 
     decided = [pair for shard in shards for pair in _decided(shard, folder / "filtered", threshold)]
     truth = Truth.of(decided)
     write_overview(folder / "overview.png", decided, threshold)
-    write_report(ReportConfig(scores=config.output, shards=shards, output=folder / "report.html"))
+    write_report(ReportConfig(scores=rewrite.output, shards=shards, output=folder / "report.html"))
     console.print(
         f"\nAgainst the truth: precision {truth.precision:.3f}, recall {truth.recall:.3f} "
         f"({truth.kept_matched} true pairs kept of {truth.matched}, {truth.kept - truth.kept_matched} false ones).\n"
@@ -58,7 +56,6 @@ def demo(*, output: str = "clipfilter_demo") -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0
 
 
 def demo_threshold() -> float:

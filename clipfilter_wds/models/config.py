@@ -12,7 +12,7 @@ DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
-    """A model, and how a :class:`ClipScorer` runs it.
+    """The model, and how :class:`ClipScorer` runs it.
 
     Attributes:
         model: A Hugging Face hub id or a local folder, of a CLIP, SigLIP, SigLIP 2 (fixed resolution), AltCLIP or

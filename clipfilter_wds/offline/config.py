@@ -13,25 +13,22 @@ from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
-from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import WorkerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """A run that writes a score table for every shard, and no samples.
+class ScoreConfig(WorkerConfig):
+    """Input and output of ``score``.
 
-    Creating one checks all that can be checked without a model, and creates the output folder.
+    Such a run writes a score table for every shard, and no samples. Creating a config checks all that can be checked
+    without a model, and creates the output folder.
 
     Attributes:
-        shards: A path, a glob or a brace range, several of these separated by commas, or ``@file.txt`` with one per
-            line; local or on any fsspec storage.
+        shards: A path, a glob or a brace range, or several of these: separated by commas, as a list, or as
+            ``@file.txt`` with one per line; local or on any fsspec storage.
         output: Folder to write to. A run that was stopped resumes when it is started again.
         caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``). Several of
             these, separated by commas, are several captions of an image.
-        batch_size: Samples per forward pass.
-        num_workers: Processes that decode; by default as many as suit the device.
-        worker_timeout: Seconds that one sample may take to decode; 0 for no limit. A sample that takes longer, or kills
-            the process that decodes it, is tried once more and then dropped as ``decoder_crash``.
 
     Raises:
         ValueError: When an option can't be used.
@@ -40,16 +37,9 @@ class ScoreConfig:
     shards: str | Path | Sequence[str | Path]
     output: str | Path
     caption: str = "txt"
-    batch_size: int = 64
-    num_workers: int | None = None
-    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
-        check_worker_timeout(self.worker_timeout)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}; it must not be negative")
+        super().__post_init__()
         SampleLayout(caption=self.caption)
         _check_apart(self.names, self.folder)
         check_writable(self.folder)
@@ -87,7 +77,9 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig(ScoreConfig):
-    """A run that also writes shards of the kept samples.
+    """Input, output and choice of ``rewrite``.
+
+    Such a run also writes shards of the kept samples.
 
     Attributes:
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 where neither

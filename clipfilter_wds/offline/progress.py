@@ -18,8 +18,8 @@ from clipfilter_wds.console import (
 )
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine
-from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.commit import AnyTask, ask_storage, read_marks, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
-from clipfilter_wds.offline.engines.ranks import DEFAULT_RANK_TIMEOUT, Ranks
+from clipfilter_wds.offline.engines.ranks import Ranks
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring
 from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions

@@ -1,4 +1,4 @@
-"""Checks the options of a run over a table."""
+"""Checks the options of a run over a table. Imports neither torch nor pyarrow."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,30 +6,25 @@ from pathlib import Path
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.tables.formats.open import SUFFIXES
-from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import WorkerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableConfig:
-    """What a run over a table reads, keeps and writes.
+class TableConfig(WorkerConfig):
+    """Input, output and choice of ``table``.
 
-    Creating one checks everything that can be checked without reading the table, and makes the output's folder.
+    Creating a config checks all that can be checked without reading the table, and creates the output's folder.
 
     Attributes:
-        input: A jsonl, csv, parquet or json file on this machine. Its folder is where relative image paths begin.
-        output: File to write, of the same format as ``input``. An existing file is replaced when the run is done.
+        input: A .jsonl, .csv, .parquet or .json file on this machine. Relative image paths start from its folder.
+        output: File to write, of the same type as ``input``. One that exists is replaced when the run is done.
         image_key: Column of the images: paths, or ``http(s)://`` and other fsspec URLs.
         caption_key: Column of the captions.
-        threshold: Keep a row when its score is at least this.
-        score_key: Name of a column to add for the score; None adds none.
-        batch_size: Rows per forward pass.
-        num_workers: Processes that open images; None chooses by device and number of CPUs. With 0, this process opens
-            them, and an image that crashes its decoder ends it.
-        worker_timeout: Seconds that one image may take to be read and decoded; 0 means no limit. An image that takes
-            longer, or kills the process that decodes it, is tried once more, and then has the reason ``decoder_crash``.
+        threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this.
+        score_key: Name of a column to add for the similarity, such as ``clip_score``; by default none is added.
 
     Raises:
-        ValueError: When one of them can't be used.
+        ValueError: When an option can't be used.
     """
 
     input: str | Path
@@ -38,17 +33,10 @@ class TableConfig:
     caption_key: str = "caption"
     threshold: float = DEFAULT_THRESHOLD
     score_key: str | None = None
-    batch_size: int = 64
-    num_workers: int | None = None
-    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        check_worker_timeout(self.worker_timeout)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}; it must not be negative")
+        super().__post_init__()
         if self.score_key is not None and not self.score_key:
             raise ValueError("score_key is empty; name the column that the score is written to, such as clip_score")
         _check_local(input=self.input, output=self.output)

@@ -1,41 +1,40 @@
-"""How a loader works."""
+"""Checks the options of a training loader. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
-from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT, check_worker_timeout
+from clipfilter_wds.workers.config import WorkerConfig
 
 End = Literal["sync", "repeat"]
 OnCrash = Literal["skip", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
+class LoaderConfig(WorkerConfig):
     """How a :class:`ClipFilterLoader` works.
 
     Attributes:
-        threshold: Keep a pair when ``clip(score, 0, 1)`` is at least this; None keeps all and only adds scores.
-        batch_size: Pairs per training batch.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; None keeps all pairs and
+            only adds their scores.
+        batch_size: Pairs per training batch and rank.
         score_batch_size: Samples per forward pass of the scorer.
-        num_workers: Processes that read and decode.
+        num_workers: Processes that read and decode, per rank. With 0, the training process decodes.
         drop_last: Leave out an epoch's last batch when it is smaller than the others.
-        end: With several ranks, how an epoch ends. ``sync``: for all together, when the first has no further batch.
-            ``repeat``: after ``batches_per_epoch`` batches; the stream of shards goes on for ever.
+        end: How an epoch ends on several ranks. ``sync``: on all together, when the first has no further batch.
+            ``repeat``: after ``batches_per_epoch`` batches; the stream of shards is endless.
         batches_per_epoch: For ``repeat``.
-        record: Folder to record the scores of shards in. What it holds already is not scored again, nor are the later
-            epochs; samples that were dropped are then not decoded either.
-        starvation_limit: Samples in a row without one that is kept after which to raise an error.
-        worker_timeout: Seconds that one sample may take to decode and transform in a worker, before that counts as a
-            crash; 0 is for ever.
-        on_crash: What becomes of a sample that kills its worker. ``skip``: it is tried once more and then dropped as
-            ``decoder_crash``. ``raise``: a ``WorkerDiedError`` that names it.
+        record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
+            and samples that were dropped are not decoded again.
+        starvation_limit: Raise an error after this many samples in a row of which none is kept.
+        on_crash: What happens to a sample that kills its worker, or takes longer than ``worker_timeout``. ``skip``: it
+            is tried once more and then dropped as ``decoder_crash``. ``raise``: a ``WorkerDiedError`` names it.
         persistent_workers: Keep the workers from one epoch to the next (``end="sync"``).
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None is Python's default.
 
     Raises:
-        ValueError: When one of them can't be used.
+        ValueError: When an option can't be used.
     """
 
     threshold: float | None = DEFAULT_THRESHOLD
@@ -47,7 +46,6 @@ class LoaderConfig:
     batches_per_epoch: int | None = None
     record: str | Path | None = None
     starvation_limit: int = 100_000
-    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
     on_crash: OnCrash = "skip"
     persistent_workers: bool = False
     multiprocessing_context: str | None = None
@@ -55,10 +53,10 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.threshold is not None:
             check_threshold(self.threshold)
-        for name, lowest in (("batch_size", 1), ("score_batch_size", 1), ("num_workers", 0), ("starvation_limit", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
-        check_worker_timeout(self.worker_timeout)
+        super().__post_init__()
+        for name in ("score_batch_size", "starvation_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
         if self.end not in ("sync", "repeat"):

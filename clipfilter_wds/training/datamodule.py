@@ -1,54 +1,46 @@
-"""Lightning wiring, and nothing else: a data module that filters while it streams, and a monitor of the filter."""
+"""Runs the loader under Lightning: a data module that filters while it streams, and resumes from checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
 from torch import distributed
 
-from clipfilter_wds.models.config import DEFAULT_MODEL, Precision
+from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.folder import ScoreFolder
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.training.config import End
+from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.world import World
+
+Config = TypeVar("Config", ScorerConfig, LoaderConfig)
 
 
 class ClipFilterDataModule(L.LightningDataModule):
     """Streams image-caption shards into training and drops mispaired samples on the way.
 
-    Batches are those of ``ClipFilterLoader``. Checkpoints hold the exact position on every
-    rank: ``trainer.fit(..., ckpt_path=...)`` goes on with the batch after the one that was trained last.
+    Batches are those of ``ClipFilterLoader``. Checkpoints hold the exact position on every rank:
+    ``trainer.fit(..., ckpt_path=...)`` resumes with the batch after the one that was trained last.
 
     Args:
         train: Shards to train on: a path, glob, brace range, ``@file.txt`` or a list of these.
-        val: Shards to validate on, if any.
+        val: Shards to validate on, if any. They are not shuffled.
         scores: Folder of score tables of all these shards, from ``clipfilter-wds score`` or ``rewrite`` or an earlier
-            ``record``. They decide then, and no model is loaded.
-        record: Folder to record the scores of the training shards in; what it holds is not scored again.
-        model: The CLIP that filters: a Hugging Face hub id, a local folder, or ``demo-tiny``.
-        revision: Branch, tag or commit of a hub model.
-        precision: Arithmetic of its forward pass; ``auto`` is the fastest whose decisions equal fp32's.
-        fast_decode: Decode large JPEGs for it at a fraction of their size; in full for ``image_transform``.
-        threshold: Keep a pair when its cosine, clipped to [0, 1], is at least this. ``null`` keeps all and adds scores.
+            ``loader.record``. Their scores decide then, and no model is loaded.
         filter_train: Whether to filter training samples.
         filter_val: Whether to filter validation samples.
         image_transform: RGB image -> training view; ``null`` gives CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> training view; ``null`` gives the caption.
         caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``).
-        batch_size: Pairs per training batch and rank.
-        score_batch_size: Samples per forward pass of the filter.
-        num_workers: Processes that read and decode, per rank.
-        shuffle: Shuffle shards, and samples within windows of this many; 0 keeps the order. Validation is not shuffled.
+        shuffle: Shuffle shards, and samples within windows of this many; 0 keeps the order.
         seed: Of the order.
-        end: How a training epoch ends on several ranks: ``sync`` when the first rank has no more batches, ``repeat``
-            after ``batches_per_epoch``.
-        batches_per_epoch: For ``repeat``.
-        drop_last: Leave out an epoch's last batch when it is smaller than the others; in training only.
-        starvation_limit: Samples in a row without one that is kept after which to raise an error.
+        scorer: The CLIP that filters. Its device ``auto`` is the rank's own.
+        loader: How training batches are made. Validation batches are made alike, but for what concerns the end of an
+            epoch, and are not recorded.
     """
 
     def __init__(
@@ -57,29 +49,20 @@ class ClipFilterDataModule(L.LightningDataModule):
         val: str | list[str] | None = None,
         *,
         scores: str | None = None,
-        record: str | None = None,
-        model: str = DEFAULT_MODEL,
-        revision: str | None = None,
-        precision: Precision = "auto",
-        fast_decode: bool = False,
-        threshold: float | None = DEFAULT_THRESHOLD,
         filter_train: bool = True,
         filter_val: bool = False,
         image_transform: Callable[[Any], Any] | None = None,
         text_transform: Callable[[str], Any] | None = None,
         caption: str = "txt",
-        batch_size: int = 256,
-        score_batch_size: int = 64,
-        num_workers: int = 0,
         shuffle: int = 1000,
         seed: int = 0,
-        end: End = "sync",
-        batches_per_epoch: int | None = None,
-        drop_last: bool = False,
-        starvation_limit: int = 100_000,
+        scorer: ScorerConfig = ScorerConfig(),
+        loader: LoaderConfig = LoaderConfig(),
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["image_transform", "text_transform"])
+        self._scorer_config, self._loader_config = _config(ScorerConfig, scorer), _config(LoaderConfig, loader)
+        self.save_hyperparameters(ignore=["image_transform", "text_transform", "scorer", "loader"])
+        self.save_hyperparameters({"scorer": _plain(self._scorer_config), "loader": _plain(self._loader_config)})
         self._image_transform, self._text_transform = image_transform, text_transform
         self._scorer: ClipScorer | ScoreFolder | None = None
         self._epoch_loader: _EpochLoader | None = None
@@ -89,30 +72,22 @@ class ClipFilterDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the filter's model to this rank's device, or find its score tables."""
-        options = self.hparams
-        if self._scorer is None and options["scores"] is not None:
-            self._scorer = ScoreFolder(options["scores"])
-        elif self._scorer is None:
-            self._scorer = ClipScorer(
-                options["model"],
-                revision=options["revision"],
-                device=str(self._trainer.strategy.root_device),
-                precision=options["precision"],
-                fast_decode=options["fast_decode"],
-            )
+        if self._scorer is not None:
+            return
+        if self.hparams["scores"] is not None:
+            self._scorer = ScoreFolder(self.hparams["scores"])
+            return
+        config = self._scorer_config
+        if config.device == "auto":
+            config = replace(config, device=str(self._trainer.strategy.root_device))
+        self._scorer = ClipScorer(**asdict(config))
 
     def train_dataloader(self) -> "_EpochLoader":
         """Batches to train on."""
-        options = self.hparams
-        self.train_loader = self._loader(
-            options["train"],
-            filtered=options["filter_train"],
-            shuffle=options["shuffle"],
-            end=options["end"],
-            batches_per_epoch=options["batches_per_epoch"],
-            drop_last=options["drop_last"],
-            record=options["record"] if options["filter_train"] else None,
-        )
+        config, filtered = self._loader_config, self.hparams["filter_train"]
+        if not filtered:
+            config = replace(config, threshold=None, record=None)
+        self.train_loader = self._loader(self.hparams["train"], config, filtered, self.hparams["shuffle"])
         self._epoch_loader = _EpochLoader(self.train_loader, self._trainer, self._resumed)
         self._resumed = None
         return self._epoch_loader
@@ -140,11 +115,20 @@ class ClipFilterDataModule(L.LightningDataModule):
         """Batches to validate on; none without ``val``."""
         if self.hparams["val"] is None:
             return []
-        loader = self._loader(self.hparams["val"], filtered=self.hparams["filter_val"], shuffle=0)
-        return _SameEveryTime(loader)
+        config, filtered = self._loader_config, self.hparams["filter_val"]
+        config = replace(
+            config,
+            threshold=config.threshold if filtered else None,
+            record=None,
+            drop_last=False,
+            end="sync",
+            batches_per_epoch=None,
+            persistent_workers=False,  # they would be about to give the second epoch
+        )
+        return _SameEveryTime(self._loader(self.hparams["val"], config, filtered, shuffle=0))
 
-    def _loader(self, shards: str | list[str], *, filtered: bool, shuffle: int, **options: Any) -> ClipFilterLoader:
-        hparams, trainer, scorer = self.hparams, self._trainer, self._scorer
+    def _loader(self, shards: str | list[str], config: LoaderConfig, filtered: bool, shuffle: int) -> ClipFilterLoader:
+        trainer, scorer = self._trainer, self._scorer
         if scorer is None:
             raise RuntimeError("the data module has no model yet; its setup() comes first")
         dataset = ClipWebDataset(
@@ -153,19 +137,12 @@ class ClipFilterDataModule(L.LightningDataModule):
             image_transform=self._image_transform,
             text_transform=self._text_transform,
             shuffle=shuffle,
-            seed=hparams["seed"],
-            layout=SampleLayout(caption=hparams["caption"]),
+            seed=self.hparams["seed"],
+            layout=SampleLayout(caption=self.hparams["caption"]),
             world=World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
         return ClipFilterLoader(
-            dataset,
-            scorer if filtered or isinstance(scorer, ScoreFolder) else None,
-            threshold=hparams["threshold"] if filtered else None,
-            batch_size=hparams["batch_size"],
-            score_batch_size=hparams["score_batch_size"],
-            num_workers=hparams["num_workers"],
-            starvation_limit=hparams["starvation_limit"],
-            **options,
+            dataset, scorer if filtered or isinstance(scorer, ScoreFolder) else None, **asdict(config)
         )
 
     @property
@@ -173,6 +150,16 @@ class ClipFilterDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("ClipFilterDataModule works with a Trainer; without one, use ClipFilterLoader")
         return self.trainer
+
+
+def _config(kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
+    """A config, or one made of a checkpoint's hyperparameters, which ``load_from_checkpoint`` passes on."""
+    return kind(**given) if isinstance(given, Mapping) else given
+
+
+def _plain(config: ScorerConfig | LoaderConfig) -> dict[str, Any]:
+    """A config as plain values, so that a checkpoint loads with ``weights_only``."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
 class _EpochLoader:

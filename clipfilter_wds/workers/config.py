@@ -1,14 +1,34 @@
-"""Checks the options that all use of worker processes has in common. Imports nothing."""
+"""Checks the options of everything that decodes in worker processes. Imports nothing of the package."""
 
-#: Seconds that a sample may take to decode.
+from dataclasses import dataclass
+
+#: Seconds that a worker may spend on one sample.
 DEFAULT_WORKER_TIMEOUT = 120.0
 
 
-def check_worker_timeout(seconds: float) -> None:
-    """Refuse what is no time.
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How samples are decoded and batched.
+
+    Attributes:
+        batch_size: Samples per forward pass.
+        num_workers: Processes that decode; by default as many as suit the device. With 0, the main process decodes, and
+            ends where an image crashes its decoder.
+        worker_timeout: Seconds that one sample may take to decode; 0 for no limit. A sample that takes longer, or kills
+            the process that decodes it, is tried once more and then dropped as ``decoder_crash``.
 
     Raises:
-        ValueError: When it is negative or not finite.
+        ValueError: When an option can't be used.
     """
-    if not 0.0 <= seconds < float("inf"):
-        raise ValueError(f"worker_timeout is {seconds:g}; it is a number of seconds, or 0 for no limit")
+
+    batch_size: int = 64
+    num_workers: int | None = None
+    worker_timeout: float = DEFAULT_WORKER_TIMEOUT
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}; it must be at least 0")
+        if not 0.0 <= self.worker_timeout < float("inf"):
+            raise ValueError(f"worker_timeout is {self.worker_timeout:g}; it is a number of seconds, or 0 for no limit")

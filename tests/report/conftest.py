@@ -8,7 +8,8 @@ import pytest
 
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.report.run import ReportConfig, write_report
+from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
 from tests.support.toys import pair, write_shard

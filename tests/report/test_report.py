@@ -11,8 +11,9 @@ from PIL import Image
 from clipfilter_wds.cli import main
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
-from clipfilter_wds.report.run import ReportConfig, write_report
+from clipfilter_wds.report.run import write_report
 from clipfilter_wds.types import DropReason, UnusableError
 from tests.report.conftest import THRESHOLD, Run
 from tests.support.toys import encoded, pair, photo, write_shard

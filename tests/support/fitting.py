@@ -1,11 +1,15 @@
 """Real Trainers for tests of the data module: a model that remembers what it trained on."""
 
 import warnings
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
+from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 
 
@@ -42,6 +46,16 @@ class SaveEverywhere(L.Callback):
         trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
 
 
+def in_groups(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a data module, those of scorer and loader in their configs."""
+    groups: dict[str, Any] = {}
+    for name, kind in (("scorer", ScorerConfig), ("loader", LoaderConfig)):
+        names = {field.name for field in fields(kind)}
+        groups[name] = kind(**{name: value for name, value in options.items() if name in names})
+        options = {name: value for name, value in options.items() if name not in names}
+    return options | groups
+
+
 def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -54,5 +68,5 @@ def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None
         callbacks=list(callbacks),
         **options,
     )
-    runner.fit(module, datamodule=ClipFilterDataModule(**data), ckpt_path=checkpoint, weights_only=False)
+    runner.fit(module, datamodule=ClipFilterDataModule(**in_groups(data)), ckpt_path=checkpoint, weights_only=False)
     return module

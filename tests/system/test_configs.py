@@ -48,16 +48,16 @@ def test_every_training_config_makes_a_step(config, clip_folder, tmp_path):
     data = {
         "train": tmp_path / "train.tar",
         "val": tmp_path / "val.tar",
-        "model": clip_folder,
-        "threshold": 0.0,
-        "batch_size": 2,
-        "score_batch_size": 4,
-        "num_workers": 0,
+        "scorer.model": clip_folder,
+        "loader.threshold": 0.0,
+        "loader.batch_size": 2,
+        "loader.score_batch_size": 4,
+        "loader.num_workers": 0,
     }
     if "scores" in yaml.safe_load(config.read_text())["data"]:
         score = ScoreConfig(shards=f"{tmp_path}/*.tar", output=tmp_path / "scores", num_workers=0)
         process_shards(score, load_scorer(clip_folder))
-        data = {**data, "scores": tmp_path / "scores", "model": tmp_path / "no model"}
+        data = {**data, "scores": tmp_path / "scores", "scorer.model": tmp_path / "no model"}
     trainer = {
         "accelerator": "cpu",
         "devices": 1,

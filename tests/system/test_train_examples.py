@@ -153,8 +153,9 @@ def _help() -> str:
 
 
 def lightning(folder: Path, *, devices: int) -> list[str]:
-    return f"""fit --data.train {folder}/demo_shards/{{00000..00003}}.tar --data.model demo-tiny --data.threshold 0.28
-        --data.batch_size 16 --data.num_workers 1 --data.score_batch_size 32
+    return f"""fit --data.train {folder}/demo_shards/{{00000..00003}}.tar --data.scorer.model demo-tiny
+        --data.loader.threshold 0.28 --data.loader.batch_size 16
+        --data.loader.num_workers 1 --data.loader.score_batch_size 32
         --data.image_transform small_clip.image_view --data.text_transform small_clip.text_view
         --trainer.accelerator cpu --trainer.devices {devices} --trainer.log_every_n_steps 2
         --trainer.enable_progress_bar false""".split()

@@ -16,7 +16,6 @@ from clipfilter_wds.storage.publish import publish_json
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.world import World
 
-DEFAULT_RANK_TIMEOUT = 1800.0
 _NOTE_SUFFIX = ".failed"
 _LOOK_SECONDS = 1.0
 _MAX_NAMED = 5

@@ -7,13 +7,19 @@ from typing import BinaryIO
 
 from clipfilter_wds.tables.formats.csv import CsvReader
 from clipfilter_wds.tables.formats.json import JsonArrayReader, JsonLinesReader
-from clipfilter_wds.tables.formats.parquet import ParquetReader
 from clipfilter_wds.tables.formats.rows import TableReader, Wanted
+
+
+def _open_parquet(file: BinaryIO, wanted: Wanted) -> TableReader:
+    from clipfilter_wds.tables.formats.parquet import ParquetReader  # a config needs the suffixes, and no pyarrow
+
+    return ParquetReader(file, wanted)
+
 
 _READERS: dict[str, Callable[[BinaryIO, Wanted], TableReader]] = {
     ".jsonl": JsonLinesReader,
     ".csv": CsvReader,
-    ".parquet": ParquetReader,
+    ".parquet": _open_parquet,
     ".json": JsonArrayReader,
 }
 

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from clipfilter_wds.cli.commands import main as main

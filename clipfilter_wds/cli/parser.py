@@ -1,0 +1,168 @@
+"""Reads a command's options from its arguments and YAML files; what is typed always wins."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from clipfilter_wds.cli.options import HelpFormatter, Option, options_of, plain_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FilesConfig:
+    """Other options.
+
+    Attributes:
+        config: YAML file with any of these options. What is typed wins over it, and of several files the last one wins.
+    """
+
+    config: Path | Sequence[Path] | None = None
+
+
+[_CONFIG] = options_of(_FilesConfig)
+
+
+class CommandParser:
+    """The options of a command.
+
+    Args:
+        prog: How the command is called.
+        description: What it does.
+        example: A call of it.
+        configs: The dataclasses whose fields are the options; each is a group in the help.
+        positional: The option whose ``--name`` may be left out.
+    """
+
+    def __init__(
+        self, prog: str, *, description: str, example: str, configs: Sequence[type], positional: str | None = None
+    ) -> None:
+        self._groups = {config: options_of(config, positional) for config in configs}
+        self._in_yaml = {option.name: option for options in self._groups.values() for option in options}
+        self._options = self._in_yaml | {_CONFIG.name: _CONFIG}
+        self._positional = positional
+        required = [option.usage for option in self._options.values() if option.is_required]
+        self._parser = ArgumentParser(
+            prog=prog,
+            usage=" ".join(["%(prog)s", *required, "[options]"]),
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=HelpFormatter,
+            exit_on_error=False,
+            add_help=False,
+        )
+        for config, options in (self._groups | {_FilesConfig: [_CONFIG]}).items():
+            group = self._parser.add_argument_group(plain_text(config.__doc__ or "").partition(".")[0])
+            for option in options:
+                option.add_to(group)
+        group.add_argument("-h", "--help", action="help", help="Show this help.")
+
+    def print_help(self) -> None:
+        """Print what the command does, and its options."""
+        self._parser.print_help()
+
+    def read(self, args: Sequence[str]) -> list[Any]:
+        """The configs that the arguments ask for, in the order of their classes.
+
+        Raises:
+            ValueError: When an argument, or an option in a YAML file, can't be used; it names the command for help.
+        """
+        try:
+            return self._read(args)
+        except ValueError as error:
+            raise ValueError(f"{error} (see {self._parser.prog} --help)") from error
+
+    def _read(self, args: Sequence[str]) -> list[Any]:
+        typed = self._from_args(args)
+        values: dict[str, Any] = {}
+        for file in typed.pop(_CONFIG.name, []):
+            values |= self._from_yaml(file)
+        values |= {name: self._options[name].check(value, self._parser) for name, value in typed.items()}
+        values = {name: value for name, value in values.items() if value is not None}  # null means the default
+        for option in self._options.values():
+            if option.is_required and option.name not in values:
+                raise ValueError(f"{option.label} is missing; give {option.usage}")
+        # The last ones first: the first creates the output folder, and should not when another one's values are wrong.
+        made = [
+            config(**{option.name: values[option.name] for option in options if option.name in values})
+            for config, options in reversed(self._groups.items())
+        ]
+        return made[::-1]
+
+    def _from_yaml(self, file: str) -> dict[str, Any]:
+        try:
+            with Path(file).expanduser().open() as lines:
+                values = yaml.safe_load(lines) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {file} holds no options; write them as `batch_size: 64`, one per line")
+        checked = {}
+        for key, value in values.items():
+            option = _find(str(key), self._in_yaml, f" in {file}")
+            checked[option.name] = option.check(value, self._parser, f" in {file}")
+        return checked
+
+    def _from_args(self, args: Sequence[str]) -> dict[str, Any]:
+        """What is typed, by the names of options: a text, or a list of them."""
+        named: dict[str, list[str]] = {}
+        unnamed: list[str] = []
+        rest = deque(args)
+        while rest:
+            arg = rest.popleft()
+            if arg == "--":
+                unnamed += rest
+                break
+            if arg.startswith("-"):
+                option, text = self._take_option(arg, rest)
+                named.setdefault(option.name, []).append(text)
+            else:
+                unnamed.append(arg)
+        if unnamed:
+            self._name(unnamed, named)
+        return {name: texts if self._options[name].is_list else texts[-1] for name, texts in named.items()}
+
+    def _take_option(self, arg: str, rest: deque[str]) -> tuple[Option, str]:
+        """An option and its text, which is taken from the rest if the argument has none."""
+        label, has_text, text = arg.partition("=")
+        negated = self._options.get(_key(label).removeprefix("no_"))
+        if negated and negated.is_flag and _key(label) == f"no_{negated.name}" and not has_text:
+            return negated, "false"
+        option = _find(label, self._options)
+        if has_text:
+            return option, text
+        if option.is_flag:
+            return option, rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true"
+        if not rest or rest[0].startswith("--"):
+            raise ValueError(f"{option.label} has no value; it must be {option.expected}")
+        return option, rest.popleft()
+
+    def _name(self, unnamed: list[str], named: dict[str, list[str]]) -> None:
+        """Give the positional option its texts."""
+        if self._positional is None:
+            raise ValueError(f"{unnamed[0]!r} belongs to no option")
+        option = self._options[self._positional]
+        if option.name in named:
+            raise ValueError(
+                f"{option.label} is {unnamed[0]!r} and --{option.name} is {named[option.name][0]!r}; give one of them"
+            )
+        if len(unnamed) > 1 and not option.is_list:
+            raise ValueError(f"{option.label} is {' and '.join(map(repr, unnamed))}; give one of them")
+        named[option.name] = unnamed
+
+
+def _find(label: str, options: dict[str, Option], where: str = "") -> Option:
+    """The option that a YAML key or a ``--name`` means, with underscores or hyphens."""
+    if option := options.get(_key(label)):
+        return option
+    alike = get_close_matches(_key(label), options, n=1)
+    prefix = "--" if label.startswith("-") else ""
+    raise ValueError(f"unknown option {label}{where}" + (f"; did you mean {prefix}{alike[0]}?" if alike else ""))
+
+
+def _key(label: str) -> str:
+    return label.removeprefix("--").replace("-", "_")
