@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 from clipfilter_wds.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from clipfilter_wds.models.config import ScorerConfig
     from clipfilter_wds.models.scorer import ClipScorer
     from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
     from clipfilter_wds.offline.run import process_shards
     from clipfilter_wds.scores.folder import ScoreFolder
     from clipfilter_wds.tables.operator import ImageClipFilter
+    from clipfilter_wds.training.config import LoaderConfig
     from clipfilter_wds.training.datamodule import ClipFilterDataModule
     from clipfilter_wds.training.dataset import ClipWebDataset
     from clipfilter_wds.training.loader import ClipFilterLoader
@@ -25,9 +27,11 @@ _HOME = {
     "DropReason": "types",
     "FilterStats": "types",
     "ImageClipFilter": "tables.operator",
+    "LoaderConfig": "training.config",
     "RewriteConfig": "offline.config",
     "ScoreConfig": "offline.config",
     "ScoreFolder": "scores.folder",
+    "ScorerConfig": "models.config",
     "process_shards": "offline.run",
 }
 
@@ -40,9 +44,11 @@ __all__ = [
     "DropReason",
     "FilterStats",
     "ImageClipFilter",
+    "LoaderConfig",
     "RewriteConfig",
     "ScoreConfig",
     "ScoreFolder",
+    "ScorerConfig",
     "process_shards",
 ]
 

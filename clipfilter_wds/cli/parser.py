@@ -41,8 +41,8 @@ class CommandParser:
     def __init__(
         self, prog: str, *, description: str, example: str, configs: Sequence[type], positional: str | None = None
     ) -> None:
-        self._groups = {config: options_of(config, positional) for config in configs}
-        self._in_yaml = {option.name: option for options in self._groups.values() for option in options}
+        self.groups = {config: options_of(config, positional) for config in configs}
+        self._in_yaml = {option.name: option for options in self.groups.values() for option in options}
         self._options = self._in_yaml | {_CONFIG.name: _CONFIG}
         self._positional = positional
         required = [option.usage for option in self._options.values() if option.is_required]
@@ -55,7 +55,7 @@ class CommandParser:
             exit_on_error=False,
             add_help=False,
         )
-        for config, options in (self._groups | {_FilesConfig: [_CONFIG]}).items():
+        for config, options in (self.groups | {_FilesConfig: [_CONFIG]}).items():
             group = self._parser.add_argument_group(plain_text(config.__doc__ or "").partition(".")[0])
             for option in options:
                 option.add_to(group)
@@ -89,7 +89,7 @@ class CommandParser:
         # The last ones first: the first creates the output folder, and should not when another one's values are wrong.
         made = [
             config(**{option.name: values[option.name] for option in options if option.name in values})
-            for config, options in reversed(self._groups.items())
+            for config, options in reversed(self.groups.items())
         ]
         return made[::-1]
 

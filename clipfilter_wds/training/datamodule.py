@@ -153,7 +153,7 @@ class ClipFilterDataModule(L.LightningDataModule):
 
 
 def _config(kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
-    """A config, or one made of a checkpoint's hyperparameters, which ``load_from_checkpoint`` passes on."""
+    """A config; made here where a checkpoint's hyperparameters are given."""
     return kind(**given) if isinstance(given, Mapping) else given
 
 

@@ -68,6 +68,52 @@ def test_every_option_can_come_from_a_yaml_file(call, shards, clip_folder, tmp_p
     assert tar_members(tmp_path / "out/00000.tar") == tar_members(shards / "00000.tar")
 
 
+class TestCommandLineWins:
+    """What is typed wins over ``--config``, wherever that stands."""
+
+    @pytest.fixture
+    def rewrite(self, call, shards, clip_folder, tmp_path, monkeypatch):
+        """Run ``rewrite`` beside a ``one.yaml``: per output folder, the shards that were done and the threshold."""
+        monkeypatch.chdir(tmp_path)
+        config = {"shards": f"{shards}/00000.tar", "output": "A", "threshold": 0.28, "model": str(clip_folder)}
+        (tmp_path / "one.yaml").write_text(json.dumps({**config, "num_workers": 0}))
+
+        def run(*arguments) -> dict[str, tuple[list[str], float]]:
+            assert call("rewrite", *arguments)[0] == 0
+            return {
+                summary.parent.name: (
+                    sorted(mark.name.removesuffix("_stats.json") for mark in summary.parent.glob("*_stats.json")),
+                    json.loads(summary.read_bytes())["threshold"],
+                )
+                for summary in tmp_path.glob("*/summary.json")
+            }
+
+        return run
+
+    def test_positional_before_the_file(self, rewrite, shards):
+        assert rewrite(shards / "00001.tar", "--config", "one.yaml", "--output", "B") == {"B": (["00001"], 0.28)}
+
+    def test_output_before_the_file(self, rewrite):
+        assert rewrite("--output", "D", "--config", "one.yaml") == {"D": (["00000"], 0.28)}
+
+    def test_threshold_before_the_file(self, rewrite):
+        assert rewrite("--threshold", "0.5", "--config", "one.yaml") == {"A": (["00000"], 0.5)}
+
+    def test_after_the_file(self, rewrite, shards):
+        options = ("--output", "B", "--threshold", "0.5", "--shards", f"{shards}/00001.tar")
+        assert rewrite("--config", "one.yaml", *options) == {"B": (["00001"], 0.5)}
+
+
+def test_shards_that_the_shell_has_spread_and_flags_without_value(call, shards, clip_folder, tmp_path):
+    spread = sorted(shards.glob("*.tar"))
+    options = ("--model", clip_folder, "--num-workers", "0", "--threshold", "0")
+    assert call("rewrite", *spread, "--flip", "--output", tmp_path / "a", *options)[0] == 0
+    assert call("rewrite", f"{shards}/*.tar", "--output", tmp_path / "b", *options, "--flip", "true")[0] == 0
+    a, b = ({path.name: path.read_bytes() for path in (tmp_path / out).glob("*.tar")} for out in "ab")
+    assert a == b != {}
+    assert call("rewrite", *spread, "--no_flip", "--output", tmp_path / "a", *options)[0] == 2  # another fingerprint
+
+
 def test_failed_shards_give_exit_code_1_and_their_names(call, shards, clip_folder, tmp_path):
     (shards / "garbage.tar").write_bytes(b"garbage" * 1000)
     code, out, _ = call("rewrite", f"{shards}/*.tar", "--output", tmp_path / "out", "--model", clip_folder)
@@ -120,23 +166,19 @@ class TestUnusableArguments:
 
     def test_value_of_another_type(self, call, shards, tmp_path):
         options = ("--output", tmp_path / "o", "--threshold", "high")
-        self.check(call, "rewrite", f"{shards}/*.tar", *options, says="threshold.*float")
+        self.check(call, "rewrite", f"{shards}/*.tar", *options, says="threshold.*number")
 
     def test_no_output(self, call, shards):
         self.check(call, "rewrite", f"{shards}/*.tar", says="output")
 
     def test_no_command(self, call):
-        self.check(call, says="demo,rewrite,score")
+        self.check(call, says="demo, rewrite, score")
 
     def test_pipe_url_is_refused_and_not_run(self, call, tmp_path):
         marker = tmp_path / "ran"
         self.check(call, "rewrite", f"pipe:touch {marker}", "--output", tmp_path / "o", says="shell command")
         self.check(call, "rewrite", f"{{pipe:touch {marker},x}}", "--output", tmp_path / "o", says="no shard matches")
         assert not marker.exists()
-
-    def test_shards_that_the_shell_has_spread(self, call, shards, tmp_path):
-        spread = (shards / "00000.tar", shards / "00001.tar")
-        self.check(call, "rewrite", *spread, "--output", tmp_path / "o", says="quote")
 
     def test_unusable_model(self, call, shards, tmp_path):
         options = ("--output", tmp_path / "o", "--model", tmp_path / "none")

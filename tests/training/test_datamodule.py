@@ -2,7 +2,11 @@
 
 import lightning as L
 import pytest
+import torch
 
+from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.training.config import LoaderConfig
+from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
 from clipfilter_wds.training.monitor import ClipFilterMonitor
 from tests.support.fitting import SaveEverywhere, fit
@@ -132,3 +136,35 @@ def test_scores_of_a_table_or_record_train_on_the_same_batches_as_the_model(data
     assert scored.trained == recorded.trained == from_table.trained
     assert scored.validated == recorded.validated == from_table.validated
     assert {path.name for path in (tmp_path / "record").glob("*.parquet")} == {f"{n}.parquet" for n in range(4)}
+
+
+def test_every_option_of_scorer_and_loader_reaches_them(data):
+    options = {"num_workers": 1, "persistent_workers": True, "worker_timeout": 30.0, "on_crash": "raise"}
+    module = fit({**data, **options, "flip": True, "reduce": "min", "precision": "bf16"}, {"max_epochs": 1})
+    loader = module.trainer.datamodule.train_loader
+    assert {name: getattr(loader.config, name) for name in options} == options
+    assert (loader.scorer.flip, loader.scorer.reduce, loader.scorer.precision) == (True, "min", "bf16")
+
+
+def test_persistent_workers_give_the_same_batches(data):
+    plain, persistent = (
+        fit({**data, "num_workers": 2, "persistent_workers": keep}, {"max_epochs": 3}) for keep in (False, True)
+    )
+    assert persistent.trained == plain.trained != []
+    assert persistent.validated == plain.validated != []
+
+
+def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_module_again(data, shards, tmp_path):
+    fit({**data, "record": tmp_path / "record"}, {"max_epochs": 1}, callbacks=[SaveEverywhere(tmp_path)])
+    hparams = torch.load(tmp_path / "epoch0.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert hparams["train"] == f"{shards}/*.tar"
+    assert hparams["scorer"]["model"] == data["model"]
+    assert hparams["loader"]["record"] == str(tmp_path / "record")
+    assert ClipFilterDataModule(**hparams).hparams == hparams
+
+
+def test_an_option_that_cannot_be_used_is_refused_at_once():
+    with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):
+        ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
+    with pytest.raises(ValueError, match="'repeat' goes with it"):
+        ClipFilterDataModule("a.tar", loader=LoaderConfig(end="repeat"))

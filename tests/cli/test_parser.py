@@ -1,0 +1,277 @@
+"""What commands are given: each test calls a command that does nothing."""
+
+import re
+import shlex
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipfilter_wds.cli import commands
+from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.engines.config import EngineConfig
+from clipfilter_wds.report.config import RunReportConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """A working folder with shards, a table, and a config."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("0", "1", "2", "my-shard", "null", "[ab]", "{c}", "-d"):
+        Path("data", f"{name}.tar").touch()
+    Path("in.csv").touch()
+    Path("one.yaml").write_text("shards: data/0.tar\noutput: A\nthreshold: 0.28\n")
+
+
+@pytest.fixture
+def configs(monkeypatch, capsys):
+    """Call a command: the configs that it is given."""
+    given = []
+
+    def idle(command):
+        return replace(command, run=wraps(command.run)(lambda *made: given.extend(made) or 0))
+
+    monkeypatch.setattr(commands, "COMMANDS", {name: idle(command) for name, command in COMMANDS.items()})
+
+    def call(*args):
+        given.clear()
+        with pytest.raises(SystemExit) as raised:
+            main([str(arg) for arg in args])
+        assert raised.value.code == 0, capsys.readouterr().err
+        return list(given)
+
+    return call
+
+
+@pytest.fixture
+def fails(configs, capsys):
+    """Call a command that is refused: what its one line on stderr says."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as raised:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert (raised.value.code, out) == (2, "")
+        assert not Path("o").exists()
+        see = rf" \(see clipfilter-wds {args[0]} --help\)" if args and args[0] in COMMANDS else ""
+        return re.fullmatch(rf"clipfilter-wds: ([^\n]*){see}\n", err)[1]
+
+    return call
+
+
+def test_each_config_gets_its_own_options(configs):
+    options = "--output o --threshold 0.3 --precision fp32 --engine ray --cpus_per_task 2 --report r.html"
+    assert configs("rewrite", "data/0.tar", *options.split()) == [
+        RewriteConfig(shards=["data/0.tar"], output="o", threshold=0.3),
+        ScorerConfig(precision="fp32"),
+        EngineConfig(engine="ray", cpus_per_task=2),
+        RunReportConfig(report="r.html"),
+    ]
+    assert configs("score", "data/0.tar", "--output", "o")[1:] == [ScorerConfig(), EngineConfig()]
+    assert configs("demo")[0].output == "clipfilter_demo"
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
+def test_the_example_in_the_help_can_be_typed(command, configs, tmp_path):
+    for number in range(100):
+        Path(f"data/{number:05d}.tar").touch()
+    Path("photos.csv").touch()
+    assert configs(command.name, *shlex.split(command.example))
+
+
+class TestCommandLineWins:
+    @pytest.mark.parametrize(
+        "args",
+        [
+            "data/1.tar --config one.yaml --output B --threshold 0.5",
+            "--config one.yaml --output B --threshold 0.5 data/1.tar",
+            "--output B --threshold 0.5 data/1.tar --config=one.yaml",
+            "--threshold=0.5 --config one.yaml --output=B --shards data/1.tar",
+        ],
+    )
+    def test_wherever_the_file_stands(self, configs, args):
+        run = configs("rewrite", *args.split())[0]
+        assert (run.shards, run.output, run.threshold) == (["data/1.tar"], "B", 0.5)
+        assert not Path("A").exists()
+
+    def test_later_files_win_over_earlier_ones(self, configs):
+        Path("two.yaml").write_text("threshold: 0.1\nbatch_size: 3\nflip: true\n")
+        run, model, *_ = configs("rewrite", "--config", "one.yaml", "--config", "two.yaml")
+        assert (run.shards, run.threshold, run.batch_size, model.flip) == ("data/0.tar", 0.1, 3, True)
+        assert configs("rewrite", "--config", "two.yaml", "--config", "one.yaml")[0].threshold == 0.28
+        args = "--config one.yaml --no_flip --config two.yaml --batch_size 9"
+        run, model, *_ = configs("rewrite", *args.split())
+        assert (run.threshold, run.batch_size, model.flip) == (0.1, 9, False)
+
+    def test_null_takes_back_what_an_earlier_file_says(self, configs):
+        Path("two.yaml").write_text("threshold: null\nkeep_fraction: 0.3\nbatch_size: null\n")
+        run = configs("rewrite", "--config", "one.yaml", "--config", "two.yaml")[0]
+        assert (run.threshold, run.keep_fraction, run.batch_size) == (None, 0.3, 64)
+
+    @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/[rs]*.yaml")), ids=lambda path: path.stem)
+    def test_over_the_files_that_come_with_the_package(self, config, configs):
+        command = config.read_text().split()[2]
+        run = configs(command, "--config", config, "data/1.tar", "--output", "elsewhere")[0]
+        assert (run.shards, run.output) == (["data/1.tar"], "elsewhere")
+        assert {"shards", "output"} <= set(yaml.safe_load(config.read_text()))
+
+
+class TestYaml:
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("treshold: 0.3", "unknown option treshold in x.yaml; did you mean threshold?"),
+            ("zzz: 1", "unknown option zzz in x.yaml"),
+            ("config: one.yaml", "unknown option config in x.yaml"),
+            ("threshold: abc", "threshold is 'abc' in x.yaml; it must be a number"),
+            ("threshold: true", "threshold is True in x.yaml; it must be a number"),
+            ("batch_size: 1.5", "batch_size is 1.5 in x.yaml; it must be a whole number"),
+            ("flip: maybe", "flip is 'maybe' in x.yaml; it must be true or false"),
+            ("revision: 123", "revision is 123 in x.yaml; it must be text"),
+            ("shards: [3]", "shards is 3 in x.yaml; it must be a path"),
+            ("precision: fp8", "precision is 'fp8' in x.yaml; it must be one of auto, fp32, bf16, fp16"),
+            ("batch_size: 0", "batch_size is 0; it must be at least 1"),
+            ("- a", "--config x.yaml holds no options; write them as `batch_size: 64`, one per line"),
+        ],
+    )
+    def test_what_is_wrong(self, fails, text, says):
+        Path("x.yaml").write_text(text + "\n")
+        assert fails("rewrite", "data/0.tar", "--output", "o", "--config", "x.yaml") == says
+
+    def test_a_file_that_cannot_be_read(self, fails):
+        assert fails("rewrite", "--config", "no.yaml") == "can't read --config no.yaml: No such file or directory"
+        Path("binary.yaml").write_bytes(b"\xff\xfe\xfa")
+        assert "can't read --config binary.yaml: " in fails("rewrite", "--config", "binary.yaml")
+        Path("broken.yaml").write_text("a: [\n")
+        assert re.match(r"can't read --config broken.yaml: .* line 2", fails("rewrite", "--config", "broken.yaml"))
+
+    def test_an_empty_file(self, configs):
+        Path("empty.yaml").write_text("# nothing yet\n")
+        assert configs("rewrite", "data/0.tar", "--output", "o", "--config", "empty.yaml")[0].shards == ["data/0.tar"]
+
+    def test_lists_flags_and_hyphens(self, configs):
+        Path("x.yaml").write_text(
+            "shards: [data/0.tar, data/1.tar]\noutput: o\nnum-workers: 3\nflip: true\ncompile: no\n"
+        )
+        run, model, *_ = configs("rewrite", "--config", "x.yaml")
+        assert (run.shards, run.num_workers) == (["data/0.tar", "data/1.tar"], 3)
+        assert (model.flip, model.compile) == (True, False)
+
+
+class TestPositional:
+    @pytest.mark.parametrize(
+        ("args", "names"),
+        [
+            ("data/0.tar --output o", ["data/0.tar"]),
+            ("--output o data/0.tar", ["data/0.tar"]),
+            ("data/0.tar data/1.tar --output o", ["data/0.tar", "data/1.tar"]),
+            ("data/0.tar --output o data/1.tar --flip data/2.tar", ["data/0.tar", "data/1.tar", "data/2.tar"]),
+            ("--output o -- data/0.tar -d.tar", ["data/0.tar", "-d.tar"]),
+            ("--shards data/0.tar --output o", ["data/0.tar"]),
+            ("--shards=data/0.tar --shards data/1.tar --output o", ["data/0.tar", "data/1.tar"]),
+            ("data/{0..2}.tar --output o", ["data/{0..2}.tar"]),
+            ("data/[ab].tar --output o", ["data/[ab].tar"]),
+            ("data/{c}.tar --output o", ["data/{c}.tar"]),
+            ("null --output o", ["null"]),
+            ("123 --output o", ["123"]),
+            ("@list.txt --output o", ["@list.txt"]),
+        ],
+    )
+    def test_shards(self, configs, args, names):
+        for name in ("null", "123", "-d.tar"):
+            Path(name).touch()
+        Path("list.txt").write_text("data/0.tar\ndata/1.tar\n")
+        run = configs("rewrite", *args.split())[0]
+        assert (run.shards, run.output) == (names, "o")
+
+    def test_exactly_one_of_positional_and_option(self, fails):
+        assert fails("rewrite", "--output", "o") == "SHARDS is missing; give SHARDS ..."
+        both = fails("rewrite", "data/0.tar", "--shards", "data/1.tar")
+        assert both == "SHARDS is 'data/0.tar' and --shards is 'data/1.tar'; give one of them"
+
+    def test_report_and_table(self, configs, fails):
+        assert configs("report", "s", "--output", "r.html", "--shards", "a")[0].scores == "s"
+        assert configs("report", "--scores", "s", "--output", "r.html")[0].scores == "s"
+        assert configs("table", "--output", "o.csv", "in.csv")[0].input == "in.csv"
+        assert fails("report", "s", "t", "--output", "r.html") == "SCORES is 's' and 't'; give one of them"
+        assert fails("report", "--output", "r.html") == "SCORES is missing; give SCORES"
+
+    def test_a_command_without_one(self, fails):
+        assert fails("demo", "x") == "'x' belongs to no option"
+
+
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("args", "flip"),
+        [
+            ("--flip", True),
+            ("--flip true", True),
+            ("--flip False", False),
+            ("--flip=true", True),
+            ("--flip=false", False),
+            ("--no_flip", False),
+            ("--no-flip", False),
+            ("--flip --no_flip", False),
+            ("", False),
+        ],
+    )
+    def test_need_no_value(self, configs, args, flip):
+        shards = ["data/0.tar", "data/1.tar"]
+        for typed in ([*shards, *args.split()], [*args.split(), *shards]):
+            run, model, *_ = configs("rewrite", "--output", "o", *typed)
+            assert (run.shards, model.flip) == (shards, flip)
+
+    def test_other_values(self, fails):
+        shards = ("data/0.tar", "--output", "o")
+        assert fails("rewrite", *shards, "--flip=maybe") == "flip is 'maybe'; it must be true or false"
+        assert "unknown option --no_output" in fails("rewrite", *shards, "--no_output")
+
+
+def test_hyphens_in_the_names_of_options_are_underscores(configs):
+    args = "data/my-shard.tar --output my-output --caption=json:alt-text --num-workers=4 --samples-per-shard 7"
+    run, model, *_ = configs("rewrite", *args.split(), "--fast-decode")
+    assert (run.num_workers, run.samples_per_shard, model.fast_decode) == (4, 7, True)
+    assert (run.shards, run.output, run.caption) == (["data/my-shard.tar"], "my-output", "json:alt-text")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--threshold", "abc"], "threshold is 'abc'; it must be a number"),
+        (["--threshold", ""], "threshold is ''; it must be a number"),
+        (["--batch_size", "1.5"], "batch_size is '1.5'; it must be a whole number"),
+        (["--num-workers", "many"], "num_workers is 'many'; it must be a whole number"),
+        (["--precision", "fp8"], "precision is 'fp8'; it must be one of auto, fp32, bf16, fp16"),
+        (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--num_workers", "-1"], "num_workers is -1; it must be at least 0"),
+        (["--cpus_per_task", "3"], "ray_address and cpus_per_task are for --engine ray"),
+        (["--treshold", "0.2"], "unknown option --treshold; did you mean --threshold?"),
+        (["--num-worker=2"], "unknown option --num-worker; did you mean --num_workers?"),
+        (["--zzz"], "unknown option --zzz"),
+        (["-o", "x"], "unknown option -o"),
+        (["--threshold"], "--threshold has no value; it must be a number"),
+        (["--subset", "--flip"], "--subset has no value; it must be a path"),
+    ],
+)
+def test_an_error_names_option_found_and_expected(fails, args, says):
+    assert fails("rewrite", "data/0.tar", "--output", "o", *args) == says
+
+
+def test_a_missing_or_unknown_command(fails):
+    known = r"use one of demo, rewrite, score, report, table (see clipfilter-wds --help)"
+    assert fails() == f"no command is given; {known}"
+    assert fails("rewrit") == f"'rewrit' is no command; {known}"
+
+
+def test_no_secret_and_no_control_character_of_an_argument_is_printed(fails):
+    line = fails("rewrite", "https://user:secret@host/a?key=hidden", "--output", "o", "--threshold", "\x1b[31m")
+    assert line == r"threshold is '\x1b[31m'; it must be a number"
+    line = fails("report", "https://user:secret@host/a?key=hidden", "t", "--output", "r.html")
+    assert line == "SCORES is 'https://host/a' and 't'; give one of them"
