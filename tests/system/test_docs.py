@@ -40,3 +40,12 @@ def test_yaml_commands_and_links_of_a_page_are_right(page):
         assert (ROOT / (script or config)).is_file()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists()
+
+
+def test_files_that_the_architecture_page_names_as_proof_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    promises = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", page, flags=re.MULTILINE)
+    assert len(promises) > 15
+    for _, where, shown_by in promises:
+        for path in re.findall(r"`([\w/]+\.py|[\w/]+/)`", f"{where} {shown_by}"):
+            assert (ROOT / path).exists() or (ROOT / "clipfilter_wds" / path).exists(), path
