@@ -6,7 +6,7 @@ import torch
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Decoding processes that suit a device: all processors for a GPU, half of them when they also run the model."""
+    """Worker processes that suit a device: one per CPU for a GPU, one per two CPUs when these also run the model."""
     available = num_processors()
     return max(1, available if device.type == "cuda" else available // 2)
 

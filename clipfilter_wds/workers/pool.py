@@ -1,11 +1,8 @@
-"""Processes that read and decode for this one: start them, know when one dies, and end them soon."""
+"""Runs a dataset in worker processes: starts them, notices when one dies, and ends them promptly."""
 
 import copy
 import fcntl
-import gc
 import multiprocessing
-import os
-import signal
 import sys
 import threading
 import time
@@ -16,7 +13,6 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch._C import _remove_worker_pids
@@ -24,21 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerDiedError
+from clipfilter_wds.workers.process import init_worker
 
 T = TypeVar("T")
 
-#: Seconds until it is noticed that a worker died, or that nobody waits for a batch any more; at most.
+#: Seconds until a worker's death, or a call of ``stop``, is noticed, at most.
 _POLL_SECONDS = 0.25
-#: Seconds that workers have to end by themselves, and again when they are told to by a signal.
+#: Seconds that workers have to end by themselves, and as many again after SIGTERM.
 _GRACE_SECONDS = 0.5
-#: What workers may have ready, tensors apart: as much as Linux grants anybody.
+#: Size of the pipe that workers send batches through (without large tensors): the most that Linux grants every user.
 _PIPE_BYTES = 1 << 20
-#: Seconds until a worker notices that its parent is gone.
-_PARENT_SECONDS = 1.0
 
 
 class WorkersStoppedError(RuntimeError):
-    """Nobody waits for the batch any more."""
+    """The workers were stopped while a batch was waited for."""
 
 
 def worker_loader(
@@ -52,18 +47,17 @@ def worker_loader(
     multiprocessing_context: str | None = None,
     tracker: CrashTracker | None = None,
 ) -> Iterable[T]:
-    """Hands the dataset's batches on as they are, from ``num_workers`` processes (0: from this one).
+    """A dataset's batches, as they are, from ``num_workers`` processes (0: from this one).
 
     Args:
-        dataset: Yields batches; or makes one of whatever it is asked for, when there are ``requests``.
+        dataset: Yields batches; or, where there are ``requests``, makes one of each.
         num_workers: Processes that run the dataset.
         pin_memory: Put tensors in page-locked memory.
         requests: Drawn in this process, a few ahead of the batches.
-        persistent_workers: Keep the processes when the loader is iterated again.
         in_order: Take the workers' batches in turn, or in the order of the requests; else as they come.
+        persistent_workers: Keep the processes when the loader is iterated again.
         multiprocessing_context: How processes are started: ``fork``, ``spawn``, ``forkserver``, None for the default.
-        tracker: What the dataset's workers write what they are at to. A worker's death is then a
-            ``WorkerDiedError``.
+        tracker: The one that the dataset's workers report to; a worker's death then raises ``WorkerDiedError``.
     """
     return _Loader(
         tracker,
@@ -72,7 +66,7 @@ def worker_loader(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=init_worker if num_workers else None,
         persistent_workers=persistent_workers,
         prefetch_factor=2 if num_workers else None,
         in_order=in_order,
@@ -93,16 +87,16 @@ class _Loader(DataLoader[T]):
 
 
 def _without_locks(context: BaseContext | None) -> BaseContext:
-    """A way to start processes whose events no killed one can hold."""
+    """The context, with events that no process can hold locked when it is killed."""
     context = copy.copy(context or multiprocessing.get_context())
     context.Event = _Flag  # type: ignore[method-assign, assignment]  # all of an event that torch uses
     return context
 
 
 class _Flag:
-    """An event without a lock; torch asks whether workers are to end before each batch, and tells them to once.
+    """An event without a lock, by which torch tells workers to end.
 
-    A worker that was killed with that lock in its hands would keep its parent waiting for ever.
+    A worker that is killed while it holds the lock of an ordinary event keeps its parent waiting for ever.
     """
 
     def __init__(self) -> None:
@@ -119,55 +113,20 @@ class _Flag:
 
 @contextmanager
 def iterating(batches: Iterable[T]) -> Iterator[Iterator[T]]:
-    """The iterator of a :func:`worker_loader`, whose processes are gone when the block ends.
+    """The iterator of what :func:`worker_loader` gives, closed at the end of the block: its processes are gone then.
 
-    Without it they would be when the iterator is let go of, but an exception's traceback may hold it for long.
+    Otherwise they would live as long as the iterator, and an exception's traceback may hold that for long.
     """
     iterator = iter(batches)
     try:
         yield iterator
     finally:
-        if isinstance(iterator, WorkerIterator):
+        if hasattr(iterator, "close"):  # DataLoader's own, which runs a dataset in this process, has nothing to end
             iterator.close()
 
 
-# --- in the workers ---
-
-
-def _init_worker(worker: int) -> None:
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # a worker is one core's worth of work
-    # Ctrl-C goes to every process of a terminal; only the parent answers it, and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
-    sys.excepthook = _tell_unless_parent_went
-    gc.freeze()  # a collection would write to all that was there before the fork, and so copy it
-    threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, whatever it is at.
-
-    torch's own look at the parent comes between two batches only, and a process that has more to hand over than its
-    pipe holds then waits for ever, since the other workers have the pipe's other end as well.
-    """
-    parent, starter = multiprocessing.parent_process(), os.getppid()
-    # The starter may be a fork server, or already be gone; but the parent of forked workers is told late to be dead.
-    while os.getppid() == starter and (parent is None or parent.is_alive()):
-        time.sleep(_PARENT_SECONDS)
-    os._exit(1)
-
-
-def _tell_unless_parent_went(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Keep quiet when the parent is stopped while a worker hands it a tensor, in a thread of multiprocessing's."""
-    if not issubclass(kind, (EOFError, ConnectionError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-# --- in the parent ---
-
-
 class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
-    """A DataLoader's iterator that says what a worker was at when it died, and that can be stopped at any time."""
+    """A DataLoader's iterator that can be stopped at any time and says which sample a worker that died was at."""
 
     def __init__(self, loader: _Loader[Any]) -> None:
         self._tracker = loader.tracker
@@ -176,17 +135,20 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         super().__init__(loader)
 
     def close(self) -> None:
-        """End the workers, now; it takes a second at most."""
+        """End the workers within a second."""
         self._shutdown_workers()
 
     def stop(self) -> None:
-        """Let a thread that waits for a batch do so no longer. Persistent workers can be iterated again afterwards."""
+        """Have ``next`` raise ``WorkersStoppedError``, also in a thread that waits in it.
+
+        Persistent workers can be iterated again afterwards.
+        """
         self._is_stopped = True
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if first_iter:  # the workers have been given nothing to do yet
             _widen(self._worker_result_queue)
-            if self._pin_memory:  # that thread waits for ever when it was sent half a message
+            if self._pin_memory:  # its thread waits for ever once it was sent half a message
                 thread = self._pin_memory_thread
                 # torch joins it without a limit
                 thread.join = partial(thread.join, 2 * _GRACE_SECONDS)  # type: ignore[method-assign]
@@ -196,17 +158,17 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         super()._reset(loader, first_iter)
 
     def _keep_watch(self, tracker: CrashTracker) -> None:
-        if self._worker_pids_set:  # torch would raise from a signal handler, in whatever line the main thread is at
+        if self._worker_pids_set:  # else torch raises from a signal handler, at whatever line the main thread is
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
         self._watch = _Watch(self._workers, tracker)
-        if not self._pin_memory:  # else it is a thread that waits, and that can be left
-            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that workers alone write
+        if not self._pin_memory:  # else a thread of torch's waits for the workers, which can be left behind
+            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that only workers hold it
             self._watch.start()
 
     def _get_data(self) -> Any:
-        """Wait for what any of the workers sends, looking up often."""
-        # The end of the main thread is the end of the program, which waits for the other threads.
+        """Wait for what any of the workers sends, looking out for deaths and for ``stop``."""
+        # When the main thread ends, the program is ending, and waits for the other threads.
         while not self._is_stopped and threading.main_thread().is_alive():
             try:
                 has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]  # of the base class
@@ -222,7 +184,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         raise WorkersStoppedError("the workers were stopped")
 
     def _death(self, seconds: float) -> WorkerDiedError | None:
-        """A death, also of a worker that is about to die: what it has sent can't be received from then on."""
+        """The death of a worker, waited for a while: what a dying one has sent can't be received any more."""
         until = time.monotonic() + seconds
         death = None
         while self._watch and (death := self._watch.find()) is None and time.monotonic() < until:
@@ -230,10 +192,10 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         return death
 
     def _shutdown_workers(self) -> None:
-        """End the workers; torch calls this at every end there is.
+        """End the workers (called by torch however an iteration ends).
 
-        torch tells them, in an order that leaves none of its queues and threads hanging, then waits up to five seconds
-        for one worker after another. They are helped to end while it waits.
+        torch tells them to end, in an order that leaves none of its queues and threads hanging, then waits up to five
+        seconds for one worker after another. Signals make them end sooner while it waits.
         """
         self._is_stopped = True
         if self._shutdown or sys.is_finalizing():
@@ -244,15 +206,15 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         super()._shutdown_workers()
         if self._watch is not None:
             self._watch.stop()
-        ended.set()  # not reached when a second Ctrl-C strikes; the workers are ended all the same
+        ended.set()  # not reached after a second Ctrl-C; the workers are ended all the same
         helper.join()
 
 
 class _Watch:
-    """Knows which worker died first, and lets none of the others outlive it.
+    """Finds the worker that died first, and kills the others.
 
-    Whoever is killed while it sends may leave half a message in the pipe of all workers. Its reader waits for the other
-    half until nobody is left who could write it.
+    A worker that is killed while it sends may leave half a message in the pipe that all workers share. The reader waits
+    for the other half until no process is left that could write it.
     """
 
     def __init__(self, workers: Sequence[BaseProcess], tracker: CrashTracker) -> None:
@@ -275,15 +237,15 @@ class _Watch:
         sentinels = {worker.sentinel for worker in self._workers}
         while sentinels and self.find() is None:
             sentinels -= set(wait(sentinels))
-            if self._stopped.wait(_GRACE_SECONDS):  # what has been sent may be taken
+            if self._stopped.wait(_GRACE_SECONDS):  # time to take what has been sent
                 return
         if self.find() is not None:
             for worker in self._workers:
                 worker.kill()
 
     def find(self) -> WorkerDiedError | None:
-        """Of a worker that died, not of one that has ended because it was done."""
-        with self._lock:  # also, since a process is told once only that its child ended
+        """The death of a worker; None where all are alive or have ended because they were done."""
+        with self._lock:  # several threads ask, and the system tells of a child's end only once
             if self._death is None:
                 self._death = next((death for death in map(self._death_of, range(len(self._workers))) if death), None)
             return self._death
@@ -297,7 +259,7 @@ class _Watch:
 
 
 def _widen(queue: Any) -> None:
-    """Let a queue of processes hold what workers have ready, where the system lets its pipe grow.
+    """Enlarge a queue's pipe, where the system allows it, to hold what workers have ready.
 
     A worker that waits for room in the pipe has half a message there; killed then, it costs the others their work too.
     """
