@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
@@ -104,14 +105,8 @@ class ShardScores:
         Raises:
             ValueError: When there are more or fewer scores than rows without a reason.
         """
-        all_scores = np.zeros(len(rows), dtype=np.float32)
-        usable = np.array([row.reason is None for row in rows], dtype=bool)
-        if len(scores) != usable.sum():
-            raise ValueError(f"{usable.sum()} samples could be scored, and there are {len(scores)} scores")
-        all_scores[usable] = scores
-        finite = np.isfinite(all_scores)
-        reasons = [row.reason if ok else DropReason.NOT_FINITE for row, ok in zip(rows, finite, strict=True)]
-        computed = {"score": np.where(finite, all_scores, 0.0), "reason": reasons}
+        all_scores, reasons = finite_scores([row.reason for row in rows], scores)
+        computed = {"score": all_scores, "reason": reasons}
         table = pa.table(
             [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
