@@ -1,4 +1,4 @@
-"""JPEGs -> pixels without Pillow around the decoder: the same pixels in less time."""
+"""Decodes JPEGs without Pillow around the decoder: the same pixels in less time."""
 
 import io
 from functools import cache
@@ -22,8 +22,8 @@ def decode_plain_jpeg(data: bytes, opened: Image.Image) -> torch.Tensor | None:
         opened: The same as Pillow has opened it, which has looked at its header and decoded nothing.
 
     Returns:
-        RGB pixels, uint8 ``[4, H, W]``, channels last in memory, the fourth being padding. None where Pillow is to
-        decide what becomes of it: other formats, CMYK, and all that libjpeg-turbo has anything to say about.
+        RGB pixels, uint8 ``[4, H, W]``, channels last in memory, the fourth being padding. None for what is left to
+        Pillow: other formats, CMYK, and files that libjpeg-turbo warns of.
     """
     if opened.format != "JPEG" or opened.mode not in _PLAIN_MODES or not _pixels_are_pillows():
         return None

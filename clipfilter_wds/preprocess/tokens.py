@@ -1,4 +1,4 @@
-"""Captions -> token ids. Picklable, so that it runs in workers."""
+"""Turns captions into token ids."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,13 +12,12 @@ from torch.nn import functional
 #: Longer captions are cut before they are tokenized, so their ``num_tokens`` counts this part only.
 _MAX_CAPTION_CHARS = 1 << 16
 
-
 #: In place of token ids where an image has fewer captions than another of its batch.
 NO_CAPTION = -1
 
 
 class Tokens(NamedTuple):
-    """A batch of captions.
+    """The tokens of a batch of captions.
 
     Attributes:
         input_ids: int64 ``[N, L]``, padded to the longest caption of the batch, or to what the text tower takes. Where
@@ -33,24 +32,24 @@ class Tokens(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Captions -> token ids without padding, cut to what the text tower takes; and their lengths before the cut."""
+    """Encodes captions with a model's vocabulary."""
 
     def __call__(self, captions: list[str]) -> tuple[list[list[int]], list[int]]:
-        """Encode a batch."""
+        """Token ids without padding, cut to what the text tower takes; and how many there were before the cut."""
 
     def fingerprint(self) -> str:
         """SHA-256 of vocabulary, rules and limits."""
 
 
 class CaptionTokenizer:
-    """Captions -> padded batches of token ids.
+    """Encodes captions in padded batches.
 
     Args:
-        encode: What knows the vocabulary.
+        encode: Knows the vocabulary.
         max_length: What the text tower takes, in tokens.
         pad_id: The token id that fills up shorter captions.
-        pads_to_max: Whether the text tower only works on ``max_length`` tokens, as it is where padding is not hidden
-            from it; else a batch is as long as its longest caption.
+        pads_to_max: Whether the text tower only works on ``max_length`` tokens, as one does that attends to padding;
+            otherwise a batch is as long as its longest caption.
     """
 
     def __init__(self, encode: Encoder, *, max_length: int, pad_id: int, pads_to_max: bool = False) -> None:
@@ -112,19 +111,19 @@ class CaptionTokenizer:
 
 
 def last_places(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Per row of int64 ``[N, L]``, int64 ``[N]``: the place of the last token that is no padding, counting from 1."""
+    """Per row of int64 ``[N, L]``, the place of the last token that is not padding, counting from 1: int64 ``[N]``."""
     places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
     last: torch.Tensor = ((input_ids != pad_id) * places).amax(dim=1)
     return last
 
 
 def _bounded(caption: str) -> str:
-    """A caption whose tokenizing takes bounded time, cut far behind the last token that counts."""
+    """The caption, cut far behind the last token that counts, so that tokenizing it takes bounded time."""
     return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
 
 
 class RustEncoder:
-    """The Rust tokenizer of a ``transformers`` tokenizer.
+    """Encodes captions with the Rust tokenizer of a ``transformers`` tokenizer.
 
     Args:
         tokenizer: Is copied.
@@ -152,7 +151,7 @@ class RustEncoder:
 
 
 class PythonEncoder:
-    """A tokenizer in Python that ends each caption with one special token.
+    """Encodes captions with a tokenizer in Python that ends each with one special token.
 
     Args:
         encode: Caption -> all its token ids, special ones included.

@@ -1,4 +1,4 @@
-"""Says it loudly when a filter lets (nearly) nothing through."""
+"""Raises or warns when a filter keeps nothing, or much less than before."""
 
 import logging
 from collections import deque
@@ -7,8 +7,10 @@ import numpy as np
 
 _log = logging.getLogger(__name__)
 
-#: Scoring batches that "lately" means, how many times as many must have come before, and when a rate has collapsed.
-_LATELY, _BEFORE, _COLLAPSED = 32, 4, 0.2
+#: The latest scoring batches whose keep rate is looked at, and how many times as many must have come before.
+_LATELY, _BEFORE = 32, 4
+#: The keep rate has collapsed when it is lately less than this share of what it was on average.
+_COLLAPSED = 0.2
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -17,11 +19,11 @@ class StarvationError(RuntimeError):
 
 
 class KeepRateWatch:
-    """Raises when samples in a row leave no survivor, and warns once when the keep rate collapses.
+    """Raises when too many samples in a row leave none, and warns once when the keep rate collapses.
 
     Args:
         threshold: For the message.
-        starvation_limit: Samples in a row.
+        starvation_limit: Samples in a row without one that is kept after which to raise.
     """
 
     def __init__(self, threshold: float | None, starvation_limit: int) -> None:
@@ -36,7 +38,7 @@ class KeepRateWatch:
         """Note a scoring batch.
 
         Raises:
-            StarvationError: When the last ``starvation_limit`` samples left no survivor.
+            StarvationError: When none of the last ``starvation_limit`` samples is kept.
         """
         self._scores.append(scores)
         self._hungry = 0 if kept else self._hungry + seen

@@ -16,7 +16,7 @@ from clipfilter_wds.types import DropReason, ShardError
 
 
 class PrecomputedScore(NamedTuple):
-    """What is known of a sample before it is read: its key and score, and whether it is kept.
+    """The score of a sample that is known before the sample is read.
 
     Attributes:
         key: The sample's.
@@ -33,10 +33,10 @@ class PrecomputedScore(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrecomputedScores:
-    """What is known of a shard before it is read.
+    """The scores of a shard that are known before it is read.
 
     Attributes:
-        samples: By index; of all samples or some.
+        samples: By index, of all samples or some.
         num_samples: How many the shard holds; None when that is not known.
     """
 
@@ -44,22 +44,22 @@ class PrecomputedScores:
     num_samples: int | None
 
 
-#: URL of a shard that was opened -> what is known of it. May raise a ``ShardError``, when it is not to be used.
+#: URL of an open shard -> its scores, as far as they are known. Raises ``ShardError`` when it is not to be used.
 ScoreLookup = Callable[[str], PrecomputedScores]
 
 
 def no_scores(url: str) -> PrecomputedScores:
-    """What is known of a shard of which nothing is known."""
+    """No scores: a :data:`ScoreLookup` for shards that were not scored before."""
     return PrecomputedScores(samples={}, num_samples=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FolderLookup:
-    """Knows the samples of every shard from its score table; made by the loader, and asked by the workers.
+    """Looks up the samples of every shard in its score table; made by the loader, used by the workers.
 
     Attributes:
-        table: The scores.
-        threshold: Decides what is kept.
+        table: Holds the scores.
+        threshold: Decides which samples are kept; None keeps all.
         failed: Shards that could not be scored, and why; they are left out.
     """
 
@@ -89,7 +89,7 @@ class FolderLookup:
         return cls(table=table, threshold=threshold, failed=failed)
 
     def __call__(self, url: str) -> PrecomputedScores:
-        """See ``ScoreLookup``.
+        """See :data:`ScoreLookup`.
 
         Raises:
             ShardError: When the shard could not be scored.
@@ -107,7 +107,7 @@ class FolderLookup:
 
 
 def precomputed_scores(scores: ShardScores, threshold: float | None) -> PrecomputedScores:
-    """What is known of a shard that was scored."""
+    """The scores of a shard from its table."""
     table = scores.table
     keep = select(scores, threshold).keep
     rows = zip(
