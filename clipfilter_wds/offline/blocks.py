@@ -1,69 +1,48 @@
-"""Shards -> blocks of samples ready to score, for runs whose bits must not depend on how the work was shared out."""
+"""Reads shards in blocks of samples that are ready to score, the same ones however the work is shared out."""
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair, sample_rows
+from clipfilter_wds.preprocess.batch import BatchBuilder, BufferProvider, PreparedBatch, new_buffer
+from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.members import read_uid
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.shards.open import open_shard
-from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.shards.samples import SampleLayout, read_part, read_samples
 from clipfilter_wds.shards.split import ShardPart, split_by_worker
-from clipfilter_wds.shards.urls import expand_shards
-from clipfilter_wds.types import DropReason, Sample, SampleRow, ShardEnd, ShardError, UnusableError
-from clipfilter_wds.workers.crashes import CrashTracker, Quarantine, WorkerDiedError, WorkerTracker
-from clipfilter_wds.workers.pool import iterating, worker_loader
-
-#: A worker sends smaller tensors through its pipe and larger ones in shared memory. To hand that over takes a dozen
-#: system calls, and after each the receiver waits until the thread that writes shards lets go of the interpreter.
-_SMALL_BYTES = 1 << 18
+from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError, UnusableError
+from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
+from clipfilter_wds.workers.pool import worker_loader
+from clipfilter_wds.workers.restart import restarting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """A run of consecutive samples of one shard.
 
-    Which samples share a batch depends on the shard and the batch size only, not on workers, other shards or where a
-    run began, so that a run that was resumed computes the very same floats.
+    Which samples share a block depends on the shard and the batch size only, not on workers, other shards or where a
+    run began, so that a resumed run computes the very same floats.
 
     Attributes:
         part: The worker's share of the shard that the samples come from.
-        rows: Every sample of the run, usable or not, in order.
-        pixel_values: uint8 ``[N, 3, H, W]``, one view per row without a ``reason``, in the order of the rows.
-        input_ids: int64 ``[N, L]``, likewise.
-        end: Set on the part's last batch, which may hold no samples.
-        error: Set instead of ``end`` when the shard can't be used; the shard's earlier batches don't count then.
+        prepared: The samples.
+        end: Set on the part's last block, which may hold no samples.
+        error: Set instead of ``end`` when the shard can't be used; the shard's earlier blocks don't count then.
     """
 
     part: ShardPart
-    rows: list[SampleRow]
-    pixel_values: torch.Tensor
-    input_ids: torch.Tensor
+    prepared: PreparedBatch
     end: ShardEnd | None = None
     error: str | None = None
 
     def pin_memory(self) -> "Block":
-        """The batch with its tensors in page-locked memory (called by DataLoader)."""
-        pinned = {"pixel_values": self.pixel_values.pin_memory(), "input_ids": self.input_ids.pin_memory()}
-        return Block(part=self.part, rows=self.rows, end=self.end, error=self.error, **pinned)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is sent to another process: small tensors as arrays."""
-        return {
-            name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= _SMALL_BYTES else value
-            for name, value in vars(self).items()
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
-        vars(self).update(state | tensors)
+        """The same in page-locked memory (called by DataLoader)."""
+        return replace(self, prepared=self.prepared.pin_memory())
 
 
 @dataclass
@@ -82,128 +61,85 @@ class BlockProgress:
             self.num_blocks.pop(block.part, None)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockDataset(IterableDataset[Block]):
     """Streams shards as :class:`Block` s: read, decoded, resized and tokenized, but not yet scored.
 
-    Args:
-        shards: A pattern for ``expand_shards``, or a list of what it found, which is taken
-            as it is: a shard may have gone since.
+    Attributes:
+        urls: The shards.
         preprocess: The scorer's ``preprocess``.
-        batch_size: Samples per batch; a shard's last batch may hold fewer.
+        batch_size: Samples per block; a shard's last block may hold fewer.
         layout: Which members are image and caption.
         subset: Samples that it does not list are not decoded; they have the reason ``not_in_subset``.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
+        buffers: Gives the memory for the views of a block.
+        tracker: Workers report to it which sample they are at.
+        progress: What has come of an earlier iteration, and is not read again.
 
     Raises:
-        ValueError: When no shard matches.
+        ValueError: When ``batch_size`` is less than 1.
     """
 
-    def __init__(
-        self,
-        shards: str | Path | Sequence[str | Path],
-        preprocess: ClipPreprocess,
-        *,
-        batch_size: int = 64,
-        layout: SampleLayout | None = None,
-        subset: Subset | None = None,
-        allow_pipe: bool = False,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if isinstance(shards, (str, Path)):
-            self.urls = expand_shards(shards, allow_pipe=allow_pipe)
-        else:
-            self.urls = [str(url) for url in shards]
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.layout = layout or SampleLayout()
-        self.subset = subset
-        self.allow_pipe = allow_pipe
-        #: What has come of an earlier iteration, and is not read again.
-        self.progress = BlockProgress()
-        #: Where workers leave what they are at.
-        self.tracker = CrashTracker(self.urls, 0)
+    urls: Sequence[str]
+    preprocess: ClipPreprocess
+    batch_size: int = 64
+    layout: SampleLayout = field(default_factory=SampleLayout)
+    subset: Subset | None = None
+    allow_pipe: bool = False
+    buffers: BufferProvider = new_buffer
+    tracker: CrashTracker | None = None
+    progress: BlockProgress = field(default_factory=BlockProgress)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 
     def __iter__(self) -> Iterator[Block]:
         """Yield this worker's share; the workers of one DataLoader together yield every sample exactly once."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        worker_tracker = self.tracker.for_worker()
+        worker_tracker = (self.tracker or CrashTracker(self.urls, 0)).for_worker()
         for part in split_by_worker(self.urls, worker, num_workers):
             if part not in self.progress.ended:
-                yield from self._read_part(part, worker_tracker)
+                yield from self._read_blocks(part, worker_tracker)
 
-    def _read_part(self, part: ShardPart, worker_tracker: WorkerTracker) -> Iterator[Block]:
+    def _read_blocks(self, part: ShardPart, worker_tracker: WorkerTracker) -> Iterator[Block]:
         num_done = self.progress.num_blocks[part]
 
         def wanted(index: int) -> bool:
             turn, whose = divmod(index // self.batch_size, part.num_parts)
             return whose == part.part and turn >= num_done
 
-        builder, end = _BlockBuilder(part, self, worker_tracker), None
+        read = partial(read_samples, layout=self.layout, wanted=wanted, pair_only=True)
+        builder = BatchBuilder(self.preprocess, self.batch_size, self.buffers)
         try:
             worker_tracker.begin_shard(part.url)
-            with open_shard(part.url, allow_pipe=self.allow_pipe) as shard:
-                for item in read_samples(shard, self.layout, wanted=wanted, pair_only=True):
-                    if isinstance(item, ShardEnd):
-                        end = item
-                        continue
-                    builder.add(worker_tracker.checked(part.url, item))
-                    if len(builder) == self.batch_size:
-                        yield builder.build()
-            # Only now, since closing the shard can still tell that reading it failed.
-            yield builder.build(end=end)
+            for item in read_part(part, read, allow_pipe=self.allow_pipe):
+                if isinstance(item, ShardEnd):
+                    yield Block(part=part, prepared=builder.build(), end=item)
+                    continue
+                with worker_tracker.at(part.url, item.index):
+                    self._add(worker_tracker.checked(part.url, item), builder)
+                if len(builder) == self.batch_size:
+                    yield Block(part=part, prepared=builder.build())
         except ShardError as error:
-            yield builder.build(error=str(error))
+            yield Block(part=part, prepared=builder.build(), error=str(error))
 
+    def _add(self, sample: Sample, builder: BatchBuilder) -> None:
+        uid = read_uid(sample)
 
-class _BlockBuilder:
-    """Gathers samples until they are made a batch of."""
+        def open_pair(out: torch.Tensor) -> OpenPair:
+            if sample.problem is None and self.subset is not None and not self.subset.holds([sample.key], [uid])[0]:
+                raise UnusableError(DropReason.NOT_IN_SUBSET)
+            return self.preprocess.open_sample(sample, self.layout, out)
 
-    def __init__(self, part: ShardPart, dataset: BlockDataset, worker_tracker: WorkerTracker) -> None:
-        self._part, self._preprocess, self._layout = part, dataset.preprocess, dataset.layout
-        self._subset, self._worker_tracker = dataset.subset, worker_tracker
-        self._samples: list[tuple[Sample, OpenPair | DropReason]] = []
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def add(self, sample: Sample) -> None:
-        with self._worker_tracker.at(self._part.url, sample.index):
-            try:
-                self._check_listed(sample)
-                self._samples.append((sample, self._preprocess.open_sample(sample, self._layout)))
-            except UnusableError as unusable:
-                self._samples.append((sample, unusable.reason))
-
-    def _check_listed(self, sample: Sample) -> None:
-        if self._subset is None or sample.problem is not None:
-            return
-        if not self._subset.holds([sample.key], [read_uid(sample)])[0]:
-            raise UnusableError(DropReason.NOT_IN_SUBSET)
-
-    def build(self, *, end: ShardEnd | None = None, error: str | None = None) -> Block:
-        """Make a batch of what was added, and begin the next one."""
-        usable = [opened for _, opened in self._samples if isinstance(opened, OpenPair)]
-        pixel_values, tokens = self._preprocess.collate(usable)
-        rows = sample_rows(self._samples, tokens)
-        self._samples = []
-        return Block(
-            part=self._part,
-            rows=rows,
-            pixel_values=pixel_values,
-            input_ids=tokens.input_ids,
-            end=end,
-            error=error,
-        )
+        builder.add(sample.key, sample.index, open_pair, uid=uid)
 
 
 def read_blocks(
     dataset: BlockDataset, *, num_workers: int, worker_timeout: float = 0.0, pin_memory: bool = False
 ) -> Generator[Block]:
-    """A dataset's blocks, from worker processes, in any order; goes on when a sample kills its worker.
-
-    A sample that does so twice comes as ``decoder_crash``.
+    """A dataset's blocks, from worker processes, in any order. A sample that kills two of them is ``decoder_crash``.
 
     Args:
         dataset: What to read.
@@ -214,23 +150,19 @@ def read_blocks(
     Raises:
         WorkerDiedError: When workers die at once, or one after another with no block in between.
     """
-    quarantine = Quarantine()
-    dataset.progress = BlockProgress()
-    while True:
-        dataset.tracker = CrashTracker(dataset.urls, num_workers, timeout=worker_timeout, left_out=quarantine.left_out)
-        loader = worker_loader(
-            dataset,
+    progress = BlockProgress()
+
+    def start(tracker: CrashTracker) -> Iterable[Block]:
+        return worker_loader(
+            replace(dataset, tracker=tracker, progress=progress),
             num_workers=num_workers,
             pin_memory=pin_memory,
             in_order=False,
-            tracker=dataset.tracker,
+            tracker=tracker,
         )
-        try:
-            with iterating(loader) as blocks:
-                for block in blocks:
-                    dataset.progress.add(block)
-                    quarantine.outlived()
-                    yield block
-            return
-        except WorkerDiedError as death:
-            quarantine.add(death)
+
+    started = restarting(start, dataset.urls, num_workers=num_workers, worker_timeout=worker_timeout)
+    with closing(started) as blocks:
+        for block in blocks:
+            progress.add(block)
+            yield block

@@ -1,6 +1,6 @@
 """Scores shards. Everything that takes is passed in, so that any process can do it."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -161,18 +161,12 @@ class FailedShard:
 def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
     """What scores shards, its error measured on the first samples of ``options.measured_on``."""
     recheck = Recheck(scorer, options.threshold)
-    dataset = BlockDataset(
-        options.measured_on,
-        scorer.preprocess,
-        batch_size=NUM_MEASURED,
-        layout=options.layout,
-        subset=options.subset,
-    )
+    dataset = _dataset(options.measured_on, scorer, options, batch_size=NUM_MEASURED)
     # One worker gives the blocks in order; none of them is decoded here, where it could kill the run.
     num_workers = 0 if options.num_workers == 0 else 1
     with closing(read_blocks(dataset, num_workers=num_workers, worker_timeout=options.worker_timeout)) as blocks:
         for block in islice(blocks, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
-            recheck.measure(block.pixel_values, block.input_ids)
+            recheck.measure(*block.prepared.inputs)
             if recheck.is_measured:
                 break
     return recheck
@@ -187,6 +181,8 @@ def score_shards(
 ) -> Generator[tuple[str, ShardScores] | FailedShard]:
     """Score shards; each is yielded when it is complete. The scores of a shard don't depend on the others.
 
+    Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
+
     Args:
         urls: One shard or many.
         recheck: The model.
@@ -194,9 +190,7 @@ def score_shards(
         on_batch: Called with the number of samples of each batch.
     """
     scorer = recheck.scorer
-    dataset = BlockDataset(
-        urls, scorer.preprocess, batch_size=options.batch_size, layout=options.layout, subset=options.subset
-    )
+    dataset = _dataset(urls, scorer, options, batch_size=options.batch_size)
     num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
     blocks = read_blocks(
         dataset,
@@ -204,54 +198,49 @@ def score_shards(
         worker_timeout=options.worker_timeout,
         pin_memory=scorer.device.type == "cuda",
     )
-    with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
-        fingerprint = options.fingerprint(scorer)
-        yield from collect_shards(blocks, recheck, fingerprint, options.rechecked_at(fingerprint), on_batch)
-
-
-def collect_shards(
-    batches: Iterable[Block],
-    recheck: Recheck,
-    fingerprint: Fingerprint,
-    rechecked_at: float | None,
-    on_batch: Callable[[int], None],
-) -> Iterator[tuple[str, ShardScores] | FailedShard]:
-    """Score batches and yield each shard with its URL when all its parts have ended.
-
-    Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
-
-    Args:
-        batches: From ``BlockDataset``, of any number of workers.
-        recheck: Scores them.
-        fingerprint: Goes into each table.
-        rechecked_at: Goes into each table.
-        on_batch: Called with the number of samples of each batch.
-    """
+    fingerprint = options.fingerprint(scorer)
+    rechecked_at = options.rechecked_at(fingerprint)
     pending: dict[str, _PendingShard] = {}
-    for batch, scored in recheck.map(batches, lambda batch: (batch.pixel_values, batch.input_ids)):
-        shard = pending.setdefault(batch.part.url, _PendingShard(batch.part))
-        shard.add(batch, scored)
-        on_batch(len(batch.rows))
-        if shard.is_complete:
-            del pending[batch.part.url]
-            yield shard.finish(fingerprint, recheck.band, rechecked_at)
+    with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
+        for block, scores in recheck.map(blocks, lambda block: block.prepared.inputs):
+            shard = pending.setdefault(block.part.url, _PendingShard(block.part))
+            shard.add(block, scores)
+            on_batch(len(block.prepared.rows))
+            if shard.is_complete:
+                del pending[block.part.url]
+                yield shard.finish(fingerprint, recheck.band, rechecked_at)
+
+
+def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *, batch_size: int) -> BlockDataset:
+    preprocess, layout, subset = scorer.preprocess, options.layout, options.subset
+    return BlockDataset(urls=urls, preprocess=preprocess, batch_size=batch_size, layout=layout, subset=subset)
 
 
 @dataclass
 class _PendingShard:
+    """What has come of a shard.
+
+    Attributes:
+        part: Any of its parts.
+        rows: The samples.
+        scores: Of the usable ones, per block.
+        ends: What each part that was read whole found at the shard's end.
+        errors: Per part that could not be read, why.
+    """
+
     part: ShardPart
     rows: list[SampleRow] = field(default_factory=list)
     scores: list[BatchScores] = field(default_factory=list)
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, batch: Block, scores: BatchScores) -> None:
-        self.rows += batch.rows
+    def add(self, block: Block, scores: BatchScores) -> None:
+        self.rows += block.prepared.rows
         self.scores.append(scores)
-        if batch.end is not None:
-            self.ends.append(batch.end)
-        if batch.error is not None:
-            self.errors.append(batch.error)
+        if block.end is not None:
+            self.ends.append(block.end)
+        if block.error is not None:
+            self.errors.append(block.error)
 
     @property
     def is_complete(self) -> bool:

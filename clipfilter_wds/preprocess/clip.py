@@ -1,4 +1,4 @@
-"""Prepares samples for CLIP: pixels and tokens, and the rows that describe them."""
+"""Prepares samples for CLIP: opens their pairs, and makes the views and token ids that a scorer takes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
-from clipfilter_wds.preprocess.members import decode_members, decode_pair, decode_sample, read_uid
+from clipfilter_wds.preprocess.members import decode_members, decode_pair, decode_sample
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.types import DropReason, Sample, SampleRow, UnusableError
+from clipfilter_wds.types import Sample, UnusableError
 
 #: Version of the pixel and text policy in this file; part of the fingerprint of every score.
 POLICY_VERSION = 1
@@ -29,7 +29,7 @@ class OpenPair(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPreprocess:
-    """What a ``ClipScorer`` needs done to a sample before it can score it."""
+    """Prepares samples for a ``ClipScorer``."""
 
     view: ImageView
     tokenize: CaptionTokenizer
@@ -40,7 +40,7 @@ class ClipPreprocess:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a score depends on in this file. JSON-ready."""
+        """All that a score depends on here. JSON-ready."""
         return {
             "resize": self.view.resize if isinstance(self.view.resize, int) else list(self.view.resize),
             "crop": list(self.view.crop),
@@ -58,7 +58,7 @@ class ClipPreprocess:
         """A stage for a pipeline of your own: ``webdataset.WebDataset(...).map(scorer.preprocess).batched(64)``.
 
         Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for
-        K captions) and ``reason``: empty, or why the sample can't be scored. Such samples go through, so that a
+        K captions) and ``reason``: empty, or why the sample can't be scored. Such samples are passed on, so that a
         ClipFilterLoader can count them.
 
         Args:
@@ -76,39 +76,28 @@ class ClipPreprocess:
         padded = torch.nn.functional.pad(ids, padding, value=self.tokenize.pad_id)
         return {**sample, "pixel_values": pixels, "input_ids": padded, "reason": reason}
 
-    def open_sample(self, sample: Sample, layout: SampleLayout) -> OpenPair:
-        """Read caption and image of a sample, and prepare its view.
+    def open_sample(self, sample: Sample, layout: SampleLayout, out: torch.Tensor | None = None) -> OpenPair:
+        """Read caption and image of a sample, and prepare its view, in ``out`` if that is given.
 
         Raises:
             UnusableError: With the reason that the sample is dropped for.
         """
-        return self.prepare(*decode_sample(sample, layout, self.view))
+        return self.prepare(*decode_sample(sample, layout, self.view), out)
 
-    def open_pair(self, encoded: bytes, caption: str) -> OpenPair:
-        """Decode an image and prepare its view.
+    def open_pair(self, encoded: bytes, caption: str, out: torch.Tensor | None = None) -> OpenPair:
+        """Decode an image and prepare its view, in ``out`` if that is given.
 
         Raises:
             UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
         """
-        return self.prepare(*decode_pair(encoded, [caption], self.view))
+        return self.prepare(*decode_pair(encoded, [caption], self.view), out)
 
-    def prepare(self, rgb: RgbImage, captions: list[str]) -> OpenPair:
-        """Prepare the view of a decoded image."""
-        return OpenPair(self.view(rgb), captions, rgb.width, rgb.height)
+    def prepare(self, rgb: RgbImage, captions: list[str], out: torch.Tensor | None = None) -> OpenPair:
+        """Prepare the view of a decoded image, in ``out`` if that is given."""
+        return OpenPair(self.view(rgb, out), captions, rgb.width, rgb.height)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
-        """Pairs -> what ``ClipScorer`` scores: uint8 ``[N, 3, H, W]``, and tokens."""
+        """A few pairs that were opened one by one -> what ``ClipScorer`` scores: uint8 ``[N, 3, H, W]``, and tokens."""
         views = [pair.pixels for pair in pairs]
         pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
         return pixel_values, self.tokenize([pair.captions for pair in pairs])
-
-
-def sample_rows(samples: Sequence[tuple[Sample, OpenPair | DropReason]], tokens: Tokens) -> list[SampleRow]:
-    """The rows of samples, the usable ones of which have these tokens."""
-    counts = zip(tokens.num_tokens, tokens.truncated, strict=True)
-    return [
-        SampleRow(sample.key, sample.index, None, *next(counts), opened.width, opened.height, read_uid(sample))
-        if isinstance(opened, OpenPair)
-        else SampleRow(sample.key, sample.index, opened, uid=read_uid(sample))
-        for sample, opened in samples
-    ]

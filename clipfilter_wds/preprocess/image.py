@@ -1,4 +1,4 @@
-"""Bytes -> what CLIP sees: an RGB image as a uint8 view, a caption as token ids. Picklable, so it runs in workers."""
+"""Decodes images, and resizes and crops them to what CLIP sees."""
 
 import io
 import os
@@ -24,15 +24,15 @@ from clipfilter_wds.types import DropReason, UnusableError
 #: Pillow's names of the formats that are ever opened. None of them starts a program or runs a script.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-
 #: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
 _MAX_RESIZED_PIXELS = 1 << 28
 
 
 class _WithoutWarnings:
-    """Keeps Pillow from warning of each odd file, whose outcome is counted instead, while any thread decodes.
+    """Silences Pillow's warnings of odd files while any thread decodes; what becomes of these is counted instead.
 
-    Of two threads with a ``warnings.catch_warnings`` each, the last to end would leave the other's filters behind.
+    One for all threads: of two with a ``warnings.catch_warnings`` each, the last to end would restore the filters that
+    the other had set.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class RgbImage(NamedTuple):
     With ``fast_decode`` it may be decoded at 1 / ``scale`` of that, rounded up: its last row and column are cut ones.
 
     Attributes:
-        decoded: By Pillow, or uint8 ``[4, H, W]`` with a channel of padding.
+        decoded: As Pillow has it, or uint8 ``[4, H, W]`` with a channel of padding.
         width: As stored.
         height: As stored.
         scale: What both were divided by.
@@ -101,14 +101,14 @@ class RgbImage(NamedTuple):
 class ImageView:
     """How an image becomes the model's input: resized and centre cropped, both in uint8.
 
-    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or its likes) before it rescales and normalises,
-    unless ``fast_decode`` is on.
+    The pixels equal those of ``transformers``' ``CLIPImageProcessor`` (or the model's own) before it rescales and
+    normalises, unless ``fast_decode`` is on.
 
     Attributes:
         resize: Length of the shortest edge after resizing, in pixels; or height and width, whatever the image's own.
         crop: Height and width of the centre crop, in pixels.
         interpolation: torchvision's name of the resampling; antialiased.
-        resampler: Whose pixels: ``torchvision``'s on tensors, as in transformers, or ``pillow``'s, as in open_clip.
+        resampler: ``torchvision``, which resizes tensors, as transformers does; or ``pillow``, as open_clip does.
         max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
         fast_decode: Decode a JPEG at a half, a quarter or an eighth of its size where that is not below ``resize``.
     """
@@ -155,8 +155,8 @@ class ImageView:
         except Exception as error:  # decoders fail with any type there is
             raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
-    def __call__(self, rgb: RgbImage) -> torch.Tensor:
-        """Resize and crop to uint8 ``[3, crop_height, crop_width]``."""
+    def __call__(self, rgb: RgbImage, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Resize and crop to uint8 ``[3, crop_height, crop_width]``, written to ``out`` if that is given."""
         size = self._resized(rgb.width, rgb.height)
         if self.resampler == "pillow":
             box = (0, 0, rgb.width / rgb.scale, rgb.height / rgb.scale)
@@ -172,8 +172,8 @@ class ImageView:
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
         whole = round if self.resampler == "pillow" else int
         top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
-        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)[:3].contiguous()
-        return view
+        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)[:3]
+        return view.contiguous() if out is None else out.copy_(view)
 
     @property
     def _smallest(self) -> tuple[int, int]:

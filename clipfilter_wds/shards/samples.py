@@ -1,14 +1,17 @@
-"""One tar stream -> its samples. Grouping never crosses the shard; torn and unsorted shards are found here."""
+"""Groups tar members into samples; finds torn and unsorted shards."""
 
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from clipfilter_wds.shards.open import DamagedStreamError, OpenShard
+from clipfilter_wds.shards.open import DamagedStreamError, OpenShard, open_shard
+from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.shards.tar_reader import TarEntry, TarStream, stored_member
 from clipfilter_wds.types import DropReason, Member, Sample, ShardEnd, ShardError, StoredMember
+
+T = TypeVar("T")
 
 #: Extensions of members that are looked at as the image, best first.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif")
@@ -56,6 +59,32 @@ class SampleLayout:
     def caption_extensions(self) -> set[str]:
         """Extensions of the members that hold captions."""
         return {extension for extension, _ in self.caption_sources}
+
+
+def read_part(
+    part: ShardPart, read: Callable[[OpenShard], Iterator[T | ShardEnd]], *, allow_pipe: bool = False
+) -> Iterator[T | ShardEnd]:
+    """Open the shard of a worker's part and yield what is read of it; its :class:`ShardEnd` once the shard is closed.
+
+    Only then, since closing a shard can still tell that reading it failed.
+
+    Args:
+        part: Whose shard is read.
+        read: Open shard -> the part's samples and the end, as :func:`read_samples` gives them.
+        allow_pipe: Read ``pipe:`` URLs, which run shell commands.
+
+    Raises:
+        ShardError: When the shard can't be opened or closed; and from ``read``.
+    """
+    end = None
+    with open_shard(part.url, allow_pipe=allow_pipe) as shard:
+        for item in read(shard):
+            if isinstance(item, ShardEnd):
+                end = item
+            else:
+                yield item
+    if end is not None:
+        yield end
 
 
 def read_samples(

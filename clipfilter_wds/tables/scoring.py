@@ -1,11 +1,12 @@
-"""Image paths and captions of a table -> similarities: opened in DataLoader workers, scored in batches, in order."""
+"""Scores the image-caption pairs of a table, in order: opened in worker processes, scored in batches."""
 
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -17,18 +18,16 @@ from torch.utils.data import Dataset
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.preprocess.batch import BatchBuilder, BufferProvider, PreparedBatch, new_buffer
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.selection import passes
 from clipfilter_wds.tables.images import check_protocol, is_remote, read_image
 from clipfilter_wds.types import DropReason, UnusableError
 from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT
-from clipfilter_wds.workers.crashes import (
-    CrashTracker,
-    Quarantine,
-    WorkerDiedError,
-    WorkerTracker,
-)
-from clipfilter_wds.workers.pool import iterating, worker_loader
+from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
+from clipfilter_wds.workers.pool import worker_loader
+from clipfilter_wds.workers.restart import restarting
 
 #: Images of one batch that are fetched at a time, in each worker.
 _NUM_FETCHERS = 16
@@ -109,26 +108,21 @@ def score_pairs(
     """
     opener = _PairOpener(recheck.scorer.preprocess, folder, table)
     pin_memory = recheck.scorer.device.type == "cuda"
-    opened_batches = _open_batches(batches, opener, num_workers, worker_timeout, pin_memory)
-    for (companion, opened), scored in recheck.map(
-        opened_batches, lambda each: (each[1].pixel_values, each[1].input_ids)
-    ):
-        yield companion, _pair_scores(opened, scored.scores)
+    opened = _open_batches(batches, opener, num_workers, worker_timeout, pin_memory)
+    for (companion, prepared), scored in recheck.map(opened, lambda each: each[1].inputs):
+        yield companion, _pair_scores(prepared, scored.scores)
 
 
 def score_pair_fp32(pair: Pair, scorer: ClipScorer, *, folder: Path) -> PairScores:
     """Score one pair in float32, in this process."""
-    opened = _PairOpener(scorer.preprocess, folder)[_Request(0, [pair])]
-    return _pair_scores(opened, scorer(opened.pixel_values, opened.input_ids, exact=True).cpu().numpy())
+    prepared = _PairOpener(scorer.preprocess, folder)[_Request(0, [pair])]
+    return _pair_scores(prepared, scorer(*prepared.inputs, exact=True).cpu().numpy())
 
 
-def _pair_scores(opened: "_OpenedBatch", cosines: np.ndarray) -> PairScores:
-    similarity = np.zeros(len(opened.reasons), dtype=np.float32)
-    similarity[[reason is None for reason in opened.reasons]] = cosines
-    finite = np.isfinite(similarity)
-    reasons = [reason if ok else DropReason.NOT_FINITE for reason, ok in zip(opened.reasons, finite, strict=True)]
-    similarity = np.where(finite, np.clip(similarity, 0.0, 1.0), np.float32(0.0))
-    return PairScores(similarity=similarity, reasons=reasons, num_truncated=opened.num_truncated)
+def _pair_scores(prepared: PreparedBatch, cosines: np.ndarray) -> PairScores:
+    scores, reasons = finite_scores([row.reason for row in prepared.rows], cosines)
+    num_truncated = sum(row.truncated for row in prepared.rows)
+    return PairScores(similarity=np.clip(scores, 0.0, 1.0), reasons=reasons, num_truncated=num_truncated)
 
 
 # --- opening ---
@@ -147,9 +141,8 @@ def _open_batches(
     num_workers: int,
     worker_timeout: float,
     pin_memory: bool,
-) -> Iterator[tuple[T, "_OpenedBatch"]]:
+) -> Iterator[tuple[T, PreparedBatch]]:
     """Have batches opened, in order; those that were under way when a worker died are asked for once more."""
-    quarantine = Quarantine()
     under_way: deque[tuple[T, _Request]] = deque()
     numbered = _numbered(batches)
 
@@ -159,23 +152,19 @@ def _open_batches(
             under_way.append(item)
             yield item[1]
 
-    while True:
-        opener.tracker = CrashTracker([opener.table], num_workers, timeout=worker_timeout, left_out=quarantine.left_out)
-        loader = worker_loader(
-            opener,
+    def start(tracker: CrashTracker) -> Iterable[PreparedBatch]:
+        return worker_loader(
+            replace(opener, tracker=tracker),
             num_workers=num_workers,
             pin_memory=pin_memory,
             requests=requests(),
-            tracker=opener.tracker,
+            tracker=tracker,
         )
-        try:
-            with iterating(loader) as opened_batches:
-                for opened in opened_batches:
-                    quarantine.outlived()
-                    yield under_way.popleft()[0], opened
-            return
-        except WorkerDiedError as death:
-            quarantine.add(death)
+
+    started = restarting(start, [opener.table], num_workers=num_workers, worker_timeout=worker_timeout)
+    with closing(started) as opened:
+        for prepared in opened:
+            yield under_way.popleft()[0], prepared
 
 
 def _numbered(batches: Iterable[tuple[T, Sequence[Pair]]]) -> Iterator[tuple[T, _Request]]:
@@ -188,67 +177,42 @@ def _numbered(batches: Iterable[tuple[T, Sequence[Pair]]]) -> Iterator[tuple[T, 
 # --- in the workers ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenedBatch:
-    pixel_values: torch.Tensor
-    input_ids: torch.Tensor
-    reasons: list[DropReason | None]
-    num_truncated: int
+@dataclass(frozen=True, eq=False)
+class _PairOpener(Dataset[PreparedBatch]):
+    """Opens a batch of pairs when it is asked for."""
 
-    def pin_memory(self) -> "_OpenedBatch":
-        return _OpenedBatch(
-            pixel_values=self.pixel_values.pin_memory(),
-            input_ids=self.input_ids.pin_memory(),
-            reasons=self.reasons,
-            num_truncated=self.num_truncated,
-        )
+    preprocess: ClipPreprocess
+    folder: Path
+    table: str = "table"
+    buffers: BufferProvider = new_buffer
+    tracker: CrashTracker | None = None
 
-
-class _PairOpener(Dataset[_OpenedBatch]):
-    """A batch of pairs -> what the scorer takes, and the reasons of those that it can't take."""
-
-    def __init__(self, preprocess: ClipPreprocess, folder: Path, table: str = "table") -> None:
-        self._preprocess, self._folder, self.table = preprocess, folder, table
-        #: Where workers leave what they are at.
-        self.tracker = CrashTracker([table], 0)
-
-    def __getitem__(self, request: _Request) -> _OpenedBatch:
-        worker_tracker = self.tracker.for_worker()
+    def __getitem__(self, request: _Request) -> PreparedBatch:
+        worker_tracker = (self.tracker or CrashTracker([self.table], 0)).for_worker()
+        builder = BatchBuilder(self.preprocess, len(request.pairs), self.buffers)
         # Files are read one after another, so that one is in memory at a time; what comes over a network, side by side.
         with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="clipfilter-fetch") as fetchers:
             readers = [self._reader(pair, fetchers) for pair in request.pairs]
-            outcomes = [
-                self._open(row, pair, read, worker_tracker)
-                for row, (pair, read) in enumerate(zip(request.pairs, readers, strict=True), request.start)
-            ]
-        opened = [outcome for outcome in outcomes if isinstance(outcome, OpenPair)]
-        pixel_values, tokens = self._preprocess.collate(opened)
-        return _OpenedBatch(
-            pixel_values=pixel_values,
-            input_ids=tokens.input_ids,
-            reasons=[None if isinstance(outcome, OpenPair) else outcome for outcome in outcomes],
-            num_truncated=sum(tokens.truncated),
-        )
+            for row, (pair, read) in enumerate(zip(request.pairs, readers, strict=True), request.start):
+                builder.add(pair.image or "", row, partial(self._open, row, pair, read, worker_tracker))
+        return builder.build()
 
     def _reader(self, pair: Pair, fetchers: ThreadPoolExecutor) -> Callable[[], bytes]:
-        read = partial(read_image, pair.image or "", self._folder)
+        read = partial(read_image, pair.image or "", self.folder)
         is_fetched = pair.caption is not None and pair.image is not None and is_remote(pair.image)
         return fetchers.submit(read).result if is_fetched else read
 
     def _open(
-        self, row: int, pair: Pair, read: Callable[[], bytes], worker_tracker: WorkerTracker
-    ) -> OpenPair | DropReason:
+        self, row: int, pair: Pair, read: Callable[[], bytes], worker_tracker: WorkerTracker, out: torch.Tensor
+    ) -> OpenPair:
         if pair.caption is None:
-            return DropReason.BLANK_CAPTION
+            raise UnusableError(DropReason.BLANK_CAPTION)
         if pair.image is None:
-            return DropReason.MISSING_IMAGE
+            raise UnusableError(DropReason.MISSING_IMAGE)
         if worker_tracker.is_left_out(self.table, row):
-            return DropReason.DECODER_CRASH
-        try:
-            with worker_tracker.at(self.table, row):
-                return self._preprocess.open_pair(read(), pair.caption)
-        except UnusableError as unusable:
-            return unusable.reason
+            raise UnusableError(DropReason.DECODER_CRASH)
+        with worker_tracker.at(self.table, row):
+            return self.preprocess.open_pair(read(), pair.caption, out)
 
 
 def batched(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:

@@ -1,15 +1,22 @@
-"""Shards -> batches ready to score, decoded in DataLoader workers; each carries its own position."""
+"""Streams shards in batches for training, read and decoded in worker processes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clipfilter_wds.preprocess.batch import BufferProvider, new_buffer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
-from clipfilter_wds.training.batches import BatchBuilder, BatchSettings, ImageTransform, StreamBatch, TextTransform
+from clipfilter_wds.training.batches import (
+    BatchSettings,
+    ImageTransform,
+    StreamBatch,
+    StreamBatchBuilder,
+    TextTransform,
+)
 from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
 from clipfilter_wds.training.stream import PartEnd, Position, ShardFailure, StreamOrder, read_stream
 from clipfilter_wds.workers.crashes import CrashTracker
@@ -19,8 +26,7 @@ from clipfilter_wds.world import World
 class ClipWebDataset(IterableDataset[StreamBatch]):
     """Streams image-caption pairs from shards: read, decoded, prepared for CLIP and for training, not yet filtered.
 
-    Give it to a ``ClipFilterLoader``, which runs it in workers and drops what CLIP finds
-    mispaired.
+    Give it to a ``ClipFilterLoader``, which runs it in workers and drops the pairs that CLIP finds to be mismatched.
 
     Args:
         shards: Whatever ``expand_shards`` takes.
@@ -86,7 +92,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
 
 
 class StreamWorker(IterableDataset[StreamBatch]):
-    """A :class:`ClipWebDataset` with all that a worker must be told: it never looks anything up itself.
+    """Runs a :class:`ClipWebDataset` in workers, which are told everything and look nothing up themselves.
 
     Args:
         dataset: What to read.
@@ -96,10 +102,11 @@ class StreamWorker(IterableDataset[StreamBatch]):
         epoch: The epoch to read.
         start: Per worker, its position; in a later epoch for a worker that has nothing left in this one.
         first: The worker whose batch comes first. DataLoader always begins with its worker 0, so that one is it.
-        endless: Go on with the next epoch for ever.
+        endless: Continue with the next epoch for ever.
         lookup: What is known of a shard before it is read. Samples known to be dropped are not read.
         view: How images are decoded; None for that of the dataset's ``preprocess``.
-        tracker: Where workers leave what they are at.
+        buffers: Gives the memory for the CLIP views of a batch.
+        tracker: Workers report to it which sample they are at.
 
     Raises:
         ValueError: When there is neither ``view`` nor ``preprocess``.
@@ -118,6 +125,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         endless: bool = False,
         lookup: ScoreLookup = no_scores,
         view: ImageView | None = None,
+        buffers: BufferProvider = new_buffer,
         tracker: CrashTracker | None = None,
     ) -> None:
         if view is None:
@@ -127,18 +135,19 @@ class StreamWorker(IterableDataset[StreamBatch]):
         self.order = StreamOrder(
             urls=dataset.urls, shuffle=dataset.shuffle, seed=dataset.seed, world=world, num_workers=num_workers
         )
-        self.batch_size = batch_size
         self.epoch = epoch
         self.start = list(start)
         self.first = first
         self.endless = endless
         self.lookup = lookup
         self.settings = BatchSettings(
+            batch_size=batch_size,
             layout=dataset.layout,
             view=view,
             preprocess=dataset.preprocess,
             image_transform=dataset.image_transform,
             text_transform=dataset.text_transform,
+            buffers=buffers,
         )
         self.allow_pipe = dataset.allow_pipe
         self.tracker = tracker or CrashTracker(dataset.urls, num_workers)
@@ -159,7 +168,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
 
     def _epoch(self, worker: int, start: Position) -> Iterator[StreamBatch]:
         worker_tracker = self.tracker.for_worker()
-        builder = BatchBuilder(worker, self.settings, worker_tracker)
+        builder = StreamBatchBuilder(worker, self.settings, worker_tracker)
         items = read_stream(
             self.order,
             worker,
@@ -179,7 +188,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
                 builder.failures.append((item.url, item.why))
             else:
                 builder.add(item)
-            if len(builder) == self.batch_size:
+            if builder.is_full:
                 yield builder.build(after)
         # The epoch's last batch says that the epoch is over, even when it holds no sample.
         yield builder.build(Position(epoch=after.epoch + 1))

@@ -13,15 +13,15 @@ from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
-from clipfilter_wds.training.epoch import Epoch, Workers
-from clipfilter_wds.training.precomputed import FolderLookup, no_scores
+from clipfilter_wds.training.epoch import Epoch
+from clipfilter_wds.training.precomputed import FolderLookup
 from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
+from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState
 from clipfilter_wds.types import FilterStats
 from clipfilter_wds.world import Agreement, World
 
 if TYPE_CHECKING:
-    from clipfilter_wds.models.recheck import Recheck
     from clipfilter_wds.models.scorer import ClipScorer
 
 _log = logging.getLogger(__name__)
@@ -72,34 +72,31 @@ class ClipFilterLoader:
         self.left_over = 0
         self._agreement: Agreement | None = None
         self._asked_epoch: int = getattr(dataset, "epoch", 0)
-        self._reported: set[str] = set()  # bad shards that were warned of
-        self._recorder: Recorder | None = None
-        self._workers = self._open_workers()
-        self._run: Epoch | None = None
+        self._source = self._open_source()
+        self._epoch: Epoch | None = None
         self._next = LoaderState.start(self._num_positions, self._asked_epoch, FilterStats())
         self._remembered: deque[LoaderState] = deque([self._next], maxlen=_NUM_REMEMBERED)
 
-    def _open_workers(self) -> Workers:
-        """What decodes, with what it knows beforehand."""
-        dataset, table, record = self.dataset, self.table, self.config.record
-        if record is not None and self.scorer is None:
-            raise ValueError(f"record is {str(record)!r}, but there is no scorer whose scores could be recorded")
+    def _open_source(self) -> BatchSource:
+        """What gives scored batches, with the scores that are known beforehand."""
+        dataset, scorer, table, config = self.dataset, self.scorer, self.table, self.config
+        if config.record is not None and scorer is None:
+            raise ValueError(f"record is {str(config.record)!r}, but there is no scorer whose scores could be recorded")
         if not isinstance(dataset, ClipWebDataset):
-            if table is not None or record is not None:
+            if table is not None or config.record is not None:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
-            return Workers(self.config, no_scores, None)
+            return BatchSource(dataset, config, scorer)
         if table is not None:
-            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, self.config.threshold)
+            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, config.threshold)
             view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
-            return Workers(self.config, lookup, view)
+            return BatchSource(dataset, config, scorer, lookup=lookup, view=view)
         if dataset.preprocess is None:
             raise ValueError("the dataset has no preprocess: give it the scorer's, or the loader a ScoreFolder")
-        if record is None or self.scorer is None:
-            return Workers(self.config, no_scores, dataset.preprocess.view)
-        fingerprint = {**self.scorer.fingerprint, **dataset.layout.fingerprint}
-        folder = RecordFolder.open(record, dataset.urls, fingerprint, self.config.threshold)
-        self._recorder = Recorder(folder)
-        return Workers(self.config, RecordLookup(record=folder), dataset.preprocess.view)
+        if config.record is None or scorer is None:
+            return BatchSource(dataset, config, scorer)
+        fingerprint = {**scorer.fingerprint, **dataset.layout.fingerprint}
+        folder = RecordFolder.open(config.record, dataset.urls, fingerprint, config.threshold)
+        return BatchSource(dataset, config, scorer, lookup=RecordLookup(record=folder), recorder=Recorder(folder))
 
     @property
     def _num_positions(self) -> int:
@@ -108,7 +105,7 @@ class ClipFilterLoader:
     @property
     def stats(self) -> FilterStats:
         """Counts of all samples that this rank has scored since training began, those before a resume included."""
-        return self._run.progress.stats if self._run else self._next.progress.stats
+        return self._epoch.progress.stats if self._epoch else self._next.progress.stats
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is.
@@ -122,11 +119,11 @@ class ClipFilterLoader:
         else:
             self._begin_at(LoaderState.start(self._num_positions, epoch, self.stats))
 
-    def _begin_at(self, mark: LoaderState) -> None:
-        self._next = mark
-        self._run = None
+    def _begin_at(self, state: LoaderState) -> None:
+        self._next = state
+        self._epoch = None
         self._remembered.clear()
-        self._remembered.append(mark)
+        self._remembered.append(state)
 
     def __len__(self) -> int:
         """Batches per epoch, which is known for ``end="repeat"`` only."""
@@ -152,42 +149,25 @@ class ClipFilterLoader:
         if self._agreement is None:
             self._agreement = Agreement(world)
         self._begin_at(begin)
-        run = self._run = Epoch(
-            self.dataset,
-            self._new_recheck(),
-            self.config,
-            world,
-            begin,
-            self._workers,
-            self._recorder,
-            self._reported,
-            has_scores=self.scorer is not None or self.table is not None,
-        )
+        epoch = self._epoch = Epoch(self._source, self.config, world, begin)
         try:
-            yield from self._hand_out(run, self._agreement)
+            yield from self._hand_out(epoch, self._agreement)
         finally:
-            run.close()
-            if self._run is run:  # nobody has set another beginning meanwhile
-                self._next = self._following(run)
+            epoch.close()
+            if self._epoch is epoch:  # no other beginning was set meanwhile
+                self._next = self._following(epoch)
 
-    def _new_recheck(self) -> "Recheck | None":
-        if self.scorer is None:
-            return None
-        from clipfilter_wds.models.recheck import Recheck
-
-        return Recheck(self.scorer, self.config.threshold)
-
-    def _following(self, run: Epoch) -> LoaderState:
+    def _following(self, epoch: Epoch) -> LoaderState:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
             return replace(self._remembered[-1], batches=0)
-        return LoaderState.start(self._num_positions, run.begun_at.epoch + 1, run.progress.stats)
+        return LoaderState.start(self._num_positions, epoch.begun_at.epoch + 1, epoch.progress.stats)
 
-    def _hand_out(self, run: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
-        batches = run.begun_at.batches
+    def _hand_out(self, epoch: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
+        batches = epoch.begun_at.batches
         while self.config.batches_per_epoch is None or batches < self.config.batches_per_epoch:
             try:
-                batch = run.next_batch()
+                batch = epoch.next_batch()
             except Exception:
                 agreement.lowest(_FAILED)  # the other ranks must not wait for this one
                 raise
@@ -195,24 +175,24 @@ class ClipFilterLoader:
             if status == _FAILED:
                 raise RuntimeError("another rank's data loading failed; its own error says why")
             if status == _OUT_OF_BATCHES:
-                self._finish_epoch(run, agreement, batches, unused=batch is not None)
+                self._finish_epoch(epoch, agreement, batches, unused=batch is not None)
                 break
             batches += 1
-            self._remembered.append(run.mark(batches))
-            self._next = self._following(run)  # now, since a trainer may never come back to this iterator
+            self._remembered.append(epoch.state(batches))
+            self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
             yield batch  # type: ignore[misc]  # every rank has one
         # Only reached when the epoch was not broken off.
-        self._remembered.append(self._following(run))
+        self._remembered.append(self._following(epoch))
 
-    def _finish_epoch(self, run: Epoch, agreement: Agreement, batches: int, *, unused: bool) -> None:
+    def _finish_epoch(self, epoch: Epoch, agreement: Agreement, batches: int, *, unused: bool) -> None:
         whole = math.floor if self.config.drop_last else math.ceil
-        ready = whole(run.num_ready / self.config.batch_size) + unused
-        run.flush_record()  # before any rank begins the next epoch, in which it reads what others have recorded
-        told = agreement.gather((ready, run.num_kept, run.num_seen))
+        ready = whole(epoch.num_ready / self.config.batch_size) + unused
+        self._source.flush_record()  # before any rank begins the next epoch and reads what others have recorded
+        told = agreement.gather((ready, epoch.num_kept, epoch.num_seen))
         self.left_over = sum(ready for ready, _, _ in told)
         if batches == 0 and not any(kept for _, kept, _ in told):
-            raise run.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
-        if self.left_over and run.world.rank == 0:  # once, as every rank knows the totals
+            raise epoch.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
+        if self.left_over and epoch.world.rank == 0:  # once, as every rank knows the totals
             _log.warning(
                 "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
                 "and left over (by rank: %s). More shards, shuffling, or end='repeat' use them",
@@ -234,15 +214,15 @@ class ClipFilterLoader:
             ValueError: When the dataset is not a :class:`ClipWebDataset`, or ``after`` lies too far back.
         """
         settings = self._settings()
-        marks = [mark for mark in self._remembered if after is None or mark.batches == after]
-        if not marks:
+        states = [state for state in self._remembered if after is None or state.batches == after]
+        if not states:
             raise ValueError(
                 f"the state after {after} batches is no longer known; {self._remembered[-1].batches} are out"
             )
-        return {"version": _STATE_VERSION, "settings": settings, **marks[-1].to_json()}
+        return {"version": _STATE_VERSION, "settings": settings, **states[-1].to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, with the next iteration, where :meth:`state_dict` was called.
+        """Resume, with the next iteration, where :meth:`state_dict` was called.
 
         Raises:
             ValueError: When the state is of another version, world, dataset or setting; with both values.
@@ -258,7 +238,7 @@ class ClipFilterLoader:
             if here[name] != there.get(name)
         ]
         if differences:
-            raise ValueError("can't go on from this state: " + "; ".join(differences))
+            raise ValueError("can't resume from this state: " + "; ".join(differences))
         self._begin_at(LoaderState.from_json(state))
 
     def _settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batches scored ahead, in a thread of their own, so that scoring and training overlap."""
+"""Scores batches ahead, in a thread of its own, so that scoring and training overlap."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from clipfilter_wds.workers.pool import WorkerIterator, WorkersStoppedError
 T = TypeVar("T")
 S = TypeVar("S")
 
-#: Seconds until the thread notices that the program has come to its end, at most.
+#: Seconds until the thread notices that the program is ending, at most.
 _POLL_SECONDS = 0.25
 
 
@@ -22,16 +22,16 @@ class _End:
     error: BaseException | None = None
 
 
-class Prefetcher(Generic[T, S]):
-    """Runs items through a function, a few ahead of whoever takes what comes out.
+class Prefetcher(Iterator[S], Generic[T, S]):
+    """Runs items through a function, in a thread that is a few ahead of its consumer.
 
     What the iterable or the function raises is raised again where the item would have been taken.
 
     Args:
-        items: Iterated in the feed's thread; its iterator is made in this one, since that may start processes.
-        apply: Items -> what is fed; a generator, mostly.
+        items: Iterated in the thread; its iterator is made in the caller's, since that may start processes.
+        apply: Items -> what comes out; a generator, mostly.
         depth: How many items to be ahead.
-        keep: Leave the iterable's processes for the next one who iterates it.
+        keep: Leave the iterable's processes running, to be iterated again.
     """
 
     def __init__(
@@ -64,13 +64,16 @@ class Prefetcher(Generic[T, S]):
                 return not self._is_closed
         return False
 
-    def __iter__(self) -> Iterator[S]:
-        """The fed items, until the iterable ends."""
-        while not isinstance(item := self._made.get(), _End):
+    def __next__(self) -> S:
+        """The next item, until the iterable ends."""
+        item = self._made.get()
+        if not isinstance(item, _End):
             self._room.release()
-            yield item
+            return item
+        self._made.put(_End())
         if item.error is not None:
             raise item.error
+        raise StopIteration
 
     def close(self) -> None:
         """Stop, wait for the item that is being scored, and let go of the iterable and its processes."""
@@ -81,7 +84,7 @@ class Prefetcher(Generic[T, S]):
             iterator.stop()  # what workers are at is not waited for
         self._thread.join()
         while not self._made.empty():
-            self._made.get()  # scored ahead, for nobody; it may be in memory shared with workers, which takes files
+            self._made.get()  # scored ahead and not taken; it may be in memory shared with workers, which takes files
         self._made.put(_End())
         # A DataLoader ends its workers when its iterator is let go of, but an exception's traceback may still hold it.
         self.__dict__.pop("_applied", None)

@@ -1,4 +1,4 @@
-"""Survivors -> batches of constant size."""
+"""Packs kept rows into batches of constant size."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class Rebatcher:
         return self.num_rows >= self._batch_size
 
     def pop(self) -> dict[str, Any]:
-        """The next batch, which is smaller than the others when nothing more is there."""
+        """The next batch; it is smaller than the others when there are no more rows."""
         wanted = min(self._batch_size, self.num_rows)
         slices, missing = [], wanted
         while missing:

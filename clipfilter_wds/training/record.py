@@ -1,4 +1,4 @@
-"""Scores that loaders have made, in a folder for later epochs and runs."""
+"""Records the scores that loaders make in a folder, for later epochs and runs."""
 
 import json
 import logging
@@ -33,8 +33,8 @@ _MAX_HELD_ROWS = 4096
 class RecordFolder:
     """A folder of score tables that grows: one per shard that was scored whole, and parts of the others in ``_parts``.
 
-    Any number of ranks and runs may write to it at once. Files appear whole, and whoever writes a shard's last part
-    makes one table of them all.
+    Any number of ranks and runs may write to it at once. Files appear whole, and the process that writes a shard's last
+    part makes one table of them all.
 
     Attributes:
         folder: Where.
@@ -50,7 +50,7 @@ class RecordFolder:
 
     @classmethod
     def open(cls, folder: str | Path, urls: Sequence[str], fingerprint: Fingerprint, threshold: float | None) -> Self:
-        """Make the folder, or go on with it.
+        """Make the folder, or add to it.
 
         Raises:
             ValueError: When it can't be written, or holds scores of another fingerprint.
@@ -73,7 +73,7 @@ class RecordFolder:
 
     def _parts(self, url: str) -> list[Path]:
         stem = self._part(url, "")
-        # 32 hexadecimal digits, since a shard's name may go on after a dot.
+        # 32 hexadecimal digits, since a shard's name may itself have a dot.
         return sorted(stem.parent.glob(f"{stem.name}{'[0-9a-f]' * 32}.parquet"))
 
     def _part(self, url: str, ending: str) -> Path:
@@ -98,7 +98,7 @@ class RecordFolder:
             except ValueError:
                 if path.exists():
                     raise
-                # Somebody has just made one table of the parts.
+                # Another process has just made one table of the parts.
 
     def add_part(
         self, url: str, rows: Sequence[SampleRow], scores: np.ndarray, *, num_bytes: int, band: float = 0.0
@@ -139,9 +139,9 @@ class RecordFolder:
             parts = [ShardScores.read(path) for path in paths]
             said = [part.metadata for part in parts]
         except (FileNotFoundError, ValueError):
-            return  # somebody else has done it
+            return  # another process has done it
         rows = pa.concat_tables([no_rows(), *(part.table for part in parts)])
-        # By index; a sample may have been scored twice, by runs that did not know of each other.
+        # By index: a sample may have been scored twice, by two runs at once.
         indices, places = np.unique(rows["index"].to_numpy(), return_index=True)
         if not np.array_equal(indices, np.arange(end.num_samples)) or {one.num_bytes for one in said} > {end.num_bytes}:
             return
@@ -166,9 +166,9 @@ class RecordFolder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordLookup:
-    """Knows what is recorded; asked by the workers.
+    """Looks up recorded scores, in the workers.
 
-    What lies too close to another threshold than the recorded one is not known: low precision does not decide it.
+    A low-precision score that was recorded for another threshold and lies too close to this one counts as unknown.
 
     Attributes:
         record: Where.
@@ -177,7 +177,7 @@ class RecordLookup:
     record: RecordFolder
 
     def __call__(self, url: str) -> PrecomputedScores:
-        """See ``ScoreLookup``.
+        """See :data:`ScoreLookup`.
 
         Raises:
             ValueError: When a table is damaged, or of another shard.
@@ -230,20 +230,21 @@ class Recorder:
         self._failed = False
 
     def add(self, batch: StreamBatch, scores: np.ndarray, band: float) -> None:
-        """Record what was not known of a batch.
+        """Record what was scored of a batch.
 
         Args:
-            batch: What was scored.
-            scores: Of all its rows, float32 ``[N]``.
+            batch: The batch.
+            scores: Raw cosines of its usable samples that had no score, float32 ``[N]``.
             band: How close to the threshold these are in float32.
         """
+        scored = iter(scores.tolist())
         with self._lock:
-            for url, row, is_known, score in zip(batch.urls, batch.rows, batch.is_known, scores.tolist(), strict=True):
-                if not is_known:
-                    held = self._held[url]
-                    held.num_bytes, held.band = batch.num_bytes[url], max(held.band, band)
-                    held.rows.append(row)
-                    held.scores += [score] if row.reason is None else []
+            for place, row in zip(np.flatnonzero(~batch.is_known), batch.prepared.rows, strict=True):
+                url = batch.urls[place]
+                held = self._held[url]
+                held.num_bytes, held.band = batch.num_bytes[url], max(held.band, band)
+                held.rows.append(row)
+                held.scores += [next(scored)] if row.reason is None else []
             full = [url for url, held in self._held.items() if len(held.rows) >= _MAX_HELD_ROWS]
             self._write(full, batch.ends)
 

@@ -1,4 +1,4 @@
-"""Batches of a dataset, or of anybody's loader -> scored batches."""
+"""Scores batches, of a dataset or of any other loader."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.record import Recorder
@@ -27,11 +28,11 @@ class Scored:
 
     Attributes:
         columns: What training may get.
-        scores: Raw cosines of the N usable samples, float32 ``[N]``.
+        scores: Raw cosines of the N usable samples, float32 ``[N]``; 0.0 where no model scores them.
         has_columns: Which of these have a row in the columns, bool ``[N]``; the others are known to be dropped.
         unusable: The other samples, counted by reason.
-        worker: Whose they are.
-        after: The worker's position after this batch.
+        worker: The worker that they come from.
+        after: Its position after this batch.
         failures: Shards that could not be used, with the reason.
     """
 
@@ -51,35 +52,36 @@ def score_stream(
 
     The columns are the training views of the samples that may be kept, their keys and URLs.
     """
-    for batch, new_scores in _score(recheck, batches, lambda batch: (batch.pixel_values, batch.input_ids)):
-        usable = np.array([row.reason is None for row in batch.rows], dtype=bool)
-        scores = batch.known_scores.copy()
-        scores[usable & ~batch.is_known] = new_scores
+    for batch, cosines in _score(recheck, batches, lambda batch: batch.prepared.inputs):
         if recorder is not None and recheck is not None:
-            recorder.add(batch, scores, recheck.band)
-        finite = np.isfinite(scores) | (recheck is None)
-        not_finite = Counter({DropReason.NOT_FINITE: int((usable & ~finite).sum())})
+            recorder.add(batch, cosines, recheck.band)
+        reasons = [row.reason for row in batch.rows]
+        could_be_scored = np.array([reason is None for reason in reasons], dtype=bool)
+        all_cosines = batch.known_scores.copy()
+        all_cosines[could_be_scored & ~batch.is_known] = cosines
+        scores, reasons = finite_scores(reasons, all_cosines[could_be_scored])
+        usable = np.array([reason is None for reason in reasons], dtype=bool)
         yield Scored(
-            columns=_columns(batch, finite),
-            scores=scores[usable & finite],
-            has_columns=batch.has_views[usable & finite],
-            unusable=Counter(row.reason for row in batch.rows if row.reason is not None) + not_finite,
+            columns=_columns(batch, usable),
+            scores=scores[usable],
+            has_columns=batch.has_views[usable],
+            unusable=Counter(reason for reason in reasons if reason is not None),
             worker=batch.worker,
             after=batch.after,
             failures=tuple(batch.failures),
         )
 
 
-def _columns(batch: StreamBatch, finite: np.ndarray) -> dict[str, Any]:
+def _columns(batch: StreamBatch, usable: np.ndarray) -> dict[str, Any]:
     views, places = batch.views, np.flatnonzero(batch.has_views)
-    if not finite[places].all():
-        views = take(views, np.flatnonzero(finite[places]).tolist())
-    rows = places[finite[places]].tolist()
+    if not usable[places].all():
+        views = take(views, np.flatnonzero(usable[places]).tolist())
+    rows = places[usable[places]].tolist()
     return {**views, "__key__": [batch.rows[row].key for row in rows], "__url__": [batch.urls[row] for row in rows]}
 
 
 def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]]) -> Iterator[Scored]:
-    """Score batches of anybody's loader; their columns are passed on as they are.
+    """Score batches of any other loader; their columns are passed on as they are.
 
     Raises:
         ValueError: When ``pixel_values`` or ``input_ids`` is missing.
@@ -93,13 +95,17 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
             input_ids = input_ids[..., : int(lengths.max())]
         return batch.columns["pixel_values"], input_ids
 
-    for batch, scores in _score(recheck, map(_usable_columns, batches), inputs):
-        columns, finite = batch.columns, np.isfinite(scores) | (recheck is None)
-        if not finite.all():
-            columns, scores = take(columns, np.flatnonzero(finite).tolist()), scores[finite]
-        not_finite = Counter({DropReason.NOT_FINITE: int((~finite).sum())})
-        has_columns = np.ones(len(scores), dtype=bool)
-        yield Scored(columns=columns, scores=scores, has_columns=has_columns, unusable=batch.unusable + not_finite)
+    for batch, cosines in _score(recheck, map(_usable_columns, batches), inputs):
+        scores, reasons = finite_scores([None] * len(cosines), cosines)
+        finite, columns = [number for number, reason in enumerate(reasons) if reason is None], batch.columns
+        if len(finite) < len(cosines):
+            columns, scores = take(columns, finite), scores[finite]
+        yield Scored(
+            columns=columns,
+            scores=scores,
+            has_columns=np.ones(len(scores), dtype=bool),
+            unusable=batch.unusable + Counter(reason for reason in reasons if reason is not None),
+        )
 
 
 class _UsableColumns(NamedTuple):
@@ -124,7 +130,7 @@ def _score(
 ) -> Iterator[tuple[T, np.ndarray]]:
     if recheck is None:
         for batch in batches:
-            yield batch, np.full(len(inputs(batch)[0]), np.nan, dtype=np.float32)
+            yield batch, np.zeros(len(inputs(batch)[0]), dtype=np.float32)
         return
     is_on_gpu = recheck.scorer.device.type == "cuda"
     scored = _map_beside_training(recheck, batches, inputs) if is_on_gpu else recheck.map(batches, inputs)
@@ -135,14 +141,14 @@ def _score(
 def _map_beside_training(
     recheck: "Recheck", batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
 ) -> Iterator[tuple[T, "BatchScores"]]:
-    """On a CUDA stream of its own, so that waiting for the scores does not wait for the training step."""
+    """Score on a CUDA stream of its own, so that waiting for the scores does not wait for the training step."""
     side, around = _side_stream(recheck.scorer.device), torch.cuda.current_stream(recheck.scorer.device)
 
     def inputs_for_side(batch: T) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.stream(around):
             tensors = inputs(batch)
         for tensor in tensors:
-            if tensor.is_cuda:  # somebody's loader has put it there
+            if tensor.is_cuda:  # another loader's batch may be there
                 side.wait_stream(around)
                 tensor.record_stream(side)
         return tensors

@@ -1,4 +1,4 @@
-"""Where a loader is: what its state holds."""
+"""Holds where a loader is, as its state."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
@@ -23,7 +23,7 @@ class Progress:
         return min(position.epoch for position in self.positions)
 
     def advance(self, scored: Scored, counts: FilterStats) -> Self:
-        """After a scoring batch."""
+        """The progress after a scoring batch, of which so many samples were seen, kept and dropped."""
         positions = list(self.positions)
         positions[scored.worker] = scored.after
         return type(self)(
@@ -56,7 +56,7 @@ class LoaderState:
         return cls(progress=progress, epoch=epoch)
 
     def is_same_place(self, other: Self) -> bool:
-        """Whether the stream goes on alike from both, whatever was counted before."""
+        """Whether the stream continues alike from both, whatever was counted before."""
         return (self.epoch, self.progress.positions, self.progress.next_worker) == (
             other.epoch,
             other.progress.positions,

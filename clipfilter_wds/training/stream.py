@@ -1,13 +1,14 @@
-"""A worker's samples in the order of training, from any position: shards shuffled, shared out, samples shuffled."""
+"""Streams a worker's samples in the order of training, from any position on."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.shards.open import OpenShard, open_shard
-from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.shards.open import OpenShard
+from clipfilter_wds.shards.samples import SampleLayout, read_part, read_samples
 from clipfilter_wds.shards.split import ShardPart, split_by_worker
 from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, ScoreLookup, no_scores
 from clipfilter_wds.types import Sample, ShardEnd, ShardError
@@ -17,10 +18,10 @@ from clipfilter_wds.world import World
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a worker is in its stream; all that it takes to go on from there.
+    """Where a worker is in its stream; all that it takes to continue there.
 
     Samples are read in windows and shuffled within each, so a position is where its window begins and how many of the
-    window's samples were handed out. Going on reads at most one window again, however far the epoch is.
+    window's samples were handed out. Resuming reads at most one window again, however far the epoch is.
 
     Attributes:
         epoch: Counts from 0.
@@ -37,7 +38,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class StreamSample:
-    """A sample, its shard's URL and size as stored, the position after it, and what was known of it.
+    """A sample, its shard's URL and size as stored, the position after it, and what is known of its score.
 
     A sample that is known to be dropped has no members.
     """
@@ -68,7 +69,7 @@ class ShardFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOrder:
-    """The order of the stream: a pure function of this, the epoch and the worker.
+    """Decides the order of the stream, as a pure function of these settings, the epoch and the worker.
 
     Attributes:
         urls: All shards, those of other ranks and workers included.
@@ -114,7 +115,7 @@ def read_stream(
     """One epoch of a worker's samples, from a position on.
 
     Every sample of the worker's shards comes exactly once, unusable ones included, and some time after the last of a
-    shard its :class:`PartEnd`. A shard that can't be used is a :class:`ShardFailure`, and the stream goes on with the
+    shard its :class:`PartEnd`. A shard that can't be used is a :class:`ShardFailure`, and the stream continues with the
     next. The order does not depend on what is known beforehand.
 
     Raises:
@@ -160,50 +161,57 @@ def _read_parts(
     """The samples of a worker's shards as they lie there."""
     for number in range(start.shard, len(parts)):
         part = parts[number]
-        first = start.index if number == start.shard else 0
-        end: ShardEnd | None = None
+        begin = start if number == start.shard else Position(start.epoch, number)
         try:
             worker_tracker.begin_shard(part.url)
-            with open_shard(part.url, allow_pipe=allow_pipe) as shard:
-                known = lookup(part.url)
-                for item in _read_part(shard, part, first, layout, known):
-                    if isinstance(item, ShardEnd):
-                        end = item
-                    else:
-                        after = Position(start.epoch, number, item.index + 1)
-                        sample = worker_tracker.checked(part.url, item)
-                        yield StreamSample(part.url, shard.num_bytes, sample, after, known.samples.get(item.index))
-            # Only now, since closing the shard can still tell that reading it failed.
-            if end is not None:
-                yield PartEnd(part.url, end)
+            read = partial(_read_open, part, begin, layout, worker_tracker, lookup)
+            for item in read_part(part, read, allow_pipe=allow_pipe):
+                yield PartEnd(part.url, item) if isinstance(item, ShardEnd) else item
         except ShardError as error:
             yield ShardFailure(part.url, str(error), Position(start.epoch, number + 1))
 
 
-def _read_part(
-    shard: OpenShard, part: ShardPart, first: int, layout: SampleLayout, known: PrecomputedScores
-) -> Iterator[Sample | ShardEnd]:
-    """A worker's share of a shard, from an index on, and its end. What is not kept is not read, but has its place."""
+def _read_open(
+    part: ShardPart,
+    start: Position,
+    layout: SampleLayout,
+    worker_tracker: WorkerTracker,
+    lookup: ScoreLookup,
+    shard: OpenShard,
+) -> Iterator[StreamSample | ShardEnd]:
+    """A worker's share of an open shard, from a position on, and the shard's end.
+
+    What is known to be dropped is not read, but has its place.
+    """
+    known = lookup(part.url)
 
     def is_mine(index: int) -> bool:
-        return index >= first and index % part.num_parts == part.part
+        return index >= start.index and index % part.num_parts == part.part
 
     def wanted(index: int) -> bool:
         return is_mine(index) and (index not in known.samples or known.samples[index].keep)
 
-    place = first
+    def stream_sample(sample: Sample) -> StreamSample:
+        after = Position(start.epoch, start.shard, sample.index + 1)
+        checked = worker_tracker.checked(part.url, sample)
+        return StreamSample(part.url, shard.num_bytes, checked, after, known.samples.get(sample.index))
+
+    place = start.index
     for item in read_samples(shard, layout, wanted=wanted, pair_only=True):
         _check_is_known(part.url, item, known)
         until = item.num_samples if isinstance(item, ShardEnd) else item.index
-        yield from (
-            Sample(key=known.samples[index].key, index=index) for index in range(place, until) if is_mine(index)
-        )
-        yield item
+        for index in filter(is_mine, range(place, until)):
+            yield stream_sample(Sample(key=known.samples[index].key, index=index))
+        yield item if isinstance(item, ShardEnd) else stream_sample(item)
         place = until + 1
 
 
 def _check_is_known(url: str, item: Sample | ShardEnd, known: PrecomputedScores) -> None:
-    """Check that a shard is the one of which something is known."""
+    """Check that a shard is the one whose scores are known.
+
+    Raises:
+        ValueError: When it is not.
+    """
     if isinstance(item, ShardEnd):
         here, there = f"{item.num_samples} samples", f"{known.num_samples} samples"
         is_same = known.num_samples in (None, item.num_samples)

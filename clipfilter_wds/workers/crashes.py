@@ -1,4 +1,4 @@
-"""What worker processes are at, left where it outlives them; and what follows when one dies of it."""
+"""Tracks which sample each worker is at, and decides what to leave out when one dies."""
 
 import logging
 import signal
@@ -15,13 +15,13 @@ from clipfilter_wds.types import DropReason, Sample, ShardError
 
 _log = logging.getLogger(__name__)
 
-#: Quarantine with no batch in between after which it is not a sample's fault.
+#: Deaths with no batch in between after which no sample can be at fault.
 _MAX_DEATHS_IN_A_ROW = 32
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """A sample, or with no index the reading of its shard."""
+    """A sample, or its shard where there is no index."""
 
     url: str
     index: int | None
@@ -35,7 +35,7 @@ class WorkerDiedError(RuntimeError):
     """A worker process died; the message says of what, and at which sample."""
 
     def __init__(self, sample: SampleRef | None, exit_code: int | None) -> None:
-        super().__init__(sample, exit_code)  # as they are, so that it can be pickled
+        super().__init__(sample, exit_code)  # unpickling calls the class with these
         self.sample, self.exit_code = sample, exit_code
 
     def __str__(self) -> str:
@@ -53,38 +53,42 @@ def _cause(exit_code: int | None) -> str:
 
 
 class Quarantine:
-    """What workers died of. What kills one twice is left out from then on: a sample, or a whole shard."""
+    """Collects what workers died of. What kills two of them is left out from then on: a sample, or a whole shard.
 
-    def __init__(self) -> None:
+    Args:
+        max_in_a_row: Deaths with no batch in between that are put up with; 0 makes the first one an error.
+    """
+
+    def __init__(self, max_in_a_row: int = _MAX_DEATHS_IN_A_ROW) -> None:
+        self._max_in_a_row, self._in_a_row = max_in_a_row, 0
         self._counts: Counter[SampleRef] = Counter()
-        self._in_a_row = 0
         self.left_out: set[SampleRef] = set()
 
     def add(self, death: WorkerDiedError) -> None:
-        """Count a death after which reading goes on.
+        """Count a death.
 
         Raises:
-            WorkerDiedError: When that is of no use, because workers die at once or everywhere.
+            WorkerDiedError: When starting workers again is of no use, because they die at once or one after another.
         """
         self._in_a_row += 1
-        if death.sample is None or self._in_a_row > _MAX_DEATHS_IN_A_ROW:
+        if death.sample is None or self._in_a_row > self._max_in_a_row:
             raise death
         self._counts[death.sample] += 1
         if self._counts[death.sample] > 1:
             self.left_out.add(death.sample)
         _log.warning("%s; %s", death, "that is left out" if death.sample in self.left_out else "trying once more")
 
-    def outlived(self) -> None:
-        """Note that a batch has come."""
+    def end_row(self) -> None:
+        """Note that a batch has come, so that the next death is the first in a row."""
         self._in_a_row = 0
 
 
 class CrashTracker:
-    """What each worker is at, in memory that outlives the worker.
+    """Knows which sample each worker is at, from memory that outlives the worker.
 
     Args:
         urls: All shards that the workers read.
-        num_workers: Processes that are watched; with 0, each keeps to itself what it is at.
+        num_workers: Processes that are tracked; with 0, each process tracks itself alone.
         timeout: Seconds that one sample may take in a worker before its process is killed; 0 is for ever.
         left_out: What has killed workers before.
     """
@@ -95,17 +99,17 @@ class CrashTracker:
         self._urls = list(urls)
         self._timeout = timeout
         self._left_out = frozenset(left_out)
-        # Per worker the shard, counting from 1, and the sample, likewise; 0 where there is none.
+        # For each worker two numbers: its shard and its sample, counting from 1; 0 for none.
         self._cells = RawArray("q", 2 * num_workers) if num_workers else [0, 0]
         self._num_workers = num_workers
 
     def last_seen(self, worker: int) -> SampleRef | None:
-        """Where a worker is, or was when it died."""
+        """What a worker is at, or was at when it died."""
         shard, sample = self._cells[2 * worker : 2 * worker + 2]
         return SampleRef(self._urls[shard - 1], sample - 1 if sample else None) if shard else None
 
     def for_worker(self) -> "WorkerTracker":
-        """For the process that calls it: where to leave what it is at."""
+        """The tracker of the process that calls it."""
         info = get_worker_info()
         worker, timeout = (info.id, self._timeout) if info and self._num_workers else (0, 0.0)
         numbers = {url: number for number, url in enumerate(self._urls, start=1)}
@@ -113,7 +117,7 @@ class CrashTracker:
 
 
 class WorkerTracker:
-    """Where one worker leaves what it is at."""
+    """Notes which sample one worker is at."""
 
     def __init__(
         self, cells: Any, worker: int, numbers: dict[str, int], timeout: float, left_out: frozenset[SampleRef]
@@ -133,7 +137,7 @@ class WorkerTracker:
             raise ShardError("reading it killed two worker processes")
 
     def checked(self, url: str, sample: Sample) -> Sample:
-        """The sample; without its members and with the problem ``decoder_crash`` if it has killed workers before."""
+        """The sample; or, if it has killed workers before, one without members, whose problem is ``decoder_crash``."""
         if sample.problem is None and self.is_left_out(url, sample.index):
             return replace(sample, members=(), problem=DropReason.DECODER_CRASH)
         return sample
@@ -143,11 +147,11 @@ class WorkerTracker:
         return bool(self._left_out) and SampleRef(url, index) in self._left_out
 
     def at(self, url: str, index: int) -> Self:
-        """``with worker_tracker.at(url, index):`` around whatever a sample's bytes may do harm to."""
+        """Use as ``with worker_tracker.at(url, index):`` around whatever a sample's bytes could crash."""
         self._cells[self._at] = self._numbers[url]
         self._cells[self._at + 1] = index + 1
         if self._timeout:
-            signal.setitimer(signal.ITIMER_REAL, self._timeout)  # the kernel's: it also ends a decoder stuck in C
+            signal.setitimer(signal.ITIMER_REAL, self._timeout)  # by the kernel, so a decoder stuck in C ends too
         return self
 
     def __enter__(self) -> None:
@@ -157,4 +161,4 @@ class WorkerTracker:
         if self._timeout:
             signal.setitimer(signal.ITIMER_REAL, 0)
         self._cells[self._at + 1] = 0
-        self._cells[self._at] = self._reading  # of a shuffled stream, by now another one
+        self._cells[self._at] = self._reading  # a shuffled stream may have got to another shard by now

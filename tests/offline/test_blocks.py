@@ -10,6 +10,7 @@ import torch
 
 from clipfilter_wds.offline.blocks import Block, BlockDataset
 from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.workers.pool import worker_loader
 from tests.support.toys import encoded, pair, photo, write_shard, write_tar
@@ -34,19 +35,27 @@ def shards(tmp_path_factory):
 
 
 def batches_of(urls, scorer, *, num_workers: int = 0, batch_size: int = BATCH_SIZE, **options) -> list[Block]:
-    dataset = BlockDataset(urls, scorer.preprocess, batch_size=batch_size, **options)
+    dataset = dataset_of(urls, scorer, batch_size=batch_size, **options)
     return list(worker_loader(dataset, num_workers=num_workers))
+
+
+def dataset_of(shards, scorer, *, batch_size: int = BATCH_SIZE, allow_pipe: bool = False, **options) -> BlockDataset:
+    urls = expand_shards(shards, allow_pipe=allow_pipe)
+    return BlockDataset(
+        urls=urls, preprocess=scorer.preprocess, batch_size=batch_size, allow_pipe=allow_pipe, **options
+    )
 
 
 def content(batch: Block) -> tuple:
     """All of a batch but for who read it."""
-    return batch.part.url, batch.rows, batch.pixel_values.tolist(), batch.input_ids.tolist()
+    return batch.part.url, batch.prepared.rows, batch.prepared.pixel_values.tolist(), batch.prepared.input_ids.tolist()
 
 
 def with_rows(batches: list[Block]) -> list[tuple]:
     """The contents of the batches that hold samples, in the order of their shards and indices."""
     return sorted(
-        (content(batch) for batch in batches if batch.rows), key=lambda content: (content[0], content[1][0].index)
+        (content(batch) for batch in batches if batch.prepared.rows),
+        key=lambda content: (content[0], content[1][0].index),
     )
 
 
@@ -58,17 +67,17 @@ def test_a_block_comes_out_of_a_worker_as_it_is_whether_piped_or_in_shared_memor
     here = batches_of([str(shard)], scorer, batch_size=batch_size)
     there = batches_of([str(shard)], scorer, batch_size=batch_size, num_workers=1)
     assert with_rows(there) == with_rows(here)
-    assert there[0].pixel_values.is_shared() == in_shared_memory
-    assert not there[0].input_ids.is_shared()
-    assert {block.pixel_values.dtype for block in there} == {torch.uint8}
-    assert {block.input_ids.dtype for block in there} == {torch.int64}
+    assert there[0].prepared.pixel_values.is_shared() == in_shared_memory
+    assert not there[0].prepared.input_ids.is_shared()
+    assert {block.prepared.pixel_values.dtype for block in there} == {torch.uint8}
+    assert {block.prepared.input_ids.dtype for block in there} == {torch.int64}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3, 8])
 @pytest.mark.parametrize("num_shards", range(1, len(SHARD_SIZES) + 1))
 def test_every_sample_is_read_exactly_once_whoever_reads(shards, scorer, num_shards, num_workers):
     batches = batches_of(shards[:num_shards], scorer, num_workers=num_workers)
-    read = sorted((batch.part.url, row.index, row.key) for batch in batches for row in batch.rows)
+    read = sorted((batch.part.url, row.index, row.key) for batch in batches for row in batch.prepared.rows)
     assert read == [
         (url, index, f"{index:09d}")
         for url, num_samples in zip(shards[:num_shards], SHARD_SIZES, strict=False)
@@ -97,14 +106,14 @@ def test_batches_hold_the_same_samples_whatever_other_shards_there_are(shards, s
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 100])
 def test_a_batch_is_a_run_of_consecutive_samples_with_a_view_per_usable_one(shards, scorer, batch_size):
     for batch in batches_of(shards, scorer, batch_size=batch_size):
-        indices = [row.index for row in batch.rows]
+        indices = [row.index for row in batch.prepared.rows]
         assert indices == list(range(indices[0], indices[0] + len(indices))) if indices else batch.end
         assert len(indices) == batch_size or batch.end
-        num_usable = sum(row.reason is None for row in batch.rows)
-        assert batch.pixel_values.shape == (num_usable, 3, *scorer.preprocess.view.crop)
-        assert batch.pixel_values.dtype == torch.uint8
-        assert batch.input_ids.shape[0] == num_usable
-        assert batch.input_ids.dtype == torch.int64
+        num_usable = sum(row.reason is None for row in batch.prepared.rows)
+        assert batch.prepared.pixel_values.shape == (num_usable, 3, *scorer.preprocess.view.crop)
+        assert batch.prepared.pixel_values.dtype == torch.uint8
+        assert batch.prepared.input_ids.shape[0] == num_usable
+        assert batch.prepared.input_ids.dtype == torch.int64
 
 
 def test_rows_tell_reason_size_and_tokens(tmp_path, scorer):
@@ -118,7 +127,7 @@ def test_rows_tell_reason_size_and_tokens(tmp_path, scorer):
         {"jpg": encoded(photo(0)), "txt": long.encode()},
     ]
     [batch] = batches_of(write_shard(tmp_path / "0.tar", samples), scorer, batch_size=100)
-    assert [row.reason for row in batch.rows] == [
+    assert [row.reason for row in batch.prepared.rows] == [
         None,
         DropReason.UNREADABLE_IMAGE,
         DropReason.BLANK_CAPTION,
@@ -126,13 +135,13 @@ def test_rows_tell_reason_size_and_tokens(tmp_path, scorer):
         DropReason.MISSING_CAPTION,
         None,
     ]
-    assert [(row.width, row.height) for row in batch.rows] == [(64, 50), *[(0, 0)] * 4, (48, 40)]
-    assert [row.truncated for row in batch.rows] == [False] * 5 + [True]
-    assert batch.rows[0].num_tokens == 4
-    assert batch.rows[5].num_tokens > scorer.preprocess.tokenize.max_length
+    assert [(row.width, row.height) for row in batch.prepared.rows] == [(64, 50), *[(0, 0)] * 4, (48, 40)]
+    assert [row.truncated for row in batch.prepared.rows] == [False] * 5 + [True]
+    assert batch.prepared.rows[0].num_tokens == 4
+    assert batch.prepared.rows[5].num_tokens > scorer.preprocess.tokenize.max_length
     views = [scorer.preprocess.view(scorer.preprocess.view.decode(samples[number]["jpg"])) for number in (0, 5)]
-    assert torch.equal(batch.pixel_values, torch.stack(views))
-    assert torch.equal(batch.input_ids, scorer.preprocess.tokenize(["ab", long]).input_ids)
+    assert torch.equal(batch.prepared.pixel_values, torch.stack(views))
+    assert torch.equal(batch.prepared.input_ids, scorer.preprocess.tokenize(["ab", long]).input_ids)
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -140,7 +149,7 @@ def test_a_torn_shard_ends_with_a_torn_row(tmp_path, scorer, num_workers):
     path = write_shard(tmp_path / "0.tar", [pair(number) for number in range(10)])
     os.truncate(path, path.stat().st_size // 2)
     batches = batches_of(path, scorer, num_workers=num_workers)
-    rows = sorted((row.index, row.reason) for batch in batches for row in batch.rows)
+    rows = sorted((row.index, row.reason) for batch in batches for row in batch.prepared.rows)
     [end] = {batch.end for batch in batches if batch.end}
     assert end.torn
     assert 0 < end.num_samples < 10
@@ -171,13 +180,13 @@ def test_a_shard_that_can_not_be_used_is_a_batch_with_the_error_and_the_others_a
     assert sorted(batch.part.part for batch in last) == list(range(last[0].part.num_parts))
     assert all(message in batch.error and batch.end is None for batch in last)
     for url, num_samples in ((shards[0], SHARD_SIZES[0]), (shards[3], SHARD_SIZES[3])):
-        assert sum(len(batch.rows) for batch in batches if batch.part.url == url) == num_samples
+        assert sum(len(batch.prepared.rows) for batch in batches if batch.part.url == url) == num_samples
         assert not any(batch.error for batch in batches if batch.part.url == url)
 
 
 def test_a_shard_that_vanishes_after_it_was_listed_is_a_batch_with_the_error(tmp_path, scorer):
     path = write_shard(tmp_path / "0.tar", [pair(0)])
-    dataset = BlockDataset(path, scorer.preprocess)
+    dataset = dataset_of(path, scorer)
     path.unlink()
     [batch] = worker_loader(dataset, num_workers=1)
     assert "no such file" in batch.error
@@ -187,9 +196,9 @@ def test_a_pipe_is_read_in_workers_when_it_is_allowed(tmp_path, scorer):
     path = write_shard(tmp_path / "0.tar", [pair(number) for number in range(6)])
     url = f"pipe:cat {path}"
     with pytest.raises(ValueError, match="allow_pipe=True"):
-        BlockDataset(url, scorer.preprocess)
+        dataset_of(url, scorer)
     batches = batches_of(url, scorer, num_workers=2, allow_pipe=True)
-    assert sum(len(batch.rows) for batch in batches) == 6
+    assert sum(len(batch.prepared.rows) for batch in batches) == 6
     assert not any(batch.error for batch in batches)
 
 
@@ -223,26 +232,26 @@ def test_the_caption_is_read_from_where_the_layout_says(tmp_path, scorer):
     samples = [{"jpg": encoded(photo(0)), "json": b'{"caption": "abc"}', "txt": b" "}]
     path = write_shard(tmp_path / "0.tar", samples)
     [batch] = batches_of(path, scorer, layout=SampleLayout(caption="json:caption"))
-    assert (batch.rows[0].reason, batch.rows[0].num_tokens) == (None, 5)
+    assert (batch.prepared.rows[0].reason, batch.prepared.rows[0].num_tokens) == (None, 5)
     [batch] = batches_of(path, scorer)
-    assert batch.rows[0].reason is DropReason.BLANK_CAPTION
+    assert batch.prepared.rows[0].reason is DropReason.BLANK_CAPTION
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused_with_its_value(shards, scorer, batch_size):
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
-        BlockDataset(shards, scorer.preprocess, batch_size=batch_size)
+        dataset_of(shards, scorer, batch_size=batch_size)
 
 
 def test_iterating_twice_gives_the_same_batches(shards, scorer):
-    dataset = BlockDataset(shards, scorer.preprocess, batch_size=BATCH_SIZE)
+    dataset = dataset_of(shards, scorer)
     assert [content(batch) for batch in dataset] == [content(batch) for batch in dataset]
 
 
 def test_loading_batches_leaves_no_process_behind(shards, scorer):
     """Also when only the first batch is taken."""
     psutil = pytest.importorskip("psutil")
-    dataset = BlockDataset(shards, scorer.preprocess, batch_size=BATCH_SIZE)
+    dataset = dataset_of(shards, scorer)
     before = set(psutil.Process().children(recursive=True))
     batches = iter(worker_loader(dataset, num_workers=2))
     next(batches)
@@ -256,22 +265,26 @@ def test_loading_batches_leaves_no_process_behind(shards, scorer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
 @pytest.mark.gpu
 def test_pinned_batches_hold_the_same(shards, scorer):
-    dataset = BlockDataset(shards, scorer.preprocess, batch_size=BATCH_SIZE)
+    dataset = dataset_of(shards, scorer)
     pinned = list(worker_loader(dataset, num_workers=1, pin_memory=True))
-    assert all(batch.pixel_values.is_pinned() and batch.input_ids.is_pinned() for batch in pinned if batch.rows)
+    assert all(
+        batch.prepared.pixel_values.is_pinned() and batch.prepared.input_ids.is_pinned()
+        for batch in pinned
+        if batch.prepared.rows
+    )
     assert [content(batch) for batch in pinned] == [content(batch) for batch in dataset]
 
 
 def test_a_spawned_process_can_be_handed_the_dataset(shards, scorer, tmp_path):
     """Where processes are spawned and not forked, the dataset is pickled."""
-    dataset = BlockDataset(shards[0], scorer.preprocess, batch_size=BATCH_SIZE)
+    dataset = dataset_of(shards[0], scorer)
     torch.save(dataset, tmp_path / "dataset.pt")
     code = (
         "import sys, torch\n"
         "dataset = torch.load(sys.argv[1], weights_only=False)\n"
-        "print(sum(int(batch.pixel_values.sum()) for batch in dataset))"
+        "print(sum(int(batch.prepared.pixel_values.sum()) for batch in dataset))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "dataset.pt"], capture_output=True, text=True, check=True
     )
-    assert int(run.stdout) == sum(int(batch.pixel_values.sum()) for batch in dataset)
+    assert int(run.stdout) == sum(int(batch.prepared.pixel_values.sum()) for batch in dataset)

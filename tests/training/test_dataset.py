@@ -61,16 +61,26 @@ def test_an_image_transform_does_not_change_what_clip_sees(scorer, shards):
 
     changed = batches(ClipWebDataset(shards, scorer.preprocess, image_transform=blacken))
     for one, other in zip(plain, changed, strict=True):
-        assert torch.equal(one.pixel_values, other.pixel_values)
-        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.prepared.pixel_values, other.prepared.pixel_values)
+        assert torch.equal(one.prepared.input_ids, other.prepared.input_ids)
 
 
 def test_without_transforms_training_gets_clips_view_and_the_caption(scorer, shards):
     first = batches(ClipWebDataset(shards, scorer.preprocess))[0]
-    assert first.views["image"] is first.pixel_values
-    assert first.pixel_values.dtype is torch.uint8
-    assert first.pixel_values.shape == (4, 3, 32, 32)
+    assert first.views["image"] is first.prepared.pixel_values
+    assert first.prepared.pixel_values.dtype is torch.uint8
+    assert first.prepared.pixel_values.shape == (4, 3, 32, 32)
     assert first.views["text"] == [f"photo number {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("num_samples", [4, 100])  # piped, and in shared memory
+def test_clips_views_are_sent_once_where_they_are_what_training_gets(scorer, tmp_path, num_samples):
+    url = write_shard(tmp_path / "0.tar", [pair(number) for number in range(num_samples)])
+    dataset = ClipWebDataset(url, scorer.preprocess)
+    here, there = (batches(dataset, num_workers=number, batch_size=100)[0] for number in (0, 1))
+    assert there.views["image"] is there.prepared.pixel_values
+    assert torch.equal(there.views["image"], here.views["image"])
+    assert there.rows == there.prepared.rows == here.rows
 
 
 def test_views_of_any_shape_are_collated_row_by_row(scorer, shards):
@@ -105,7 +115,7 @@ def test_transforms_see_usable_samples_only_and_the_others_have_a_reason(scorer,
         None,
     ]
     assert batch.views["image"].tolist() == batch.views["text"].tolist() == [5, 5]
-    assert len(batch.pixel_values) == len(batch.input_ids) == 2
+    assert len(batch.prepared.pixel_values) == len(batch.prepared.input_ids) == 2
     assert len(batch.urls) == len(batch.rows) == 6
 
 
@@ -124,7 +134,7 @@ def test_a_pickled_dataset_reads_the_same(scorer, shards):
     again = pickle.loads(pickle.dumps(dataset))
     for one, other in zip(batches(dataset), batches(again), strict=True):
         assert one.rows == other.rows
-        assert torch.equal(one.pixel_values, other.pixel_values)
+        assert torch.equal(one.prepared.pixel_values, other.prepared.pixel_values)
 
 
 def test_workers_never_read_the_rank_from_the_environment(scorer, shards, monkeypatch):

@@ -244,7 +244,7 @@ def exchange_states(recipe):
     distributed.all_gather_object(states, loader.state_dict())
     lone = recipe.build(world=World()).state_dict()
     for state in (states[1 - distributed.get_rank()], lone):
-        with pytest.raises(ValueError, match="can't go on from this state") as refused:
+        with pytest.raises(ValueError, match="can't resume from this state") as refused:
             recipe.build().load_state_dict(json.loads(json.dumps(state)))
         refusals.append(str(refused.value))
     return refusals

@@ -112,7 +112,7 @@ def test_a_state_holds_positions_and_no_samples(half):
 def test_a_state_of_other_settings_is_refused_with_both_values(half, options, dataset_options, here, there):
     recipe = half.but(threshold=0.1, num_workers=2).but_dataset(shuffle=10)
     state = json.loads(json.dumps(recipe.build().state_dict()))
-    with pytest.raises(ValueError, match="can't go on from this state") as refused:
+    with pytest.raises(ValueError, match="can't resume from this state") as refused:
         recipe.but(**options).but_dataset(**dataset_options).build().load_state_dict(state)
     assert here in str(refused.value)
     assert there in str(refused.value)

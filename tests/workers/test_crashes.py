@@ -118,16 +118,16 @@ def test_when_every_sample_kills_the_run_ends_with_an_error_that_names_one(score
 
 
 def test_a_shard_whose_reading_kills_fails_alone(scorer, evil, monkeypatch, tmp_path):
-    from clipfilter_wds.offline import blocks
+    from clipfilter_wds.shards import samples
 
-    really = blocks.open_shard
+    really = samples.open_shard
 
     def open_shard(url: str, **options):
         if url.endswith("1.tar"):
             segfault()
         return really(url, **options)
 
-    monkeypatch.setattr(blocks, "open_shard", open_shard)
+    monkeypatch.setattr(samples, "open_shard", open_shard)
     write_shards(tmp_path / "in", {})
     tally = process_shards(ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "out", num_workers=1), scorer)
     assert tally.failed == {f"{tmp_path}/in/1.tar": "reading it killed two worker processes"}

@@ -1,20 +1,71 @@
-"""A loader whose workers die reads on without what killed them, and yields all else in the same order."""
+"""Workers that die are started again; a loader yields all but what killed them in the same order."""
 
 import time
 from functools import partial
 
 import pytest
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import DropReason
-from clipfilter_wds.workers.crashes import WorkerDiedError
+from clipfilter_wds.workers.crashes import CrashTracker, Quarantine, SampleRef, WorkerDiedError
+from clipfilter_wds.workers.pool import worker_loader
+from clipfilter_wds.workers.restart import restarting
 from tests.support.evil import loop, segfault
 from tests.support.restore import NUMBERS, Recipe, image_number, keys, load_scorer, text_number, write_numbered
+
+
+class Counting(IterableDataset):
+    """Yields numbers from a start on; one of them kills its worker unless that is left out."""
+
+    def __init__(self, tracker: CrashTracker, start: int) -> None:
+        self.tracker, self.start = tracker, start
+
+    def __iter__(self):
+        worker_tracker = self.tracker.for_worker()
+        for number in range(self.start, 10):
+            with worker_tracker.at("a.tar", number):
+                if number == 6 and not worker_tracker.is_left_out("a.tar", number):
+                    segfault()
+            yield number
+
+
+def counted(quarantine: Quarantine, starts: list[int]) -> list[int]:
+    """What comes; ``starts`` tells where workers were started."""
+    come: list[int] = []
+
+    def start(tracker: CrashTracker):
+        starts.append(len(come))
+        return worker_loader(Counting(tracker, len(come)), num_workers=1, tracker=tracker)
+
+    for number in restarting(start, ["a.tar"], num_workers=1, worker_timeout=0.0, quarantine=quarantine):
+        come.append(number)
+    return come
+
+
+def test_workers_are_started_again_behind_what_has_come_and_what_they_died_of_is_known_to_later_ones():
+    quarantine, starts = Quarantine(), []
+    assert counted(quarantine, starts) == list(range(10))
+    assert len(starts) == 3
+    assert starts[0] == 0
+    assert quarantine.left_out == {SampleRef("a.tar", 6)}
+    again: list[int] = []
+    assert counted(quarantine, again) == list(range(10))
+    assert again == [0]
+
+
+def test_the_first_death_is_an_error_where_none_is_put_up_with():
+    starts: list[int] = []
+    with pytest.raises(WorkerDiedError, match=r"SIGSEGV\) at sample 6 of "):
+        counted(Quarantine(0), starts)
+    assert starts == [0]
+
+
+# --- inline ---
 
 EVIL_NUMBERS = {1005, 3000}
 
