@@ -1,1 +1,1 @@
-"""Makes of a sample what the model sees: pixels and tokens."""
+"""Prepares samples for a model: pixels and tokens."""

@@ -19,7 +19,7 @@ BufferProvider = Callable[[int, int, int], torch.Tensor]
 
 
 def new_buffer(num_views: int, height: int, width: int) -> torch.Tensor:
-    """Ordinary memory for the views of a batch: the :data:`BufferProvider` of whoever needs no other."""
+    """Ordinary memory for the views of a batch: the usual :data:`BufferProvider`."""
     return torch.empty(num_views, 3, height, width, dtype=torch.uint8)
 
 
@@ -65,7 +65,7 @@ def _to_send(tensor: torch.Tensor) -> torch.Tensor | np.ndarray:
 
 
 class BatchBuilder:
-    """Gathers samples into a :class:`PreparedBatch`. Views are written straight to the memory that it gets.
+    """Gathers samples into a :class:`PreparedBatch`, whose views are written straight to the memory it will have.
 
     Args:
         preprocess: Prepares the samples.

@@ -1,4 +1,4 @@
-"""The loader that training iterates: epochs, ranks and state."""
+"""Gives training its batches: epoch by epoch, in step with the other ranks, from any saved state on."""
 
 import logging
 import math

@@ -111,40 +111,35 @@ class BatchSource:
         self, dataset: ClipWebDataset, world: World, begin: LoaderState, tracker: CrashTracker
     ) -> Iterable[StreamBatch]:
         """Unscored batches, from persistent workers if they continue there, else from new ones."""
+        config = self._config
         if self._persistent is not None and begin.is_same_place(self._persistent[0]):
             batches = self._persistent[1]
         else:
-            batches = self._start(dataset, world, begin, tracker)
-        if self._config.persistent_workers:
+            stream = StreamWorker(
+                dataset,
+                world=world,
+                num_workers=max(1, config.num_workers),
+                batch_size=config.score_batch_size,
+                epoch=begin.epoch,
+                start=begin.progress.positions,
+                first=begin.progress.next_worker,
+                endless=config.end == "repeat",
+                lookup=self._lookup,
+                view=self._view,
+                tracker=tracker,
+            )
+            batches = worker_loader(
+                stream,
+                num_workers=config.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=config.persistent_workers,
+                multiprocessing_context=config.multiprocessing_context,
+                tracker=tracker,
+            )
+        if config.persistent_workers:
             # Iterated again, workers give the next epoch from its beginning, and nothing else.
             self._persistent = LoaderState.start(len(begin.progress.positions), begin.epoch + 1), batches
         return batches
-
-    def _start(
-        self, dataset: ClipWebDataset, world: World, begin: LoaderState, tracker: CrashTracker
-    ) -> Iterable[StreamBatch]:
-        config = self._config
-        stream = StreamWorker(
-            dataset,
-            world=world,
-            num_workers=max(1, config.num_workers),
-            batch_size=config.score_batch_size,
-            epoch=begin.epoch,
-            start=begin.progress.positions,
-            first=begin.progress.next_worker,
-            endless=config.end == "repeat",
-            lookup=self._lookup,
-            view=self._view,
-            tracker=tracker,
-        )
-        return worker_loader(
-            stream,
-            num_workers=config.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=config.persistent_workers,
-            multiprocessing_context=config.multiprocessing_context,
-            tracker=tracker,
-        )
 
     def warn_of(self, failures: Iterable[tuple[str, str]]) -> None:
         """Say once of each shard that can't be used why that is."""

@@ -1,1 +1,1 @@
-"""Runs the processes that read and decode."""
+"""Runs the processes that read and decode samples."""

@@ -78,7 +78,7 @@ class Quarantine:
             self.left_out.add(death.sample)
         _log.warning("%s; %s", death, "that is left out" if death.sample in self.left_out else "trying once more")
 
-    def end_row(self) -> None:
+    def note_batch(self) -> None:
         """Note that a batch has come, so that the next death is the first in a row."""
         self._in_a_row = 0
 

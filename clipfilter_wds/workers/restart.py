@@ -36,7 +36,7 @@ def restarting(
         try:
             with iterating(start(tracker)) as items:
                 for item in items:
-                    quarantine.end_row()
+                    quarantine.note_batch()
                     yield item
             return
         except WorkerDiedError as death:

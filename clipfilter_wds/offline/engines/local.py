@@ -17,7 +17,7 @@ from clipfilter_wds.offline.scoring import FailedShard, ScoreTask, ScoringOption
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
-from clipfilter_wds.workers.cpus import default_num_workers, num_processors
+from clipfilter_wds.workers.cpus import default_num_workers, num_cpus
 from clipfilter_wds.workers.pool import iterating, worker_loader
 
 #: Scored shards that may wait for the disk before scoring waits for them.
@@ -75,7 +75,7 @@ class LocalEngine:
 
     def copy(self, tasks: Sequence[AnyCopyTask], num_workers: int | None) -> Outcomes:
         """See ``Engine``."""
-        usual = max(1, min(len(tasks), num_processors() // self._share))
+        usual = max(1, min(len(tasks), num_cpus() // self._share))
         processes = usual if num_workers is None else num_workers
         with iterating(worker_loader(_Copies(tasks), num_workers=processes, in_order=False)) as copies:
             yield from copies
