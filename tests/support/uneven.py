@@ -85,4 +85,4 @@ def break_scorer(scorer: ClipScorer, after: int) -> None:
         if next(passes) >= after:
             raise RuntimeError("device-side assert triggered")
 
-    scorer.register_forward_pre_hook(fail)
+    scorer.fast.register_forward_pre_hook(fail)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch import nn
 
+from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.preprocess import image as preprocess
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.table import ShardScores
@@ -41,9 +41,9 @@ NUM_USABLE = 3 * 12 + 9 + 5
 class CountedRows:
     """Counts the pairs that a model is given."""
 
-    def __init__(self, scorer: nn.Module) -> None:
+    def __init__(self, scorer: ClipScorer) -> None:
         self.num_rows = 0
-        self._handle = scorer.register_forward_pre_hook(self._count)
+        self._handle = scorer.fast.register_forward_pre_hook(self._count)
 
     def _count(self, module, args):
         self.num_rows += len(args[0])
