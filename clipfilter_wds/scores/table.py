@@ -87,10 +87,17 @@ class ShardScores:
             ``DropReason`` or null), ``num_tokens``, ``truncated``, ``width``, ``height``,
             ``uid`` (16 bytes, big-endian; null where the sample's json member has none).
         metadata: What was scored, and how.
+
+    Raises:
+        ValueError: When they differ in the number of samples.
     """
 
     table: pa.Table
     metadata: ScoreMetadata
+
+    def __post_init__(self) -> None:
+        if self.table.num_rows != self.metadata.num_samples:
+            raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
 
     @classmethod
     def from_rows(cls, rows: Sequence[SampleRow], scores: np.ndarray, metadata: ScoreMetadata) -> Self:
@@ -126,10 +133,7 @@ class ShardScores:
         """
         with _naming_file(path):
             table = pq.read_table(pa.BufferReader(path.read_bytes()))
-            metadata = ScoreMetadata.from_schema(table.schema.metadata)
-            if table.num_rows != metadata.num_samples:
-                raise ValueError(f"it holds {table.num_rows} of {metadata.num_samples} samples")
-            return cls(table=table, metadata=metadata)
+            return cls(table=table, metadata=ScoreMetadata.from_schema(table.schema.metadata))
 
     @property
     def scores(self) -> np.ndarray:

@@ -50,7 +50,7 @@ def test_the_page_closes_the_accounting(run):
 def test_the_page_names_model_fingerprint_and_precision(run):
     page, table = run.report.read_text(), run.tables[0]
     for name in ("model", "weights", "tokenizer", "precision"):
-        assert str(table.fingerprint[name]) in page
+        assert str(table.metadata.fingerprint[name]) in page
     assert re.search(r'<th scope="row">band</th><td>[\d.]+</td>', page)
 
 

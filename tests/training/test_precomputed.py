@@ -206,8 +206,10 @@ def test_scores_of_other_captions_are_refused_with_both(tabled):
 def rewritten_table(folder: Path, name: str, change) -> None:
     path = folder / f"{name}.parquet"
     found = ShardScores.read(path)
+    table = change(found.table)
+    metadata = replace(found.metadata, num_samples=table.num_rows)
     with path.open("wb") as file:
-        replace(found, table=change(found.table)).write(file)
+        ShardScores(table=table, metadata=metadata).write(file)
 
 
 def renamed_key(table):
