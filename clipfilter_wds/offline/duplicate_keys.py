@@ -1,4 +1,4 @@
-"""Keys that would come twice into one output: which, and what they are called instead."""
+"""Finds keys that would come twice into one output, and gives them suffixes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ReadKeys = Callable[[], Iterable[Sequence[str]]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Suffixes:
-    """What is put behind the keys that came before.
+    """What is put behind keys that came before.
 
     Attributes:
         places: Which of the kept samples, counted over the whole run; sorted int64 ``[N]``.
@@ -26,7 +26,7 @@ class Suffixes:
     separator: str
 
     def between(self, start: int, stop: int) -> dict[int, str]:
-        """Of the kept samples ``start <= place < stop``: place from ``start`` on -> suffix."""
+        """The suffixes of the kept samples ``start <= place < stop``, by their place behind ``start``."""
         first, last = np.searchsorted(self.places, [start, stop])
         places = (self.places[first:last] - start).tolist()
         numbers = self.numbers[first:last].tolist()
@@ -36,8 +36,8 @@ class Suffixes:
 def find_suffixes(read: ReadKeys) -> Suffixes:
     """Number the samples whose key has come before, so that all keys differ.
 
-    Keys are compared by 64 bits of their hash: 8 bytes per sample, and three times that while they are sorted. That two
-    keys share them is next to impossible; one of them would get a suffix for nothing.
+    Keys are compared by 64 bits of their hash: 8 bytes per sample, and three times that while they are sorted. Two keys
+    with equal hashes are next to impossible; the second would get a suffix that it does not need.
     """
     hashes = np.fromiter(_hashes(key for keys in read() for key in keys), dtype=np.uint64)
     places, numbers = _repeats(hashes)

@@ -1,4 +1,4 @@
-"""Scores shards. Everything that takes is passed in, so that any process can do it."""
+"""Scores shards. All that is needed is passed in, so that any process can do it."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -78,20 +78,20 @@ class ScoringOptions:
         }
 
     def rechecked_at(self, fingerprint: Fingerprint) -> float | None:
-        """What score tables say of the threshold, None when their scores are in float32 all over."""
+        """What score tables say of the threshold; None when all scores are in float32."""
         return None if fingerprint["precision"] == "fp32" else self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """Makes the score table of a shard; then, where that is not for later, the tar of what is kept of it.
+    """Makes the score table of a shard, and right after it the tar of the kept samples, where a task for that is given.
 
     Attributes:
         url: The shard.
         table: Where its scores go.
         fingerprint: What they depend on beside the shard.
-        rechecked_at: The threshold near which they are computed in float32.
-        copy: Copies what is kept; None where nothing is copied, or nothing before all shards are scored.
+        rechecked_at: What the table says of the threshold; see ``ScoreMetadata``.
+        copy: Makes the tar; None where nothing is copied, or nothing before all shards are scored.
     """
 
     url: str
@@ -113,14 +113,17 @@ class ScoreTask:
         return None if scores is None else _stats_of(scores)
 
     def copy_left(self) -> CopyTask | None:
-        """The copy, when all that it takes is there: a run was killed between table and mark."""
+        """The task that makes the tar, if a run that was killed has left the table that it takes.
+
+        A table that is damaged or of another run counts as none: the shard is scored again, and the table replaced.
+        """
         try:
             return None if self.copy is None or self._read_table() is None else self.copy
         except (ValueError, ShardError):
-            return None  # written with other settings, or damaged: the shard is scored again, and the table replaced
+            return None
 
     def _read_table(self) -> ShardScores | None:
-        """The table that an earlier run has left, None when there is none that is like the one that this run makes.
+        """The table that an earlier run has left; None when there is none, or this run would make another one.
 
         Raises:
             ValueError: When it was made with another model, other settings or from another shard.
@@ -136,7 +139,7 @@ class ScoreTask:
         return scores if is_alike else None
 
     def commit(self, scores: ShardScores) -> ShardStats:
-        """Write the table, and copy; when this returns, all is on disk and whole.
+        """Write the table, then the tar; when this returns, they are on disk and whole.
 
         Raises:
             ShardError: When the shard can't be read again or has changed.

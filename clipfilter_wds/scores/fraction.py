@@ -1,4 +1,4 @@
-"""All scores of a run -> the lowest one that a fraction of the samples reaches, exactly and in little memory."""
+"""Finds the lowest score that a fraction of a run's samples reaches, exactly and in little memory."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

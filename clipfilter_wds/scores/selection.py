@@ -1,4 +1,4 @@
-"""Scores -> keep or drop, with a reason."""
+"""Keeps or drops samples by their scores, with a reason."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""A list of the samples that may be kept: DataComp's uid arrays, or keys in a text file."""
+"""Reads lists of samples that may be kept: DataComp's uid arrays, or keys in a text file."""
 
 import hashlib
 from collections.abc import Sequence
