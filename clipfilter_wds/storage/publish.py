@@ -101,12 +101,17 @@ def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
     """
     if as_file and isinstance(output, Path) and output.is_dir():
         raise ValueError(f"output {str(output)!r} is a folder; name a file")
-    # Named as a leftover, so that the next run deletes it, should this one be killed right now.
-    probe = (output.parent if as_file else output) / _TEMPORARY.replace("*", f"probe.{uuid4().hex}")
+    folder = output.parent if as_file else output
     try:
-        with publish(probe):
-            pass
-        probe.unlink(missing_ok=True)
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):  # without a name: nothing is left of it, whenever the process is killed
+                pass
+        else:
+            probe = folder / f".clipfilter-probe-{uuid4().hex}"
+            with publish(probe):
+                pass
+            probe.unlink()
     except OSError as error:
         raise ValueError(f"can't write to output {str(output)!r}: {error.strerror or error}") from error
 

@@ -115,7 +115,7 @@ class TestReading:
             ("in.parquet", b"no parquet", "as parquet"),
             ("in.json", b"{", "as json"),
             ("in.csv", b'a,b\n1,2,3\n1,2,3,4\n"', "as csv"),
-            ("in.tsv", b"", "'tsv' is no type of table; use json, jsonl, csv, parquet"),
+            ("in.tsv", b"", "'tsv' is no table format; use json, jsonl, csv, parquet"),
         ],
     )
     def test_what_is_no_table_is_an_error_that_names_the_file(self, storage, tmp_path, name, data, message):
