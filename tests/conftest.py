@@ -6,6 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from clipfilter_wds.cli import main
 from clipfilter_wds.models.scorer import ClipScorer
@@ -15,6 +16,10 @@ from tests.support.toys import make_clip
 
 # The models here are tiny: a second thread costs more than it brings, above all beside DataLoader workers.
 torch.set_num_threads(1)
+
+# How long an example takes depends on who else works.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -7,7 +7,7 @@ from clipfilter_wds.offline.duplicate_keys import find_suffixes
 keys = st.sampled_from(["a", "b", "a_1", "a_2", "a__1", "a_1_1", "b_1"]) | st.text(max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(keys, max_size=6), max_size=5))
 @example([])
 @example([["a", "a"], ["a_1", "a__1"], ["a"]])

@@ -182,7 +182,7 @@ def a_source(url: str, start: int, stop: int, num_kept: int) -> Source:
     return Source(url=url, table=Path("t"), cutoff=None, to_end=False, **numbers)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), min_size=1, max_size=4),
     st.data(),
@@ -234,7 +234,7 @@ class TestKeys:
         assert sum(mark["renamed_keys"] for mark in marks) == 6
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.integers(1, 40), st.sampled_from([-1.0, 0.1, 0.12, 0.15, 1.0]), st.randoms(use_true_random=False))
 def test_any_part_of_a_pack_can_be_missing(shards, scores, tmp_path_factory, samples_per_shard, threshold, rng):
     output = tmp_path_factory.mktemp("packed")

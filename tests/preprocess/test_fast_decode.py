@@ -62,7 +62,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_not_below_the_models_si
     assert (rgb.scale > 1) == (decoded != stored)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(sorted(VIEWS)))
 def test_no_image_is_decoded_below_the_models_size_nor_at_more_than_twice_of_it(width, height, name):
     view = fast(VIEWS[name])

@@ -80,7 +80,7 @@ def test_pixels_equal_those_of_the_image_processor(size, view):
     check_view(photo(1, size), view)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(8, 64), st.integers(4, 64), st.integers(4, 64))
 def test_pixels_equal_those_of_the_image_processor_at_any_size(width, height, resize, crop_height, crop_width):
     check_view(photo(2, (width, height)), ImageView(resize=resize, crop=(crop_height, crop_width)))
@@ -268,7 +268,7 @@ def test_the_cap_on_pixels_counts_width_times_height(image_format):
 IMAGES = [encoded(photo(1), name) for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(range(len(IMAGES))),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20),

@@ -63,7 +63,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @given(data=jpegs())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_plain_jpegs_have_pillows_pixels(data):
     decoded = decode(data)
     assert decoded is not None
@@ -71,7 +71,7 @@ def test_plain_jpegs_have_pillows_pixels(data):
 
 
 @given(data=damaged())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_what_is_decoded_of_damaged_jpegs_has_pillows_pixels(data):
     try:
         opened = open_file(data)

@@ -72,7 +72,7 @@ def test_a_json_without_a_text_in_the_field_has_no_caption(record):
     assert reason_of(read_captions, {"json": data, "txt": b"other"}, JSON) is DropReason.MISSING_CAPTION
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text() | st.none() | st.just(0) | st.lists(st.text()))
 def test_any_text_in_a_json_field_comes_through(value):
     data = {"json": json.dumps({"caption": value}).encode()}
@@ -82,7 +82,7 @@ def test_any_text_in_a_json_field_comes_through(value):
         assert reason_of(read_captions, data, JSON) is DropReason.MISSING_CAPTION
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary())
 def test_any_bytes_are_a_caption_that_the_tokenizer_takes(scorer, data):
     captions = read_captions({"txt": data}, SampleLayout())

@@ -53,7 +53,7 @@ def test_token_ids_equal_those_of_the_tokenizer(tokenizers, caption):
     check_tokens(tokenizers, ["a", caption, "two words"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(captions=st.lists(st.text(max_size=120), min_size=1, max_size=4))
 def test_token_ids_equal_those_of_the_tokenizer_for_any_text(tokenizers, captions):
     check_tokens(tokenizers, captions)

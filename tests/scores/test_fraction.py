@@ -33,7 +33,7 @@ shard = st.lists(few_values | any_value, max_size=12).map(lambda scores: np.arra
 fractions = st.floats(0, 1) | st.sampled_from([0.0, 1.0, 0.5, 0.3, 1e-9])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(shard, max_size=6), fractions)
 @example([], 1.0)
 @example([np.array([], dtype=np.float32)], 0.5)
@@ -61,7 +61,7 @@ def test_a_million_scores_with_many_ties_are_cut_as_a_sort_cuts_them(fraction):
     assert not found[np.isnan(scores)].any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(shard, min_size=1, max_size=5), fractions, fractions)
 def test_a_larger_fraction_keeps_all_that_a_smaller_one_keeps(shards, one, other):
     less, more = (np.concatenate(kept(shards, fraction)) for fraction in sorted([one, other]))

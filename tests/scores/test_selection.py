@@ -59,7 +59,7 @@ def check_selection(scores: list[float | DropReason], threshold: float) -> None:
     assert selection.stats.dropped == {reason: reasons.count(reason) for reason in DropReason if reason in reasons}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data(), thresholds)
 def test_a_pair_is_kept_when_its_clipped_score_reaches_the_threshold(data, threshold):
     kinds = any_float | scores_near(threshold) | st.sampled_from(UNSCORED)
@@ -96,7 +96,7 @@ def test_what_could_not_be_scored_is_dropped_for_its_reason_whatever_the_thresho
     }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(any_float | st.sampled_from(UNSCORED), max_size=12))
 def test_without_a_threshold_all_that_could_be_scored_is_kept(scores):
     selection = select(table(scores), None)
@@ -104,7 +104,7 @@ def test_without_a_threshold_all_that_could_be_scored_is_kept(scores):
     assert DropReason.BELOW_THRESHOLD not in selection.stats.dropped
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(any_float | st.sampled_from(UNSCORED), max_size=12), thresholds, thresholds)
 def test_a_higher_threshold_never_keeps_more(scores, one, other):
     low, high = sorted([one, other])

@@ -19,7 +19,7 @@ uids = st.builds(lambda high, low: high << 64 | low, st.sampled_from([0, 1, 2**6
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(uids, max_size=20), st.lists(st.none() | uids, max_size=20))
 def test_a_sample_is_held_when_its_uid_is_listed(tmp_path_factory, listed, asked):
     path = tmp_path_factory.mktemp("subset") / "uids.npy"

@@ -53,7 +53,7 @@ def _rest(row: SampleRow) -> tuple:
     return row.reason, row.num_tokens, row.truncated, row.width, row.height
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(row_lists, st.data(), st.booleans(), st.integers(-1, 2**40), st.text())
 def test_a_table_reads_as_it_was_written(tmp_path_factory, rows, data, torn, num_bytes, source):
     drawn = {row.index: data.draw(floats) for row in rows if row.reason is None}
@@ -77,7 +77,7 @@ def test_a_table_reads_as_it_was_written(tmp_path_factory, rows, data, torn, num
     assert found.dropped == {reason: reasons.count(reason) for reason in DropReason if reason in reasons}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.permutations(range(7)), st.sets(st.integers(0, 6)))
 def test_rows_in_any_order_give_the_same_table_bit_for_bit(order, unusable):
     rows = [SampleRow(str(index), index, DropReason.TORN if index in unusable else None) for index in range(7)]
@@ -163,7 +163,7 @@ def test_a_table_of_another_version_is_refused_with_both_versions(tmp_path):
         ShardScores.read(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 def test_a_damaged_table_is_refused_or_read_and_never_another_exception(tmp_path_factory, share, mask):
     data = bytearray(WHOLE)

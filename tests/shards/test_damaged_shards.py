@@ -54,7 +54,7 @@ def test_torn_shard_never_mixes_a_pair_wherever_it_was_cut_between_blocks(tar_fo
         check_cut(shard, cut)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(SHARDS)), st.data())
 def test_torn_shard_never_mixes_a_pair_wherever_it_was_cut(tar_format, data):
     shard = SHARDS[tar_format]
@@ -109,7 +109,7 @@ def flipped(data: bytes, flips: list[tuple[int, int]]) -> tuple[bytes, set[int]]
     return bytes(changed), {position for position, (a, b) in enumerate(zip(data, changed, strict=True)) if a != b}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(sorted(SHARDS)), flips)
 def test_flipped_bytes_never_mix_what_they_did_not_touch(tar_format, flips):
     shard = SHARDS[tar_format]
@@ -134,7 +134,7 @@ def test_flipped_bytes_never_mix_what_they_did_not_touch(tar_format, flips):
     assert plain(samples[:num_known]) == shard.samples[:num_known]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.binary(min_size=BLOCK, max_size=BLOCK), max_size=3), st.integers(0, 15))
 def test_garbage_in_place_of_a_member_ends_the_shard_there(garbage, number):
     shard = SHARDS["gnu"]
@@ -163,7 +163,7 @@ def test_a_zeroed_header_with_members_after_it_is_torn_and_not_the_end(number):
     assert plain(samples[:-1]) == shard.samples[: number // 3 - 1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(SHARDS)), flips | st.just([]), st.sets(st.integers(0, 5)), st.booleans())
 def test_what_is_wanted_never_changes_how_samples_are_counted(tar_format, flips, wanted, pair_only):
     data, _ = flipped(SHARDS[tar_format].data, flips)
@@ -283,7 +283,7 @@ def test_a_torn_sparse_member_never_mixes_a_pair(tmp_path, tar_format):
 
 
 @needs_gnu_tar
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(flips=st.lists(st.tuples(st.integers(4 * BLOCK, 14 * BLOCK - 1), st.integers(1, 255)), min_size=1, max_size=3))
 @pytest.mark.parametrize("tar_format", ["gnu", "posix"])
 def test_a_damaged_sparse_map_is_torn_alike_whoever_reads_it(tmp_path_factory, tar_format, flips):

@@ -66,7 +66,7 @@ schemes = st.sampled_from(["", "/", "../", "s3://b/", "https://u:p@h/"])
 base_names = st.sampled_from(["0.tar", "1.tar", "0.tar.gz", "0", "x?y.tar", "..b.tar", "a b.tar"])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(schemes, min_size=1, max_size=2), st.lists(st.tuples(folders, base_names), max_size=4), st.data())
 def test_output_names_are_all_different_and_never_leave_the_folder(schemes, places, data):
     urls = [f"{data.draw(st.sampled_from(schemes))}{folder}/{name}" for folder, name in places]

@@ -97,7 +97,7 @@ def check_damaged(path: Path) -> None:
 compressions = [name for name in PACKED if name != "plain"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(compressions), st.floats(0, 1))
 def test_a_truncated_compressed_shard_is_torn_and_its_whole_samples_are_used(tmp_path_factory, packing, share):
     path = tmp_path_factory.getbasetemp() / "truncated.tar"
@@ -116,7 +116,7 @@ def test_half_of_a_compressed_shard_still_yields_samples(tmp_path, packing):
     assert members
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(compressions), st.floats(0, 1, exclude_max=True), st.binary(min_size=8, max_size=64))
 def test_a_corrupted_compressed_shard_never_raises_anything_else(tmp_path_factory, packing, share, garbage):
     path = tmp_path_factory.getbasetemp() / "corrupted.tar"

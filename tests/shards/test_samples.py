@@ -67,7 +67,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(names.filter(lambda name: not is_hidden(name) and name.rpartition("/")[2] and not name.startswith("__")))
 def test_key_and_extension_of_a_name_are_those_of_webdataset(name):
     samples, end = read_shard(tar_bytes([(name, b"x")], encoding="utf-8", errors="surrogateescape"))
@@ -88,7 +88,7 @@ member_names = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(member_names, unique_by=str.lower, max_size=10).map(sorted))
 def test_a_sorted_shard_is_grouped_as_webdataset_groups_it(member_names):
     data = tar_bytes([(name, name.encode()) for name in member_names])

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from clipfilter_wds.shards.split import split_by_worker
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(0, 12))
 def test_every_block_of_every_shard_is_read_once_and_no_worker_idles(num_shards, num_workers, num_blocks):
     shards = [f"{number}.tar" for number in range(num_shards)]

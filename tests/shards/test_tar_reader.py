@@ -79,14 +79,14 @@ def tar_of(members) -> bytes:
     return b"".join(pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(members, st.booleans())
 def test_members_of_any_format_are_found_as_tarfile_finds_them(members, read):
     data = tar_of(members) + END
     assert found_in(data, TarStream, read=read) == found_in(data, Careful, read=read)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     members.filter(bool),
     st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3),
@@ -124,7 +124,7 @@ def test_headers_of_webdataset_and_of_tarfile_are_plain(monkeypatch):
         assert num_left_to_tarfile(data + END, monkeypatch) == 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(members.filter(bool))
 def test_a_stored_member_is_the_same_member_in_another_tar(members):
     global_header = tarfile.TarInfo.create_pax_global_header({"mtime": "7"})
@@ -169,7 +169,7 @@ class Dribble(io.RawIOBase):
         return self._stream.readinto(memoryview(buffer)[: next(self._sizes)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     members, st.lists(st.integers(1, 2000), min_size=1, max_size=5), st.sampled_from([1, 100, 512, 1 << 18]), st.data()
 )

@@ -64,7 +64,7 @@ def test_names_and_bytes_come_back_as_they_were(tar_path):
     assert not end.torn
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(

@@ -3,7 +3,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.scores.selection import select
@@ -19,7 +19,6 @@ def scores_of(similarity: list[float], reasons: list[DropReason | None] | None =
     return PairScores(similarity=np.array(similarity, dtype=np.float32), reasons=reasons, num_truncated=0)
 
 
-@settings(deadline=None)  # the first use of pyarrow takes its time
 @given(st.lists(st.floats(-1, 1, width=32)), st.floats(-1, 1))
 def test_rows_are_decided_as_samples_of_shards_are(cosines, threshold):
     rows = [SampleRow(str(index), index) for index in range(len(cosines))]

@@ -42,7 +42,7 @@ def all_keys():
     return sorted(f"{100 * shard + number:09d}" for shard, size in enumerate(SIZES) for number in range(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     world_size=st.integers(1, 4),
     num_workers=st.integers(1, 4),

@@ -36,7 +36,7 @@ def test_a_csv_of_odd_lines(call, folder, tmp_path):
     assert "line 6: it has 5 cells; the header names 3 columns; line 8: its quote is never closed" in out
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=3, max_size=3)),
     st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),

@@ -33,7 +33,7 @@ def test_a_file_of_bad_lines_only_is_an_error(call, folder, tmp_path):
     assert "there is no JSON object in it (line 1:" in err
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False) | st.integers() | st.text())))
 def test_whatever_the_records_hold_they_come_back_with_a_score(tmp_path_factory, records):
     records = [{"image": "a", "caption": "b"}, *records]
