@@ -55,8 +55,17 @@ def test_rewrite_goes_on_without_a_sample_that_kills_its_process_twice(
 ):
     monkeypatch.setattr(evil, "harm", staticmethod(harm))
     write_shards(tmp_path / "in", {1: {7}})
+    shard = tmp_path / "in" / "1.tar"
+    data = shard.read_bytes()
     options = {"shards": f"{tmp_path}/in/*.tar", "threshold": 0.0, "batch_size": 4}
-    config = RewriteConfig(**options, output=tmp_path / "out", num_workers=2, worker_timeout=0.5)
+    # First with that sample unreadable, so that it kills nobody.
+    shard.write_bytes(data.replace(b"P6 # evil 7", b"no # image "))
+    began = time.monotonic()
+    process_shards(RewriteConfig(**options, output=tmp_path / "plain", num_workers=0), scorer)
+    timeout = max(0.5, time.monotonic() - began)  # of one sample; all of them took no longer, on a busy machine too
+    shard.write_bytes(data)
+
+    config = RewriteConfig(**options, output=tmp_path / "out", num_workers=2, worker_timeout=timeout)
     tally = process_shards(config, scorer)
     assert (tally.counts.seen, tally.counts.dropped) == (60, {DropReason.DECODER_CRASH: 1})
     assert not tally.failed
@@ -69,12 +78,7 @@ def test_rewrite_goes_on_without_a_sample_that_kills_its_process_twice(
     assert first.endswith("trying once more")
     assert second.endswith("that is left out")
 
-    # All else has the bits that it has where that sample is unreadable and kills nobody.
-    (tmp_path / "in" / "1.tar").write_bytes(
-        (tmp_path / "in" / "1.tar").read_bytes().replace(b"P6 # evil 7", b"no # image 7"[:11])
-    )
-    monkeypatch.undo()
-    process_shards(RewriteConfig(**options, output=tmp_path / "plain", num_workers=0), scorer)
+    # All else has the bits that it has without.
     there, here = bits(tmp_path / "plain"), bits(tmp_path / "out")
     assert there.keys() == here.keys()
     assert {name for name in here if here[name] != there[name]} <= {"1_stats.json", "_scores/1.parquet"}
@@ -135,13 +139,17 @@ def test_a_shard_whose_reading_kills_fails_alone(scorer, evil, monkeypatch, tmp_
 
 
 def test_a_slow_sample_is_no_crash_without_a_limit(scorer, evil, monkeypatch, tmp_path):
-    monkeypatch.setattr(evil, "harm", staticmethod(partial(time.sleep, 0.5)))
+    def num_kept(seconds: float, timeout: float) -> int:
+        monkeypatch.setattr(evil, "harm", staticmethod(partial(time.sleep, seconds)))
+        output = tmp_path / f"out{timeout}"
+        config = ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=output, num_workers=1, worker_timeout=timeout)
+        return process_shards(config, scorer).counts.kept
+
     write_shards(tmp_path / "in", {0: {1}}, num_shards=1, num_samples=3)
-    for timeout, num_kept in ((0, 3), (0.1, 2)):
-        config = ScoreConfig(
-            shards=f"{tmp_path}/in/*.tar", output=tmp_path / f"{timeout}", num_workers=1, worker_timeout=timeout
-        )
-        assert process_shards(config, scorer).counts.kept == num_kept
+    began = time.monotonic()
+    assert num_kept(0.5, timeout=0) == 3
+    timeout = time.monotonic() - began  # of one sample; all of them took no longer
+    assert num_kept(100 * timeout, timeout=timeout) == 2
 
 
 def test_an_image_that_kills_among_those_that_measure_low_precision_ends_no_run_and_changes_no_bit(
@@ -205,7 +213,17 @@ def test_a_row_of_a_table_whose_image_kills_twice_scores_as_an_unreadable_one(
 ):
     monkeypatch.setattr(evil, "harm", staticmethod(harm))
     table = write_table(tmp_path / "in", {7})
-    tally, rows = filter_table(table, scorer, worker_timeout=0.5)
+    image = table.parent / "7.image"
+    data = image.read_bytes()
+    # First with that image unreadable, so that it kills nobody.
+    image.write_bytes(b"no image")
+    began = time.monotonic()
+    plain, expected = filter_table(table, scorer, num_workers=0)
+    timeout = max(0.5, time.monotonic() - began)  # of one row; all of them took no longer, on a busy machine too
+    assert plain.unusable == {DropReason.UNREADABLE_IMAGE: 1}
+    image.write_bytes(data)
+
+    tally, rows = filter_table(table, scorer, worker_timeout=timeout)
     assert (tally.counts.seen, tally.counts.kept) == (30, 30)
     assert tally.unusable == {DropReason.DECODER_CRASH: 1}
     assert tally.first == {DropReason.DECODER_CRASH: (7, "7.image")}
@@ -215,11 +233,6 @@ def test_a_row_of_a_table_whose_image_kills_twice_scores_as_an_unreadable_one(
     assert f"at sample 7 of '{table}'" in first
     assert first.endswith("trying once more")
     assert second.endswith("that is left out")
-
-    # All scores are those of the table in which that image is unreadable and kills nobody.
-    (table.parent / "7.image").write_bytes(b"no image")
-    plain, expected = filter_table(table, scorer, num_workers=0)
-    assert plain.unusable == {DropReason.UNREADABLE_IMAGE: 1}
     assert rows == expected
     assert rows[7] == ("7.image", 0.0)
 

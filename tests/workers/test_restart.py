@@ -3,6 +3,7 @@
 import time
 from functools import partial
 
+import psutil
 import pytest
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
@@ -89,6 +90,13 @@ def deadly(clip_folder, tmp_path_factory) -> Recipe:
     )
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def without_evil(epochs: list[list[list[str]]]) -> list[list[str]]:
     return [[key for batch in epoch for key in batch if int(key) not in EVIL_NUMBERS] for epoch in epochs]
 
@@ -122,17 +130,23 @@ def test_a_loader_raises_an_error_that_names_the_sample_when_told(deadly):
 
 
 def test_a_transform_that_never_ends_is_found_out(deadly):
-    recipe = deadly.but(on_crash="raise", worker_timeout=0.3).but_dataset(image_transform=partial(kill_at, loop))
+    began = time.monotonic()
+    keys(deadly.but_dataset(image_transform=image_number).build())
+    timeout = max(0.3, time.monotonic() - began)  # of one sample; all of them took no longer, on a busy machine too
+    recipe = deadly.but(on_crash="raise", worker_timeout=timeout).but_dataset(image_transform=partial(kill_at, loop))
     with pytest.raises(WorkerDiedError, match=r"it took longer than worker_timeout\) at sample 5 of"):
         keys(recipe.build())
 
 
 def test_a_death_never_surfaces_in_the_middle_of_the_training_step(deadly):
     """torch's own handler raises in whatever line the main thread is when a worker dies."""
-    loader = deadly.build()
+    loader, before = deadly.build(), psutil.Process().children()
     for number, _ in enumerate(loader):
-        if number == 0:
-            time.sleep(1)  # a long step, in which the worker that reads ahead dies
+        if number == 0:  # a long step, in which the worker that reads ahead dies
+            workers = [child for child in psutil.Process().children() if child not in before]
+            assert len(workers) == 2
+            while not any(map(has_ended, workers)):
+                time.sleep(0.01)
     assert loader.stats.dropped == {DropReason.DECODER_CRASH: 2}
 
 
