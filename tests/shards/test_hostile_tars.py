@@ -160,9 +160,9 @@ def test_a_compressed_bomb_fails_the_shard_alone_and_is_not_unpacked(scorer, tmp
     (tmp_path / "in" / "0.tar").write_bytes(packed + pack(512 << 20))
     write_shard(tmp_path / "in" / "1.tar", [pair(1)])
     config = RewriteConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "out", threshold=0.0, num_workers=0)
-    began = time.monotonic()
+    began = time.process_time()
     tally = process_shards(config, scorer)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     assert list(tally.failed) == [f"{tmp_path}/in/0.tar"]
     assert "over 200 times as many" in tally.failed[f"{tmp_path}/in/0.tar"]
     assert tally.counts.kept == 1
