@@ -1,6 +1,6 @@
 import shutil
 import threading
-import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from clipfilter_wds.models.forward_pool import ForwardCancelledError, forward_po
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.selection import passes
+from tests.support.pace import FOREVER
 from tests.support.toys import encoded, make_clip, photo
 
 
@@ -70,7 +71,7 @@ def test_streams_share_out_torchs_threads_and_leave_everybody_elses_alone(scorer
 
     with forward_pool(scorer.device, scorer.fast.width) as pool:
         assert pool.num_ahead >= num_streams
-        barrier = threading.Barrier(num_streams, timeout=20)
+        barrier = threading.Barrier(num_streams, timeout=FOREVER)
         waits = [pool.run(lambda: (barrier.wait(), threads_used())[1]) for _ in range(num_streams)]
         assert [wait() for wait in waits] == [share] * num_streams
         others = []
@@ -102,17 +103,23 @@ def test_an_error_reaches_the_caller_and_no_thread_is_left(scorer, batches):
 
 
 def test_a_batch_that_nobody_waits_for_ends_between_two_of_its_groups(scorer, batches):
-    pixel_values = batches[14][0].repeat(400, 1, 1, 1)  # 6,000 images, which takes several seconds
-    scorer.fast.encode_image(pixel_values[:320])
+    pixel_values = batches[14][0].repeat(20, 1, 1, 1)  # ten groups
+    begun, all_begun = Counter(), threading.Barrier(5, timeout=FOREVER)
+
+    def check():
+        begun[threading.current_thread()] += 1
+        if begun[threading.current_thread()] == 2:
+            all_begun.wait()
+            pool._closed.wait(FOREVER)
+        pool.raise_if_cancelled()
+
     with forward_pool(scorer.device, scorer.fast.width) as pool:
-        check = pool.raise_if_cancelled
         waits = [pool.run(scorer.fast.encode_image, pixel_values, check=check) for _ in range(4)]
-        time.sleep(0.2)
-        began = time.monotonic()
-    assert time.monotonic() - began < 2
+        all_begun.wait()
     for wait in waits:
         with pytest.raises(ForwardCancelledError):
             wait()
+    assert list(begun.values()) == [2] * 4
 
 
 def test_batches_that_nobody_takes_are_not_worked_on(scorer, batches):

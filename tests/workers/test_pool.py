@@ -6,8 +6,8 @@ import multiprocessing.synchronize
 import re
 import struct
 import sys
-import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from torch.utils.data._utils.worker import _worker_loop
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerDiedError
 from clipfilter_wds.workers.pool import iterating, worker_loader
 from tests.support.evil import loop, out_of_memory
+from tests.support.pace import FOREVER
 from tests.support.processes import in_fresh_process
 
 # --- what they send ---
@@ -62,7 +63,12 @@ def test_a_worker_that_is_killed_while_it_sends_keeps_nobody_waiting(method, per
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_nor_does_it_where_a_thread_waits_that_puts_batches_in_page_locked_memory(persistent):
-    in_fresh_process(_read_pinned, persistent, timeout=60)
+    in_fresh_process(_read_pinned, persistent)
+
+
+def tell_and_loop(event: multiprocessing.synchronize.Event) -> None:
+    event.set()
+    loop()
 
 
 def _read_pinned(persistent: bool) -> None:
@@ -73,8 +79,9 @@ def _read_pinned(persistent: bool) -> None:
     torch.accelerator.set_device_index = lambda index: None
     tracker = CrashTracker(["a.tar"], 2)
     options = {"num_workers": 2, "tracker": tracker, "pin_memory": True, "persistent_workers": persistent}
-    with iterating(worker_loader(Numbers(tracker, loop), **options)):
-        time.sleep(1.0)  # until half a message has come
+    half_sent = multiprocessing.Event()
+    with iterating(worker_loader(Numbers(tracker, partial(tell_and_loop, half_sent)), **options)):
+        half_sent.wait()
     train, other = worker_loader(Numbers(tracker), **options), worker_loader(Collections(), num_workers=1)
     with iterating(train) as numbers, iterating(other) as more:
         next(more)  # of a process that could write to what the first one reads
@@ -107,10 +114,9 @@ def take_all_locks() -> None:
         for part in vars(frame.f_locals[name]).values():
             lock = part._lock if isinstance(part, multiprocessing.synchronize.Condition) else part
             if isinstance(lock, multiprocessing.synchronize.Lock):
-                assert lock.acquire(timeout=10)
+                assert lock.acquire(timeout=FOREVER)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize(
     "method", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ("fork", "spawn", "forkserver"))]

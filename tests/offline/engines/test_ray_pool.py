@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
+from tests.support.pace import FOREVER
 
 ray = pytest.importorskip("ray")
 
@@ -31,10 +34,23 @@ def load() -> dict[str, int]:
     return {"loads": os.getpid()}
 
 
-def pid(loaded: dict[str, int], *, seconds: float = 0.0) -> int:
-    time.sleep(seconds)
+def pid(loaded: dict[str, int]) -> int:
     assert loaded["loads"] == os.getpid()
     return os.getpid()
+
+
+def meet(loaded: dict[str, int], *, folder: Path) -> int:
+    """Wait until tasks of this folder are done by two actors at once."""
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == 2)
+    return pid(loaded)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + FOREVER
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def fail(loaded, *, log: Path, error: type[Exception]) -> None:
@@ -56,13 +72,10 @@ def refuse_to_load() -> None:
 
 def test_every_task_is_done_by_actors_that_load_once(tmp_path):
     with RayPool(load, cpus_per_task=2) as pool:
-        results = dict(pool.map({str(i): partial(pid, seconds=0.05) for i in range(20)}))
+        results = dict(pool.map({str(i): partial(meet, folder=tmp_path) for i in range(20)}))
     assert sorted(results) == sorted(map(str, range(20)))
     assert len(set(results.values())) == 2
-    deadline = time.monotonic() + 10
-    while any(map(psutil.pid_exists, results.values())):
-        assert time.monotonic() < deadline, "an actor is left"
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(psutil.pid_exists, results.values())))
 
 
 def test_a_task_that_always_fails_is_given_up_and_the_others_are_done(tmp_path):
@@ -106,16 +119,11 @@ def test_no_cluster_at_an_address_is_an_error_that_names_it():
 
 
 @pytest.mark.slow
-def test_two_actors_are_at_least_1_8_times_as_fast_as_one():
-    def seconds(cpus_per_task: int) -> float:
-        tasks = {str(i): partial(pid, seconds=0.5) for i in range(20)}
-        with RayPool(load, cpus_per_task=cpus_per_task) as pool:
-            list(pool.map(dict(list(tasks.items())[:2])))  # until all actors are there
-            began = time.perf_counter()
-            results = dict(pool.map(tasks))
-            assert len(set(results.values())) == 4 // cpus_per_task
-            return time.perf_counter() - began
-
-    one, two = seconds(4), seconds(2)
-    print(f"\none actor: {one:.2f} s, two actors: {two:.2f} s, {one / two:.2f} times as fast")
-    assert one / two >= 1.8
+def test_two_actors_work_at_once_all_the_time(tmp_path):
+    """Each task waits for another one to be worked on."""
+    folders = [tmp_path / str(number // 2) for number in range(20)]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    with RayPool(load, cpus_per_task=2) as pool:
+        results = dict(pool.map({str(number): partial(meet, folder=folder) for number, folder in enumerate(folders)}))
+    assert list(Counter(results.values()).values()) == [10, 10]
