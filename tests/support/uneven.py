@@ -14,7 +14,6 @@ from tests.support.toys import tar_members
 NUM_SAMPLES = 200
 SHARES = (0.0, 0.01, 0.5, 1.0)
 ENDS = ({"end": "sync"}, {"end": "repeat", "batches_per_epoch": 6})
-LIMIT = 100
 
 
 def score_numbers(clip_folder: Path, folder: Path) -> dict[int, float]:

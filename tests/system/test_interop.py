@@ -121,7 +121,6 @@ class Environment:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(290)
 def test_open_clip_trains_from_the_output_and_wids_indexes_it(folder, tmp_path):
     environment = Environment(tmp_path / "environment")
     captions = Counter(data.decode() for data in members(folder, ".txt"))

@@ -76,10 +76,11 @@ def start_and_stop(recipe: Recipe, num_times: int) -> tuple[Held, Held]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_five_hundred_starts_and_stops_leak_nothing(clip_folder, tmp_path):
     shards = write_numbered(tmp_path / "in", [list(range(40))])
     recipe = Recipe(clip=clip_folder, shards=shards, loader={"threshold": None, "batch_size": 4, "score_batch_size": 4})
-    before, after = in_fresh_process(start_and_stop, recipe, 500, timeout=280)
+    before, after = in_fresh_process(start_and_stop, recipe, 500, timeout=800)
     assert after.num_children == before.num_children == 0
     assert after.num_threads <= before.num_threads
     assert after.num_files <= before.num_files

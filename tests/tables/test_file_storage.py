@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from clipfilter_wds.tables.file_storage import FileStorage
+from tests.support.pace import FOREVER
 
 TYPES = ["json", "jsonl", "csv", "parquet"]
 RECORDS = [
@@ -176,7 +177,7 @@ class TestWriting:
         )
         process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + FOREVER
         while not any((tmp_path / "cache").glob(".*")):
             assert time.monotonic() < deadline
             time.sleep(0.001)

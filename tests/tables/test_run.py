@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.pace import FOREVER
 from tests.support.pair_tables import NUM_ROWS, SUFFIXES, read_records
 from tests.support.toys import encoded, photo
 
@@ -153,7 +154,7 @@ class _Waiting(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if "late" in self.path:
-            self.go_on.wait(60)
+            self.go_on.wait(FOREVER)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(self.image)
@@ -176,7 +177,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_no_leftovers(clip_folder
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
     leftovers = lambda: list(tmp_path.glob(".*"))  # noqa: E731
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + FOREVER
     while not leftovers():
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -186,7 +187,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_no_leftovers(clip_folder
     assert (tmp_path / "out.jsonl").read_text() == "from before"
     assert len(leftovers()) == 1
     _Waiting.go_on.set()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=FOREVER)
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr

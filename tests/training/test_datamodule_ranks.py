@@ -17,7 +17,6 @@ from tests.support.restore import threshold_that_keeps
 from tests.support.toys import pair, write_shard
 from tests.support.uneven import (
     ENDS,
-    LIMIT,
     NUM_SAMPLES,
     SHARES,
     Warnings,
@@ -101,7 +100,7 @@ def test_uneven_ranks_make_the_same_steps_at_any_keep_rate_and_share_no_sample(
     cases = [(share, end) for share in SHARES for end in ENDS]
     recipes = [base.but(threshold=threshold_that_keeps(share, scored), **end) for share, end in cases]
     fits = [Fit(data=data_options(recipe), trainer={"max_epochs": 2}) for recipe in recipes]
-    by_rank = run_ranks(world_size, fit_each, fits, timeout=LIMIT)
+    by_rank = run_ranks(world_size, fit_each, fits)
     for (share, end), recipe, outcomes in zip(cases, recipes, zip(*by_rank, strict=True), strict=True):
         what = (share, end["end"])
         errors = [outcome.error for outcome in outcomes]
@@ -162,7 +161,7 @@ def resumable(clip_folder, tmp_path_factory):
 
 def trained_by_each(world_size, fits):
     """Per fit, what each rank trained on; all fits in the same fresh processes."""
-    by_rank = run_ranks(world_size, fit_each, fits, timeout=LIMIT)
+    by_rank = run_ranks(world_size, fit_each, fits)
     outcomes = list(zip(*by_rank, strict=True))
     assert [outcome.error for ranks in outcomes for outcome in ranks if outcome.error] == []
     return [[outcome.trained for outcome in ranks] for ranks in outcomes]
@@ -221,7 +220,7 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_both(resumable,
 def test_a_scorer_that_fails_on_one_rank_ends_training_on_all(clip_folder, scored, tmp_path, world_size):
     recipe = sorted_recipe(clip_folder, tmp_path, scored, world_size).but(threshold=None)
     one = Fit(data=data_options(recipe), trainer={"max_epochs": 2}, bad_rank=world_size - 1)
-    *others, [bad] = run_ranks(world_size, fit_each, [one], timeout=LIMIT)
+    *others, [bad] = run_ranks(world_size, fit_each, [one])
     assert "device-side assert" in bad.error[1]
     for [other] in others:
         assert "another rank's data loading failed" in other.error[1]

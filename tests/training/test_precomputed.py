@@ -20,6 +20,7 @@ from clipfilter_wds.training.keep_rate import StarvationError
 from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.types import DropReason
 from tests.support.batches import batches, check_same, write_mixed, write_scores
+from tests.support.pace import FOREVER
 from tests.support.processes import run_ranks
 from tests.support.restore import (
     Recipe,
@@ -140,7 +141,7 @@ assert "transformers" not in sys.modules
 def test_no_model_and_no_library_of_models_is_loaded(tabled):
     threshold = tabled.loader["threshold"]
     command = [sys.executable, "-c", FROM_TABLE, tabled.shards, tabled.scores, str(threshold)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=FOREVER)
     assert done.stdout.split() == flat(keys(tabled.but_dataset(shuffle=0).build()))
 
 

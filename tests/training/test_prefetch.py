@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 
 from clipfilter_wds.training.prefetch import Prefetcher
+from tests.support.pace import FOREVER
 
 
 def feed_threads():
@@ -47,7 +48,7 @@ def test_works_ahead_by_its_depth_and_no_further():
     feed = Prefetcher(range(100), each(apply), depth=3)
     items = iter(feed)
     assert next(items) == 0
-    assert reached.wait(10)  # three ahead of the one taken
+    assert reached.wait(FOREVER)  # three ahead of the one taken
     feed.close()
     assert made == [0, 1, 2, 3]
 

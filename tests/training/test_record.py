@@ -20,6 +20,7 @@ from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.training.record import RecordFolder, RecordLookup
 from clipfilter_wds.types import DropReason, SampleRow, ShardEnd
 from tests.support.batches import batches, check_same, write_mixed, write_scores
+from tests.support.pace import FOREVER
 from tests.support.processes import context, run_ranks
 from tests.support.restore import (
     Recipe,
@@ -212,7 +213,6 @@ def test_goes_on_after_every_batch(scored, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_goes_on_after_every_batch_on_two_ranks_with_workers(scored, tmp_path):
     recipe = scored.but(record=tmp_path / "in", batch_size=20, num_workers=2)
     check_restores_after_every_batch(recipe, world_size=2)
@@ -228,7 +228,7 @@ def test_a_run_that_was_killed_leaves_whole_tables_only(clip_folder, tmp_path, c
     recipe = Recipe(clip=clip_folder, shards=shards, loader={"threshold": None, "record": tmp_path / "record"})
     process = context.Process(target=train_for_ever, args=(recipe,))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + FOREVER
     while len(list((tmp_path / "record").glob("*.parquet"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
