@@ -63,7 +63,7 @@ def test_a_full_disk_is_told_with_its_file_and_the_run_goes_on_when_there_is_roo
         code, said = rewrite(clip_folder, shards, output)
         assert code == 1
         assert "No space left on device: '" + str(output) in said
-        assert "What was finished is whole; start the same command again to go on" in said
+        assert "What was finished is whole; start the same command again to resume" in said
         assert "Traceback" not in said
         # Nothing half-written, under whatever name: what is there is what a whole run writes.
         expected = bits(tmp_path / "whole")

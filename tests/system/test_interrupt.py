@@ -19,7 +19,7 @@ from tests.support.servers import StallingServer
 from tests.support.toys import pair, write_shard
 
 COMMAND = (sys.executable, "-m", "clipfilter_wds")
-GO_ON = "start the same command again to go on"
+GO_ON = "start the same command again to resume"
 
 #: Seconds from Ctrl-C until nothing is left of a command, on an idle machine.
 LIMIT = 5.0

@@ -193,7 +193,7 @@ class TestCommand:
         assert "5 of 7 shards have no outcome" in said
         assert "00001.tar" in said
         assert "rank 1, 2, 3 of 4; is it running?" in said
-        assert "start the same command again to go on" in said
+        assert "start the same command again to resume" in said
         assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -169,6 +169,6 @@ def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(
         print(f"stopped within {watch.seconds():.2f} s")
         assert watch.seconds() < 5
     assert process.returncode == 130
-    assert "start the same command again to go on" in err
+    assert "start the same command again to resume" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "out").glob("*_stats.json"))) < 40
