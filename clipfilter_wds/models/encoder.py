@@ -44,11 +44,11 @@ def no_check() -> None:
 
 
 class Encoder(nn.Module):
-    """The two towers of a model, with all that lies between their inputs and embeddings that can be compared.
+    """Pixels and tokens -> embeddings that can be compared.
 
     Args:
-        model: What pixels and tokens are prepared for.
-        towers: What computes, in ``dtype``.
+        model: The loaded model.
+        towers: Its own, or others in ``dtype``.
         flip: Whether an image's embedding is the mean of its own and its mirror image's.
         dtype: What matrices are multiplied in.
 
@@ -118,13 +118,7 @@ class Encoder(nn.Module):
 class ExactEncoder(Encoder):
     """Embeds in float32, in batches of fixed shapes.
 
-    Kernels are chosen by shape. So the embedding of a sample does not depend on which samples, or how many, it is
-    encoded with.
-
-    Args:
-        model: Its towers are used, and on a CPU may be rewritten.
-        device: Where it will be.
-        flip: See :class:`Encoder`.
+    Kernels are chosen by shape, so an embedding does not depend on which samples, or how many, it is encoded with.
 
     Attributes:
         batch_rows: Rows that are computed together.
@@ -161,16 +155,9 @@ class ExactEncoder(Encoder):
 
 
 class FastEncoder(Encoder):
-    """Embeds in low precision, in as little time as possible.
+    """Embeds in low precision, with a copy of the model's towers, in as little time as possible.
 
     Equal captions are encoded once, and captions together with others of their length.
-
-    Args:
-        model: Its towers are copied.
-        device: Where it will be.
-        flip: See :class:`Encoder`.
-        precision: What matrices are multiplied in.
-        compiled: Whether to compile the towers.
     """
 
     def __init__(

@@ -101,17 +101,13 @@ class Recheck:
     """
 
     def __init__(self, scorer: ClipScorer, threshold: float | None, *, seed: int = 0) -> None:
-        self.scorer = scorer
+        self.scorer, self._is_exact = scorer, scorer.fast is scorer.exact
         # At a threshold of 0 or less everything is kept, whatever its score.
         self._threshold = threshold if threshold is not None and threshold > 0 else None
         self._random = np.random.default_rng(seed)
         self._num_measured = 0
         #: Of the band of fast scores, and of that of scores with the caption in float32.
         self._half_widths = [0.0] * _NUM_TOWERS
-
-    @property
-    def _is_exact(self) -> bool:
-        return self.scorer.fast is self.scorer.exact
 
     @property
     def is_measured(self) -> bool:
