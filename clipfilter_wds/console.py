@@ -14,8 +14,8 @@ from rich.table import Table
 #: Seconds between two lines where there is no bar.
 _LINE_SECONDS = 10.0
 
-#: A row of the closing table: what is counted, the count, and what it is a share of or how fast it went.
-Row = tuple[str, str, str]
+#: A row of the closing table: what is counted, the count, and the whole that it is a share of, or a text instead.
+Row = tuple[str, int, int | str]
 
 
 def printable(text: str) -> str:
@@ -91,14 +91,17 @@ def pace(samples_per_second: float, keep_rate: float | None, seconds_left: float
 # --- when it is done ---
 
 
-def print_summary(console: Console, rows: Iterable[Row], notes: Iterable[str]) -> None:
-    """Print the closing table, and below it a line per note, in rich's markup."""
+def print_summary(
+    console: Console, rows: Iterable[Row], *, seconds: float, samples_per_second: float, notes: Iterable[str]
+) -> None:
+    """Print the closing table, whose last row is the time taken, and below it a line per note, in rich's markup."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(justify="right", style="dim")
-    for row in rows:
-        table.add_row(*row)
+    for what, count, whole in rows:
+        table.add_row(what, f"{count:,}", whole if isinstance(whole, str) else f"{count / whole:.1%}" if whole else "")
+    table.add_row("time", _duration(seconds), _speed(samples_per_second))
     console.print(table)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
@@ -106,21 +109,8 @@ def print_summary(console: Console, rows: Iterable[Row], notes: Iterable[str]) -
 
 def count_rows(seen: int, kept: int, dropped: Iterable[tuple[str, int]], *, kept_as: str = "kept") -> list[Row]:
     """The first rows of a closing table: how many samples were seen, kept, and dropped for which reason."""
-    return [
-        ("seen", f"{seen:,}", ""),
-        share_row(f"[bold]{kept_as}[/]", kept, seen),
-        *(share_row(f"dropped: {reason}", count, seen) for reason, count in dropped),
-    ]
-
-
-def share_row(what: str, part: int, whole: int) -> Row:
-    """A row with a count and its share in per cent, which is blank when there is no whole."""
-    return what, f"{part:,}", f"{part / whole:.1%}" if whole else ""
-
-
-def time_row(seconds: float, samples_per_second: float) -> Row:
-    """The last row of a closing table: how long the run took and how fast it was."""
-    return "time", _duration(seconds), _speed(samples_per_second)
+    dropped_rows = [(f"dropped: {reason}", count, seen) for reason, count in dropped]
+    return [("seen", seen, ""), (f"[bold]{kept_as}[/]", kept, seen), *dropped_rows]
 
 
 def _speed(samples_per_second: float) -> str:

@@ -16,7 +16,6 @@ from clipfilter_wds.console import (
     print_summary,
     printable,
     show_progress,
-    time_row,
 )
 from tests.support.outputs import rewrite
 from tests.support.toys import pair, write_shard, write_tar
@@ -135,16 +134,19 @@ def test_a_pace_has_what_is_known(keep_rate, seconds_left, text):
 
 def test_the_closing_table_has_counts_shares_and_notes():
     console = Console(file=io.StringIO(), width=40)
-    rows = [*count_rows(4000, 1000, [("torn", 3000)], kept_as="scored"), time_row(3600, 1.1)]
-    print_summary(console, rows, ["[red]failed[/] " + "x" * 60])
+    rows = [*count_rows(4000, 1000, [("torn", 3000)], kept_as="scored"), ("shards", 1, "of 2")]
+    print_summary(console, rows, seconds=3600, samples_per_second=1.1, notes=["[red]failed[/] " + "x" * 60])
     assert [line.split() for line in console.file.getvalue().splitlines()] == [
         ["seen", "4,000"],
         ["scored", "1,000", "25.0%"],
         ["dropped:", "torn", "3,000", "75.0%"],
+        ["shards", "1", "of", "2"],
         ["time", "1:00:00", "1", "samples/s"],
         ["failed", "x" * 60],
     ]
 
 
 def test_of_nothing_there_are_no_shares():
-    assert [row[2] for row in count_rows(0, 0, [])] == ["", ""]
+    console = Console(file=io.StringIO(), width=40)
+    print_summary(console, count_rows(0, 0, []), seconds=0, samples_per_second=0, notes=[])
+    assert [line.split() for line in console.file.getvalue().splitlines()][:2] == [["seen", "0"], ["kept", "0"]]

@@ -5,17 +5,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from transformers.utils import logging
 
-from clipfilter_wds.console import (
-    Row,
-    Shown,
-    count_rows,
-    pace,
-    plain,
-    print_summary,
-    share_row,
-    show_progress,
-    time_row,
-)
+from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary, show_progress
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
@@ -52,7 +42,13 @@ def run_with_progress(
         )
     if is_first:
         kept_as = "kept" if isinstance(config, RewriteConfig) else "scored"
-        print_summary(Console(), _rows(tally, kept_as), _failures(tally))
+        print_summary(
+            Console(),
+            _rows(tally, kept_as),
+            seconds=tally.seconds,
+            samples_per_second=tally.samples_per_second,
+            notes=_failures(tally),
+        )
     return tally
 
 
@@ -70,23 +66,22 @@ def _shown(tally: Tally) -> Shown:
     )
 
 
-def _rows(tally: Tally, kept_as: str) -> Iterator[Row]:
+def _rows(tally: Tally, kept_as: str) -> list[Row]:
     counts, stats = tally.counts, tally.stats
-    yield from count_rows(counts.seen, counts.kept, counts.dropped.items(), kept_as=kept_as)
-    yield "shards", f"{tally.done:,}", f"of {tally.num_shards:,}"
-    if tally.resumed:
-        yield "  done by an earlier run", f"{tally.resumed:,}", ""
-    if stats.torn:
-        yield "  torn (cut or damaged)", f"{stats.torn:,}", ""
-    if stats.truncated_captions:
-        yield share_row("captions truncated", stats.truncated_captions, counts.seen)
-    if stats.renamed:
-        yield share_row("keys with a suffix", stats.renamed, counts.kept)
+    rows = count_rows(counts.seen, counts.kept, counts.dropped.items(), kept_as=kept_as)
+    rows.append(("shards", tally.done, f"of {tally.num_shards:,}"))
+    more: list[Row] = [
+        ("  done by an earlier run", tally.resumed, ""),
+        ("  torn (cut or damaged)", stats.torn, ""),
+        ("captions truncated", stats.truncated_captions, counts.seen),
+        ("keys with a suffix", stats.renamed, counts.kept),
+    ]
+    rows += [row for row in more if row[1]]
     if stats.band and tally.phase is Phase.COPYING:
-        yield "within the error band", f"{stats.in_band:,}", f"of {stats.band:.2g} around the threshold"
+        rows.append(("within the error band", stats.in_band, f"of {stats.band:.2g} around the threshold"))
     if stats.rechecked:
-        yield share_row("rechecked in float32", stats.rechecked, counts.seen)
-    yield time_row(tally.seconds, tally.samples_per_second)
+        rows.append(("rechecked in float32", stats.rechecked, counts.seen))
+    return rows
 
 
 def _failures(tally: Tally) -> Iterator[str]:

@@ -43,13 +43,9 @@ class RemotePath:
         """The folder that holds it."""
         return RemotePath(self.url.rpartition("/")[0])
 
-    def exists(self) -> bool:
-        """Whether the file is there."""
-        return self.num_bytes() is not None
-
     def is_file(self) -> bool:
         """Whether the file is there."""
-        return self.exists()
+        return self.num_bytes() is not None
 
     def num_bytes(self) -> int | None:
         """Size of the file in bytes, None when it isn't there."""

@@ -1,8 +1,8 @@
 """Says how far scoring a table is, and at the end what came of it."""
 
-from collections.abc import Iterator
+from rich.console import Console
 
-from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, share_row, time_row
+from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary
 from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.tally import PairTally
 
@@ -19,22 +19,24 @@ def shown(tally: PairTally, share: float) -> Shown:
     )
 
 
-def summary_rows(tally: PairTally, bad_lines: BadLines) -> Iterator[Row]:
-    """The rows of the closing table."""
-    yield from count_rows(tally.counts.seen, tally.counts.kept, tally.counts.dropped.items())
-    if tally.truncated_captions:
-        yield share_row("captions truncated", tally.truncated_captions, tally.counts.seen)
+def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) -> None:
+    """Print the closing table, and what could not be scored or read."""
+    counts = tally.counts
+    rows = count_rows(counts.seen, counts.kept, counts.dropped.items())
+    more: list[Row] = [
+        ("captions truncated", tally.truncated_captions, counts.seen),
+        ("lines passed over", bad_lines.count, ""),
+    ]
+    notes = [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
     if bad_lines.count:
-        yield "lines passed over", f"{bad_lines.count:,}", ""
-    yield time_row(tally.seconds, _samples_per_second(tally))
-
-
-def notes(tally: PairTally, bad_lines: BadLines) -> Iterator[str]:
-    """What could not be scored or read, a line each."""
-    for line in tally.describe_unusable():
-        yield plain(f"scored 0.0 as {line}")
-    if bad_lines.count:
-        yield plain(f"passed over {bad_lines}")
+        notes.append(f"passed over {bad_lines}")
+    print_summary(
+        console,
+        rows + [row for row in more if row[1]],
+        seconds=tally.seconds,
+        samples_per_second=_samples_per_second(tally),
+        notes=map(plain, notes),
+    )
 
 
 def _samples_per_second(tally: PairTally) -> float:

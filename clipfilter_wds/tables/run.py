@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console
 from transformers.utils import logging
 
-from clipfilter_wds.console import Shown, print_summary, show_progress
+from clipfilter_wds.console import Shown, show_progress
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.storage.publish import publish, remove_leftovers_of
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.tables.formats.open import open_table
 from clipfilter_wds.tables.formats.rows import Rows, TableReader, Wanted
-from clipfilter_wds.tables.progress import notes, shown, summary_rows
+from clipfilter_wds.tables.progress import print_pair_summary, shown
 from clipfilter_wds.tables.scoring import Pair, score_pairs
 from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.workers.cpus import default_num_workers
@@ -49,7 +49,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
             scorer = load_scorer()
         with show_progress(console) as show:
             tally = _filter_rows(reader, config, scorer, show)
-    print_summary(Console(), summary_rows(tally, reader.bad_lines), notes(tally, reader.bad_lines))
+    print_pair_summary(Console(), tally, reader.bad_lines)
     return tally
 
 
