@@ -1,4 +1,4 @@
-"""The program's entry: ``clipfilter-wds`` and ``python -m clipfilter_wds``."""
+"""Starts the program: ``clipfilter-wds`` and ``python -m clipfilter_wds``."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line."""
-    # Must come before torch is loaded. Threads of the forward pass that wait by spinning take the processors from the
+    # Must come before torch is loaded. Threads of the forward pass that spin while they wait take the CPUs from the
     # workers that decode for them; on two shared cores that made runs up to ten times as slow.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
