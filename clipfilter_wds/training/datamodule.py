@@ -166,7 +166,7 @@ class _EpochLoader:
     """The training loader as the fit loop iterates it.
 
     The fit loop may make two iterators for one epoch, so an epoch begins where it began before. And it counts an epoch
-    that ``max_steps`` or ``should_stop`` cut off; a run that goes on gives the rest of that epoch as its next one, so
+    that ``max_steps`` or ``should_stop`` cut off; a resumed run gives the rest of that epoch as its next one, so
     the loader counts its own.
     """
 
@@ -182,7 +182,7 @@ class _EpochLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Not trainer.current_epoch, which lags behind when a run goes on from the end of an epoch.
+        # Not trainer.current_epoch, which lags behind when a run resumes at the end of an epoch.
         counted: int = self._fit_loop.epoch_progress.current.processed
         if counted != self._counted:
             self._start_epoch(counted)
@@ -224,7 +224,7 @@ class _EpochLoader:
 
     @property
     def _num_trained(self) -> int:
-        """Batches since training began; those of the epoch may or may not begin anew when a run goes on."""
+        """Batches since training began; those of the epoch may or may not start from 0 in a resumed run."""
         num_trained: int = self._fit_loop.epoch_loop.batch_progress.total.processed
         return num_trained
 
@@ -240,7 +240,7 @@ class _EpochLoader:
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Called when Lightning goes on within an epoch."""
+        """Called when Lightning resumes within an epoch."""
         # Saved with an epoch's last batch and of unknown length, the flag would end every later epoch before it begins.
         self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
 
