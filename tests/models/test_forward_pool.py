@@ -16,7 +16,7 @@ from tests.support.toys import encoded, make_clip, photo
 
 @pytest.fixture(autouse=True, params=[4])
 def num_threads(request):
-    """Of torch, whatever the machine has and whoever else runs tests."""
+    """Of torch, whatever the machine has and whatever else it runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -64,7 +64,7 @@ def test_side_by_side_is_what_one_after_another_is(scorer, batches):
 @pytest.mark.parametrize(
     ("num_threads", "share", "num_streams"), [(2, 1, 2), (4, 1, 4), (11, 2, 4)], indirect=["num_threads"]
 )
-def test_streams_share_out_torchs_threads_and_leave_everybody_elses_alone(scorer, num_threads, share, num_streams):
+def test_forward_threads_share_out_torchs_threads_and_leave_all_others_alone(scorer, num_threads, share, num_streams):
     def threads_used():
         torch.ones(100_000).add_(1)  # the first operation that may use several
         return torch.get_num_threads()

@@ -270,7 +270,7 @@ class TestRuns:
         assert sum(table.metadata.rechecked for table in tables) == summary["rechecked"]
         assert {table.metadata.band for table in tables} == {summary["band"]}
 
-    def test_a_run_that_goes_on_has_the_same_bits_whatever_its_workers(self, bf16, shards, threshold, tmp_path):
+    def test_a_resumed_run_has_the_same_bits_whatever_its_workers(self, bf16, shards, threshold, tmp_path):
         run(bf16, shards, tmp_path / "whole", threshold=threshold)
         run(bf16, shards, tmp_path / "resumed", threshold=threshold, num_workers=2)
         for name in ("00001.tar", "00001_stats.json", "_scores/00001.parquet", "summary.json"):

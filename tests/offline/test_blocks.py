@@ -76,7 +76,7 @@ def test_a_block_comes_out_of_a_worker_as_it_is_whether_piped_or_in_shared_memor
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3, 8])
 @pytest.mark.parametrize("num_shards", range(1, len(SHARD_SIZES) + 1))
-def test_every_sample_is_read_exactly_once_whoever_reads(shards, scorer, num_shards, num_workers):
+def test_every_sample_is_read_exactly_once_by_any_number_of_workers(shards, scorer, num_shards, num_workers):
     batches = batches_of(shards[:num_shards], scorer, num_workers=num_workers)
     read = sorted((batch.part.url, row.index, row.key) for batch in batches for row in batch.prepared.rows)
     assert read == [

@@ -118,7 +118,7 @@ def test_tables_of_different_models_are_refused_with_both_values(shards, scores,
         from_scores(shards, tmp_path / "out", tmp_path / "scores")
 
 
-def test_a_run_from_scores_goes_on_where_it_was(shards, scores, tmp_path):
+def test_a_run_from_scores_resumes_where_it_was(shards, scores, tmp_path):
     from_scores(shards, tmp_path / "out", scores, threshold=0.12)
     before = bits(tmp_path / "out")
     (tmp_path / "out/00001_stats.json").unlink()

@@ -1,4 +1,4 @@
-"""Survivors of many shards, packed into shards of equal size."""
+"""Kept samples of many shards, packed into shards of equal size."""
 
 import json
 import shutil

@@ -204,7 +204,7 @@ def test_eight_gigabytes_in_a_header_of_a_small_file_take_no_memory(wanted):
 @pytest.mark.parametrize("size", [-1, -511, -512, -513, -(8 << 30)])
 @pytest.mark.parametrize("extension", ["jpg", "json"])
 @pytest.mark.parametrize(("wanted", "pair_only"), [(True, False), (True, True), (False, False)])
-def test_a_negative_size_ends_the_shard_as_torn_whoever_reads_it(size, extension, wanted, pair_only):
+def test_a_negative_size_ends_the_shard_as_torn_however_it_is_read(size, extension, wanted, pair_only):
     info = tarfile.TarInfo(f"b.{extension}")
     info.size = size
     data = tar_bytes(PAIR_A)[: 4 * BLOCK] + raw_member(info) + tar_bytes([("c.jpg", b""), ("c.txt", b"")])
@@ -286,7 +286,7 @@ def test_a_torn_sparse_member_never_mixes_a_pair(tmp_path, tar_format):
 @settings(max_examples=60)
 @given(flips=st.lists(st.tuples(st.integers(4 * BLOCK, 14 * BLOCK - 1), st.integers(1, 255)), min_size=1, max_size=3))
 @pytest.mark.parametrize("tar_format", ["gnu", "posix"])
-def test_a_damaged_sparse_map_is_torn_alike_whoever_reads_it(tmp_path_factory, tar_format, flips):
+def test_a_damaged_sparse_map_is_torn_alike_however_it_is_read(tmp_path_factory, tar_format, flips):
     folder = tmp_path_factory.getbasetemp() / f"sparse-{tar_format}"
     if not folder.exists():
         folder.mkdir()

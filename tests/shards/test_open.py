@@ -150,13 +150,13 @@ def test_what_can_not_be_opened_is_a_shard_error(folder, url):
 
 def test_a_pipe_is_only_run_when_it_is_allowed(tmp_path):
     path = write_tar(tmp_path / "0.tar", PAIRS)
-    mark = tmp_path / "ran"
-    url = f"pipe:touch {mark}; cat {path}"
+    touched = tmp_path / "ran"
+    url = f"pipe:touch {touched}; cat {path}"
     with pytest.raises(ShardError, match="allow_pipe=True"):
         read_whole(url)
-    assert not mark.exists()
+    assert not touched.exists()
     assert read_whole(url, allow_pipe=True) == TAR
-    assert mark.exists()
+    assert touched.exists()
     assert sample_bytes(url, allow_pipe=True)[1].num_bytes == -1
 
 

@@ -1,4 +1,4 @@
-"""Loaders from tables and from models, and all that they give."""
+"""Builds loaders from tables and from models, and takes all that they give."""
 
 from pathlib import Path
 
@@ -30,6 +30,7 @@ def write_mixed(folder: Path) -> str:
 
 
 def write_scores(recipe: Recipe, folder: Path, **options) -> Path:
+    """Score a loader's shards; the folder of their tables."""
     process_shards(ScoreConfig(shards=recipe.shards, output=folder, num_workers=0, **options), load_scorer(recipe.clip))
     return folder
 

@@ -1,4 +1,4 @@
-"""Bad input, made here: images of every kind that breaks decoders, each with what must become of it."""
+"""Makes images of every kind that breaks decoders, each with what must become of it."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Small dual encoders of other families, random and saved as their libraries save them; and the plain loops."""
+"""Makes small, random dual encoders of other families, saved as their libraries save them, and their plain loops."""
 
 import json
 from collections.abc import Callable

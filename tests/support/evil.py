@@ -1,4 +1,4 @@
-"""Images whose decoder does harm to the process that it runs in, and ways to do it."""
+"""Makes images whose decoder does harm to the process that it runs in."""
 
 import ctypes
 import os

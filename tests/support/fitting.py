@@ -1,4 +1,4 @@
-"""Real Trainers for tests of the data module: a model that remembers what it trained on."""
+"""Fits a tiny model with real Trainers; it remembers what it was trained on."""
 
 import warnings
 from dataclasses import fields
@@ -57,6 +57,7 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
+    """Fit a tiny model, from a checkpoint if there is one, and return it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     module = module or Recorder()

@@ -1,4 +1,4 @@
-"""What a process and those that it started hold of the machine."""
+"""Measures what a process and those that it started hold of the machine."""
 
 import re
 from collections.abc import Sequence

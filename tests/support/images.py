@@ -1,4 +1,4 @@
-"""A small model's view of images, and images that are larger than they say."""
+"""Views images as a small model does, and makes one that is larger than its file."""
 
 import struct
 import zlib

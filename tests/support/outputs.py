@@ -52,16 +52,6 @@ def check_accounting(folder: Path) -> dict:
 
 
 def rewrite(command, clip_folder, shards, output, *options) -> tuple[int, str]:
-    arguments = (
-        "--output",
-        output,
-        "--model",
-        clip_folder,
-        "--device",
-        "cpu",
-        "--threshold",
-        "0",
-        "--num_workers",
-        "0",
-    )
-    return command("rewrite", shards, *arguments, *options)
+    """Rewrite shards with the ``command`` fixture, dropping only what can't be scored: exit code, and all it showed."""
+    defaults = ("--model", clip_folder, "--device", "cpu", "--threshold", 0, "--num_workers", 0)
+    return command("rewrite", shards, "--output", output, *defaults, *options)

@@ -1,4 +1,4 @@
-"""Run functions of tests in real, fresh processes: one alone, or several as the ranks of a job."""
+"""Runs functions of tests in real, fresh processes: one alone, or several as the ranks of a job."""
 
 import multiprocessing
 import pickle

@@ -1,4 +1,4 @@
-"""The save-and-restore check that every way of loading passes: stop after every batch, go on in a fresh process."""
+"""Checks that a loader that is stopped after any batch resumes exactly, in a fresh process."""
 
 import json
 from collections.abc import Mapping
@@ -58,6 +58,7 @@ class Recipe:
 
 @cache
 def load_scorer(clip: Path) -> ClipScorer:
+    """The model of a folder, loaded once per process."""
     return ClipScorer(clip, device="cpu")
 
 
@@ -67,6 +68,7 @@ def keys(loader: ClipFilterLoader, num_epochs: int = 1) -> Epochs:
 
 
 def flat(epochs: Epochs) -> list[str]:
+    """All keys of some epochs, in order."""
     return [key for epoch in epochs for batch in epoch for key in batch]
 
 
@@ -126,7 +128,7 @@ def state_after(loader: ClipFilterLoader, epoch: int, batches: int) -> dict[str,
 
 
 def resume_each(recipe: Recipe, num_epochs: int, stops: list[list[Stop]]) -> list[tuple[Epochs, FilterStats]]:
-    """Go on from each of this rank's stops to the end."""
+    """Resume from each of this rank's stops to the end."""
     results = []
     for stop in stops[World.current().rank]:
         loader = recipe.build()
@@ -155,6 +157,7 @@ def image_number(image: Image.Image) -> torch.Tensor:
 
 
 def text_number(caption: str) -> int:
+    """The training view of a numbered pair's caption: its number."""
     return int(caption.split()[-1])
 
 

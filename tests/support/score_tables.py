@@ -1,4 +1,4 @@
-"""Score tables of made-up samples."""
+"""Makes score tables of made-up samples."""
 
 import io
 
@@ -20,6 +20,7 @@ FINGERPRINT = {
 
 
 def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
+    """The scores of a shard with these rows; by default, usable ones score from -1 to 1."""
     if scores is None:
         scores = np.linspace(-1, 1, sum(row.reason is None for row in rows), dtype=np.float32)
     says = {"shard": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
@@ -28,12 +29,14 @@ def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
 
 
 def written(scores: ShardScores) -> bytes:
+    """The bytes of a table's file."""
     file = io.BytesIO()
     scores.write(file)
     return file.getvalue()
 
 
 def plain_parquet(**metadata) -> bytes:
+    """A Parquet file with one column and this metadata; keys and values become bytes."""
     file = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(metadata), file)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Storage servers on loopback: a real S3 (moto's, in a process of its own), and a proxy in front that fails."""
+"""Serves storage on loopback: a real S3 (moto's, in a process of its own), and a proxy in front of it that fails."""
 
 import http.client
 import os

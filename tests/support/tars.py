@@ -1,4 +1,4 @@
-"""Whole tars in every format, and what is read of them."""
+"""Makes tars in every format, and tells what must be read of them."""
 
 import io
 import re

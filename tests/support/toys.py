@@ -1,4 +1,4 @@
-"""Small real things for tests: randomly initialised CLIPs, images, shards, and the reference for scores."""
+"""Makes small real things for tests: random CLIPs, images, shards, and the reference for scores."""
 
 import io
 import tarfile

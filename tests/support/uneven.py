@@ -1,4 +1,4 @@
-"""Shards whose survivors are spread over the ranks as unevenly as can be."""
+"""Makes shards whose kept samples are spread over the ranks as unevenly as can be."""
 
 import logging
 from itertools import count
@@ -25,7 +25,7 @@ def score_numbers(clip_folder: Path, folder: Path) -> dict[int, float]:
 def sorted_recipe(
     clip_folder: Path, folder: Path, scored: dict[int, float], world_size: int, *, shuffle: int = 0
 ) -> Recipe:
-    """Shards such that, at a keep rate up to one half, all survivors of an epoch go to one half of the ranks."""
+    """Shards such that, at a keep rate up to one half, all kept samples of an epoch go to one half of the ranks."""
     ranked = sorted(scored, key=scored.__getitem__, reverse=True)
     # Two shards for each rank; of every world_size in a row, the first half hold the best.
     per_shard = NUM_SAMPLES // (2 * world_size)

@@ -53,7 +53,7 @@ def rewrite(clip_folder: Path, shards: str, output: Path) -> tuple[int, str]:
     return ended.value.code, said.getvalue()
 
 
-def test_a_full_disk_is_told_with_its_file_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_told_with_its_file_and_the_run_resumes_when_there_is_room(
     scorer, clip_folder, shards, tmp_path
 ):
     process_shards(RewriteConfig(shards=shards, output=tmp_path / "whole", **OPTIONS), scorer)

@@ -19,7 +19,7 @@ from tests.support.servers import StallingServer
 from tests.support.toys import pair, write_shard
 
 COMMAND = (sys.executable, "-m", "clipfilter_wds")
-GO_ON = "start the same command again to resume"
+HOW_TO_RESUME = "start the same command again to resume"
 
 #: Seconds from Ctrl-C until nothing is left of a command, on an idle machine.
 LIMIT = 5.0
@@ -95,7 +95,7 @@ def has_workers(process: subprocess.Popen, num_workers: int = 2) -> bool:
 def check(stopped: Stopped) -> None:
     print(f"stopped within {stopped.seconds:.2f} s")
     assert stopped.exit_code == 130
-    assert GO_ON in stopped.err
+    assert HOW_TO_RESUME in stopped.err
     assert "Traceback" not in stopped.err
     assert stopped.seconds < LIMIT
 

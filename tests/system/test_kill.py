@@ -72,7 +72,7 @@ class Runs:
         assert process.exitcode == 0
 
     def kill(self, kind: str, process: psutil.Process) -> None:
-        """Kill a process, and remember whoever it leaves behind."""
+        """Kill a process, and remember those that it leaves behind."""
         try:
             self.killed += [process, *process.children(recursive=True)]
             process.kill()

@@ -19,8 +19,8 @@ from tests.support.outputs import rewrite
 from tests.support.toys import encoded, pair, photo, tar_members, write_shard
 
 
-class Marker:
-    """Harm: whoever unpickles this makes a file."""
+class Harm:
+    """Makes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class Marker:
 
 
 @pytest.fixture
-def mark(tmp_path) -> Path:
+def touched(tmp_path) -> Path:
     """The file that must never be there."""
     return tmp_path / "harm-was-done"
 
@@ -38,10 +38,10 @@ def mark(tmp_path) -> Path:
 # --- no pickle, .pyd, .pth or .npy-object member is ever decoded ---
 
 
-def test_no_member_that_can_run_code_is_ever_decoded(command, clip_folder, mark, tmp_path):
-    harm = pickle.dumps(Marker(mark))
+def test_no_member_that_can_run_code_is_ever_decoded(command, clip_folder, touched, tmp_path):
+    harm = pickle.dumps(Harm(touched))
     array = io.BytesIO()
-    np.save(array, np.array([Marker(mark)], dtype=object), allow_pickle=True)
+    np.save(array, np.array([Harm(touched)], dtype=object), allow_pickle=True)
     members = dict.fromkeys(("pyd", "pickle", "pkl", "pth", "pt", "bin"), harm) | {"npy": array.getvalue()}
     samples = [{**pair(1), **members}, {"pyd": harm, "txt": b"a caption"}, {"jpg": harm, "txt": b"a caption"}]
     samples += [{"jpg": pair(1)["jpg"], "txt": harm}]
@@ -49,19 +49,19 @@ def test_no_member_that_can_run_code_is_ever_decoded(command, clip_folder, mark,
     assert rewrite(command, clip_folder, shard, tmp_path / "out")[0] == 0
     scorer = ClipScorer(clip_folder, device="cpu")
     list(ClipFilterLoader(ClipWebDataset(shard, scorer.preprocess), scorer, threshold=None))
-    assert not mark.exists()
-    # They go through as they are, and do harm to whoever decodes them.
+    assert not touched.exists()
+    # They go through as they are, and do harm where they are decoded.
     kept = dict(tar_members(tmp_path / "out" / "0.tar"))
     assert {kept[f"000000000.{name}"] for name in members} == set(members.values())
     pickle.loads(kept["000000000.pyd"])
-    assert mark.exists()
+    assert touched.exists()
 
 
 # --- pipe: URLs run a shell and are refused ---
 
 
-def test_a_pipe_is_never_run_unasked(command, clip_folder, mark, tmp_path):
-    harm = f"pipe:touch {mark}"
+def test_a_pipe_is_never_run_unasked(command, clip_folder, touched, tmp_path):
+    harm = f"pipe:touch {touched}"
     (tmp_path / "list.txt").write_text(f"{harm}\n")
     for shards in (harm, f"@{tmp_path}/list.txt", f"{tmp_path}/x.tar,{harm}", f"file://{tmp_path}/x.tar::{harm}"):
         code, said = rewrite(command, clip_folder, shards, tmp_path / "out")
@@ -71,52 +71,52 @@ def test_a_pipe_is_never_run_unasked(command, clip_folder, mark, tmp_path):
         ClipWebDataset(harm, scorer.preprocess)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": harm, "caption": "a"}) + "\n")
     command("table", tmp_path / "rows.jsonl", "--output", tmp_path / "kept.jsonl", "--model", clip_folder)
-    assert not mark.exists()
+    assert not touched.exists()
     dataset = ClipWebDataset(harm, scorer.preprocess, allow_pipe=True)
     list(dataset)
-    assert mark.exists()
+    assert touched.exists()
 
 
 # --- weights load as safetensors only, and no code comes with a model ---
 
 
-def test_pickled_weights_are_never_loaded(clip_folder, mark, tmp_path):
+def test_pickled_weights_are_never_loaded(clip_folder, touched, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(clip_folder, folder)
     (folder / "model.safetensors").unlink()
-    torch.save(Marker(mark), folder / "pytorch_model.bin")
+    torch.save(Harm(touched), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no \*\.safetensors weights"):
         ClipScorer(folder, device="cpu")
     # Nor when other safetensors lie beside them.
     shutil.copy(clip_folder / "model.safetensors", folder / "other.safetensors")
     with pytest.raises(ModelError):
         ClipScorer(folder, device="cpu")
-    assert not mark.exists()
+    assert not touched.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
-    assert mark.exists()
+    assert touched.exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
-def test_code_that_comes_with_a_model_is_never_run(clip_folder, mark, tmp_path, file):
+def test_code_that_comes_with_a_model_is_never_run(clip_folder, touched, tmp_path, file):
     folder = tmp_path / "model"
     shutil.copytree(clip_folder, folder)
-    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Evil: pass\n")
+    (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(touched)!r}).touch()\nclass Evil: pass\n")
     config = json.loads((folder / file).read_bytes()) if (folder / file).exists() else {}
     classes = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor")
     config["auto_map"] = {**dict.fromkeys(classes, "evil.Evil"), "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     (folder / file).write_text(json.dumps(config))
     with suppress(ModelError):  # refused, or loaded without the code: both will do
         ClipScorer(folder, device="cpu")
-    assert not mark.exists()
+    assert not touched.exists()
 
 
 # --- Pillow opens an allow-list of formats, never plug-ins that start programs ---
 
 
-def test_ghostscript_is_never_started(command, clip_folder, mark, tmp_path, monkeypatch):
+def test_ghostscript_is_never_started(command, clip_folder, touched, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     ghostscript = tmp_path / "bin" / "gs"
-    ghostscript.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    ghostscript.write_text(f"#!/bin/sh\ntouch {touched}\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
@@ -125,10 +125,10 @@ def test_ghostscript_is_never_started(command, clip_folder, mark, tmp_path, monk
     eps = eps.replace(b"%ImageData", b"%NoImageData").replace(b"%%BeginBinary", b"%%NoBinary")
     shard = write_shard(tmp_path / "0.tar", [{extension: eps, "txt": b"a"} for extension in ("jpg", "png", "tiff")])
     assert "unreadable_image" in rewrite(command, clip_folder, shard, tmp_path / "out")[1]
-    assert not mark.exists()
+    assert not touched.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011  # our ghostscript draws nothing
         Image.open(io.BytesIO(eps)).load()
-    assert mark.exists()
+    assert touched.exists()
 
 
 # --- caps on pixels and on member size: test_hostile_images.py, test_hostile_tars.py, test_samples.py ---

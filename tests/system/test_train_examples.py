@@ -41,7 +41,7 @@ def losses(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("step ")]
 
 
-def test_plain_loop_goes_on_as_if_it_had_never_stopped(folder, tmp_path):
+def test_plain_loop_resumes_as_if_it_had_never_stopped(folder, tmp_path):
     options = [*SMALL, "--shards", f"{folder}/demo_shards/{{00000..00001}}.tar"]
     whole = losses(run("plain_loop.py", *options, "--steps", "30", cwd=tmp_path))
     run("plain_loop.py", *options, "--steps", "25", cwd=tmp_path)  # within the second epoch
@@ -66,7 +66,7 @@ def test_fabric_loop_runs_on_two_ranks(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_fabric_loop_goes_on_as_if_it_had_never_stopped(folder, tmp_path):
+def test_fabric_loop_resumes_as_if_it_had_never_stopped(folder, tmp_path):
     options = [*SMALL, "--accelerator", "cpu", "--devices", "2", "--shards", f"{folder}/demo_shards/*.tar"]
     whole = losses(run("fabric_loop.py", *options, "--steps", "40", cwd=tmp_path))
     run("fabric_loop.py", *options, "--steps", "25", cwd=tmp_path)
@@ -85,7 +85,7 @@ def test_train_clip_on_two_ranks_logs_the_filter(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_clip_goes_on_as_if_it_had_never_stopped(folder, tmp_path):
+def test_train_clip_resumes_as_if_it_had_never_stopped(folder, tmp_path):
     options = [*lightning(folder, devices=1), "--trainer.max_steps=8"]
     saving = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=5"]
     run("train_clip.py", *options, *saving, cwd=tmp_path)

@@ -149,12 +149,12 @@ class TestUnusableArguments:
 class _Waiting(BaseHTTPRequestHandler):
     """Serves images until it is told to let requests wait."""
 
-    go_on = threading.Event()
+    release = threading.Event()
     image = encoded(photo(1))
 
     def do_GET(self):
         if "late" in self.path:
-            self.go_on.wait(FOREVER)
+            self.release.wait(FOREVER)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(self.image)
@@ -186,7 +186,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_no_leftovers(clip_folder
     process.wait()
     assert (tmp_path / "out.jsonl").read_text() == "from before"
     assert len(leftovers()) == 1
-    _Waiting.go_on.set()
+    _Waiting.release.set()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=FOREVER)
     server.shutdown()
     server.server_close()

@@ -47,7 +47,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_goes_on_from_any_checkpoint_with_the_batch_after_the_one_trained_last(data, tmp_path, case):
+def test_a_run_resumes_from_any_checkpoint_with_the_batch_after_the_one_trained_last(data, tmp_path, case):
     more, trainer = CASES[case]
     save = SaveEverywhere(tmp_path)
     whole = fit({**data, **more}, trainer, callbacks=[save]).trained
@@ -63,7 +63,7 @@ def test_a_run_goes_on_from_any_checkpoint_with_the_batch_after_the_one_trained_
     "case",
     ["plain", "repeat", pytest.param("validation within the epoch and accumulated gradients", marks=pytest.mark.slow)],
 )
-def test_a_run_that_max_steps_cut_off_goes_on_where_it_was(data, tmp_path, case):
+def test_a_run_that_max_steps_cut_off_resumes_where_it_was(data, tmp_path, case):
     more, trainer = CASES[case]
     data = {**data, **more}
     whole = [keys for _, *keys in fit(data, {**trainer, "max_epochs": 5}).trained]

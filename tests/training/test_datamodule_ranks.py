@@ -34,7 +34,7 @@ def scored(clip_folder, tmp_path_factory):
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Options of the data module and of the Trainer; where to save, what to go on from, whose scorer fails."""
+    """Options of the data module and of the Trainer; where to save, what to resume from, whose scorer fails."""
 
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
@@ -137,7 +137,7 @@ def check_sync(outcomes, num_kept, share):
     if share == 1:
         assert left_over == 0
         assert not told
-    else:  # one half of the ranks has no survivor, so that nobody makes a step
+    else:  # one half of the ranks keeps nothing, so that no rank makes a step
         assert left_over > 0
         assert len(told) == 2
         assert f"at least {left_over} were ready and left over" in told[-1]
@@ -180,7 +180,7 @@ def trained_by_each(world_size, fits):
         ),
     ],
 )
-def test_ranks_go_on_from_any_checkpoint_in_fresh_processes(resumable, tmp_path, world_size, num_workers, shuffle):
+def test_ranks_resume_from_any_checkpoint_in_fresh_processes(resumable, tmp_path, world_size, num_workers, shuffle):
     data = {**resumable, "num_workers": num_workers, "shuffle": shuffle}
     two_epochs = Fit(data=data, trainer={"max_epochs": 2})
     [wholes] = trained_by_each(world_size, [replace(two_epochs, save=tmp_path)])
@@ -198,13 +198,13 @@ def test_ranks_go_on_from_any_checkpoint_in_fresh_processes(resumable, tmp_path,
         assert rest == [whole[stop:] for whole in wholes], stop
 
 
-def test_ranks_that_max_steps_cut_off_go_on_where_they_were(resumable, tmp_path):
+def test_ranks_that_max_steps_cut_off_resume_where_they_were(resumable, tmp_path):
     data = {**resumable, "shuffle": 15}
     two_epochs = Fit(data=data, trainer={"max_epochs": 2})
     wholes, cuts = trained_by_each(2, [two_epochs, Fit(data=data, trainer={"max_steps": 2}, save=tmp_path)])
     assert cuts == [whole[:2] for whole in wholes]
     [rests] = trained_by_each(2, [replace(two_epochs, checkpoint=tmp_path / "epoch0.ckpt")])
-    # Lightning counts the epoch that was cut off; the batches go on.
+    # Lightning counts the epoch that was cut off; the batches continue.
     for rest, whole in zip(rests, wholes, strict=True):
         assert [keys for _, *keys in rest] == [keys for _, *keys in whole[2 : 2 + len(rest)]] != []
 

@@ -100,7 +100,7 @@ def test_stats_count_every_sample_of_every_epoch(half, batch_size, drop_last):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_repeat_goes_on_for_ever_in_batches_of_one_size(half, scores, num_workers):
+def test_repeat_never_ends_and_gives_batches_of_one_size(half, scores, num_workers):
     loader = half.but_dataset(shuffle=10).build(num_workers=num_workers, end="repeat", batches_per_epoch=7)
     assert len(loader) == 7
     epochs = keys(loader, 5)

@@ -8,7 +8,7 @@ from clipfilter_wds.training.keep_rate import KeepRateWatch, StarvationError
 SCORES = np.linspace(0.0, 0.2, 21, dtype=np.float32)
 
 
-def test_samples_in_a_row_without_survivor_are_an_error_that_explains_itself():
+def test_many_samples_in_a_row_that_are_dropped_are_an_error_that_explains_itself():
     watch = KeepRateWatch(0.25, 40)
     watch.add(SCORES, seen=21, kept=0)
     with pytest.raises(StarvationError) as raised:
@@ -20,7 +20,7 @@ def test_samples_in_a_row_without_survivor_are_an_error_that_explains_itself():
     assert "Lower the threshold" in message
 
 
-def test_one_survivor_ends_the_row():
+def test_one_kept_sample_ends_the_row():
     watch = KeepRateWatch(0.25, 40)
     for _ in range(20):
         watch.add(SCORES, seen=39, kept=0)

@@ -126,7 +126,7 @@ def test_a_shard_that_workers_share_is_warned_of_once(all_samples, tmp_path, cap
 
 
 @pytest.mark.parametrize("options", [{}, {"end": "repeat", "batches_per_epoch": 3}, {"num_workers": 2}], ids=str)
-def test_shards_without_survivor_end_in_an_explained_error(half, scores, options):
+def test_shards_that_keep_nothing_end_in_an_explained_error(half, scores, options):
     loader = half.build(threshold=0.9, **options)
     with pytest.raises(StarvationError) as starved:
         keys(loader)

@@ -158,11 +158,11 @@ def test_no_model_and_no_library_of_models_is_loaded(tabled):
     ],
     ids=str,
 )
-def test_goes_on_after_every_batch(tabled, options, world_size):
+def test_resumes_after_every_batch(tabled, options, world_size):
     check_restores_after_every_batch(tabled.but(**options), world_size=world_size)
 
 
-def test_a_run_that_scored_goes_on_from_a_table_and_the_other_way_round(scored, tabled):
+def test_a_run_that_scored_resumes_from_a_table_and_the_other_way_round(scored, tabled):
     whole = keys(scored.build())[0]
     for first, second in ((scored, tabled), (tabled, scored)):
         loader = first.build()
@@ -271,7 +271,7 @@ def test_a_table_needs_shards_and_a_model_needs_a_preprocess(scored, tabled):
         next(iter(ClipWebDataset(scored.shards)))
 
 
-def test_shards_without_survivor_end_in_an_error_that_tells_the_scores(tabled):
+def test_shards_that_keep_nothing_end_in_an_error_that_tells_the_scores(tabled):
     with pytest.raises(StarvationError, match=r"threshold is 0\.9") as by_table:
         keys(tabled.build(threshold=0.9))
     assert "quantiles" in str(by_table.value) or "highest" in str(by_table.value)

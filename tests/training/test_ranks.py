@@ -97,7 +97,7 @@ def check_left_over(outcomes, num_kept, share):
     assert len({tuple(left_over) for _, left_over, _, _, _ in outcomes}) == 1
     for rank, (epochs, left_over, _, messages, _) in enumerate(outcomes):
         if share in (0.01, 0.5):
-            # One half of the ranks has nothing, so that nobody makes a step.
+            # One half of the ranks keeps nothing, so that no rank makes a step.
             assert epochs == [[], []]
             assert all(left_over)
             assert len([message for message in messages if "left over" in message]) == (2 if rank == 0 else 0)
@@ -113,7 +113,7 @@ def check_left_over(outcomes, num_kept, share):
 
 @pytest.mark.parametrize("world_size", [2])
 def test_every_left_over_batch_is_counted(clip_folder, scored, tmp_path, world_size):
-    # Rank 0 has survivors for a batch and a half in an epoch, rank 1 for many: it stops when rank 0 does.
+    # Rank 0 keeps a batch and a half in an epoch, rank 1 for many: it stops when rank 0 does.
     ranked = sorted(scored, key=scored.__getitem__, reverse=True)
     good, bad = ranked[:100], ranked[100:]
     shards = write_numbered(tmp_path, [[*good[:6], *bad], good[6:]])
@@ -130,7 +130,7 @@ def test_every_left_over_batch_is_counted(clip_folder, scored, tmp_path, world_s
         assert [told in message for message in messages] == ([True] if rank == 0 else [])
 
 
-def test_the_ranks_take_turns_so_that_over_the_epochs_each_sees_every_survivor(clip_folder, scored, tmp_path):
+def test_the_ranks_take_turns_so_that_over_the_epochs_each_sees_every_kept_sample(clip_folder, scored, tmp_path):
     base = sorted_recipe(clip_folder, tmp_path, scored, 2)
     recipe = base.but(threshold=threshold_that_keeps(0.5, scored), end="repeat", batches_per_epoch=25)
     for ((epochs, _, error, _, stats),) in run_ranks(2, run_each, [recipe], 4):
@@ -144,7 +144,7 @@ def test_stats_count_every_sample_once_over_all_ranks(clip_folder, scored, tmp_p
     recipe = base.but(threshold=threshold_that_keeps(0.5, scored))
     for num_epochs in (1, 3):
         all_stats = [outcome[-1] for (outcome,) in run_ranks(2, run_each, [recipe], num_epochs)]
-        # Whoever ends an epoch has read all of its half; the other need not have.
+        # The rank that ends an epoch has read all of its half; the other need not have.
         assert NUM_SAMPLES // 2 * num_epochs <= sum(stats.seen for stats in all_stats) <= NUM_SAMPLES * num_epochs
 
 
@@ -221,7 +221,7 @@ def test_starvation_of_one_rank_within_its_limit_ends_all(clip_folder, scored, t
     ],
     ids=str,
 )
-def test_two_ranks_go_on_after_every_batch_in_fresh_processes(
+def test_two_ranks_resume_after_every_batch_in_fresh_processes(
     clip_folder, scored, tmp_path, num_workers, shuffle, options
 ):
     shards = write_numbered(tmp_path, [list(range(first, first + 20)) for first in range(0, 100, 20)])

@@ -197,7 +197,7 @@ def test_a_run_that_stopped_is_used_as_far_as_it_went(scored, tables, tmp_path, 
     check_complete(scored, tmp_path, tables)
 
 
-def test_goes_on_within_an_epoch_with_what_was_recorded(scored, tmp_path):
+def test_resumes_within_an_epoch_with_what_was_recorded(scored, tmp_path):
     whole = keys(scored.build(), 2)
     recording = scored.but(record=tmp_path)
     for batches_before in range(len(whole[0])):
@@ -208,12 +208,12 @@ def test_goes_on_within_an_epoch_with_what_was_recorded(scored, tmp_path):
         assert [begun + keys(resumed)[0], *keys(resumed)] == whole
 
 
-def test_goes_on_after_every_batch(scored, tmp_path):
+def test_resumes_after_every_batch(scored, tmp_path):
     check_restores_after_every_batch(scored.but(record=tmp_path / "in", batch_size=9))
 
 
 @pytest.mark.slow
-def test_goes_on_after_every_batch_on_two_ranks_with_workers(scored, tmp_path):
+def test_resumes_after_every_batch_on_two_ranks_with_workers(scored, tmp_path):
     recipe = scored.but(record=tmp_path / "in", batch_size=20, num_workers=2)
     check_restores_after_every_batch(recipe, world_size=2)
 
@@ -304,7 +304,7 @@ def test_a_record_needs_a_model_and_shards_and_a_folder(scored, tables, tmp_path
         scored.build(record="s3://bucket/record")
 
 
-def test_training_goes_on_when_the_record_can_no_longer_be_written(scored, tmp_path, caplog):
+def test_training_continues_when_the_record_can_no_longer_be_written(scored, tmp_path, caplog):
     plain = keys(scored.build(), 2)
     loader = scored.build(record=tmp_path)
     (tmp_path / "_parts").write_bytes(b"in the way")

@@ -28,11 +28,11 @@ from tests.support.toys import make_clip, write_shard
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (1, 10), (2, 10), (3, 0), (6, 10))),
     ],
 )
-def test_goes_on_after_every_batch_in_a_fresh_process(half, num_workers, shuffle):
+def test_resumes_after_every_batch_in_a_fresh_process(half, num_workers, shuffle):
     check_restores_after_every_batch(half.but(num_workers=num_workers).but_dataset(shuffle=shuffle), num_epochs=2)
 
 
-def test_goes_on_after_every_batch_with_one_worker(half):
+def test_resumes_after_every_batch_with_one_worker(half):
     check_restores_after_every_batch(half.but(num_workers=1, batch_size=9).but_dataset(shuffle=10), num_epochs=2)
 
 
@@ -47,12 +47,12 @@ def test_goes_on_after_every_batch_with_one_worker(half):
     ],
     ids=str,
 )
-def test_goes_on_after_every_batch_whatever_the_options(half, options, num_workers):
+def test_resumes_after_every_batch_whatever_the_options(half, options, num_workers):
     recipe = half.but(num_workers=num_workers, **options).but_dataset(shuffle=10)
     check_restores_after_every_batch(recipe, num_epochs=3 if "end" in options else 2)
 
 
-def test_goes_on_after_every_batch_around_bad_shards(half, tmp_path):
+def test_resumes_after_every_batch_around_bad_shards(half, tmp_path):
     write_numbered(tmp_path, NUMBERS[:2])
     (tmp_path / "00001b.tar").write_bytes(b"garbage" * 1000)
     torn = write_shard(tmp_path / "00000b.tar", [numbered_pair(number) for number in range(6)], start=4000)

@@ -70,7 +70,7 @@ def test_the_workers_of_all_ranks_read_every_sample_once_an_epoch(
 
 @pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
 @pytest.mark.parametrize("num_workers", [1, 4])
-def test_goes_on_from_after_every_sample_as_if_it_had_not_stopped(urls, shuffle, num_workers):
+def test_resumes_after_every_sample_as_if_it_had_not_stopped(urls, shuffle, num_workers):
     for worker in range(num_workers):
         stream_order = order(urls, shuffle=shuffle, num_workers=num_workers)
         whole = epoch_of(stream_order, epoch=1, worker=worker)

@@ -50,7 +50,7 @@ def reasons(table: Path) -> dict[int, str]:
 
 
 @each_harm
-def test_rewrite_goes_on_without_a_sample_that_kills_its_process_twice(
+def test_rewrite_continues_without_a_sample_that_kills_its_process_twice(
     scorer, evil, monkeypatch, tmp_path, caplog, harm
 ):
     monkeypatch.setattr(evil, "harm", staticmethod(harm))

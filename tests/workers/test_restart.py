@@ -111,7 +111,7 @@ def without_evil(epochs: list[list[list[str]]]) -> list[list[str]]:
     ],
     ids=str,
 )
-def test_a_loader_goes_on_without_what_kills_and_yields_all_else_in_the_same_order(deadly, caplog, shuffle, options):
+def test_a_loader_continues_without_what_kills_and_yields_all_else_in_the_same_order(deadly, caplog, shuffle, options):
     recipe = deadly.but(**options).but_dataset(shuffle=shuffle)
     harmless = recipe.but_dataset(image_transform=image_number)
     expected = without_evil(keys(harmless.build(), 2))
@@ -150,7 +150,7 @@ def test_a_death_never_surfaces_in_the_middle_of_the_training_step(deadly):
     assert loader.stats.dropped == {DropReason.DECODER_CRASH: 2}
 
 
-def test_a_state_from_after_a_crash_goes_on_with_the_same_batches(deadly):
+def test_a_state_from_after_a_crash_resumes_with_the_same_batches(deadly):
     loader = deadly.but_dataset(shuffle=10).build()
     iterator = iter(loader)
     for _ in range(7):
@@ -185,7 +185,7 @@ def test_a_record_is_whole_after_a_crash_and_the_sample_that_killed_is_not_tried
     assert "died" not in caplog.text
 
 
-def test_a_loader_with_a_table_goes_on_without_what_kills(deadly, tmp_path):
+def test_a_loader_with_a_table_continues_without_what_kills(deadly, tmp_path):
     recipe = deadly.but_dataset(shuffle=10)
     process_shards(ScoreConfig(shards=recipe.shards, output=tmp_path, num_workers=0), load_scorer(recipe.clip))
     loader = recipe.from_table(tmp_path).build()

@@ -151,7 +151,7 @@ def has_half_of_ray(process: psutil.Process, out: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_time", [has_marks, has_half_of_ray], ids=["at work", "while Ray starts"])
-def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_go_on_and_leaves_no_process(clip_folder, tmp_path, is_time):
+def test_ctrl_c_stops_a_run_on_ray_soon_says_how_to_resume_and_leaves_no_process(clip_folder, tmp_path, is_time):
     for shard in range(40):
         write_shard(tmp_path / "in" / f"{shard:02d}.tar", [pair(100 * shard + i, size=(500, 500)) for i in range(60)])
     options = ["--model", str(clip_folder), "--device", "cpu", "--threshold", "0.12", "--engine", "ray"]
