@@ -17,6 +17,7 @@ from clipfilter_wds.offline.engines.config import EngineConfig
 from clipfilter_wds.report.config import RunReportConfig
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _folder(tmp_path, monkeypatch):
     """A working folder with shards, a table, and a config."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    for name in ("0", "1", "2", "my-shard", "null", "[ab]", "{c}", "-d"):
+    for name in ("0", "1", "2", "my-shard", "[ab]", "{c}"):
         Path("data", f"{name}.tar").touch()
     Path("in.csv").touch()
     Path("one.yaml").write_text("shards: data/0.tar\noutput: A\nthreshold: 0.28\n")
@@ -84,6 +85,21 @@ def test_the_example_in_the_help_can_be_typed(command, configs, tmp_path):
         Path(f"data/{number:05d}.tar").touch()
     Path("photos.csv").touch()
     assert configs(command.name, *shlex.split(command.example))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_on_a_page_can_be_typed(page, configs, capsys):
+    for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        for command in re.findall(r"^(?:\S+ )*(?:clipfilter-wds|-m clipfilter_wds) ([^\n]*)", block, re.MULTILINE):
+            if "://" in command or "[" in command:
+                continue  # would look for a bucket, or installs an extra
+            with pytest.raises(SystemExit) as raised:
+                main(shlex.split(command, comments=True))
+            # The shards, tables and lists of the page are not there.
+            missing = (
+                r"clipfilter-wds: (no shard matches|input .* is no file|there is no score table|can't read subset) "
+            )
+            assert raised.value.code == 0 or re.match(missing, capsys.readouterr().err), command
 
 
 class TestCommandLineWins:
@@ -179,13 +195,12 @@ class TestPositional:
             ("data/{0..2}.tar --output o", ["data/{0..2}.tar"]),
             ("data/[ab].tar --output o", ["data/[ab].tar"]),
             ("data/{c}.tar --output o", ["data/{c}.tar"]),
-            ("null --output o", ["null"]),
             ("123 --output o", ["123"]),
             ("@list.txt --output o", ["@list.txt"]),
         ],
     )
     def test_shards(self, configs, args, names):
-        for name in ("null", "123", "-d.tar"):
+        for name in ("123", "-d.tar"):
             Path(name).touch()
         Path("list.txt").write_text("data/0.tar\ndata/1.tar\n")
         run = configs("rewrite", *args.split())[0]

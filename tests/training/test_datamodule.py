@@ -140,10 +140,11 @@ def test_scores_of_a_table_or_record_train_on_the_same_batches_as_the_model(data
 
 def test_every_option_of_scorer_and_loader_reaches_them(data):
     options = {"num_workers": 1, "persistent_workers": True, "worker_timeout": 30.0, "on_crash": "raise"}
-    module = fit({**data, **options, "flip": True, "reduce": "min", "precision": "bf16"}, {"max_epochs": 1})
+    of_scorer = {"flip": True, "reduce": "min", "precision": "bf16"}
+    module = fit({**data, **options, **of_scorer}, {"max_epochs": 1})
     loader = module.trainer.datamodule.train_loader
     assert {name: getattr(loader.config, name) for name in options} == options
-    assert (loader.scorer.flip, loader.scorer.reduce, loader.scorer.precision) == (True, "min", "bf16")
+    assert {name: loader.scorer.fingerprint[name] for name in of_scorer} == of_scorer
 
 
 def test_persistent_workers_give_the_same_batches(data):
