@@ -23,7 +23,7 @@ def shards(tmp_path_factory):
     return write_numbered(tmp_path_factory.mktemp("dataset"), NUMBERS)
 
 
-def batches(dataset, *, num_workers=0, context=None, batch_size=4, epoch=0, world=None):
+def batches(dataset, *, num_workers=0, context=None, batch_size=4, epoch=0, world=None, pin_memory=False):
     """One epoch, as the loader reads it."""
     num_positions = max(1, num_workers)
     worker = StreamWorker(
@@ -34,7 +34,7 @@ def batches(dataset, *, num_workers=0, context=None, batch_size=4, epoch=0, worl
         epoch=epoch,
         start=[Position(epoch=epoch)] * num_positions,
     )
-    return list(worker_loader(worker, num_workers=num_workers, multiprocessing_context=context))
+    return list(worker_loader(worker, num_workers=num_workers, multiprocessing_context=context, pin_memory=pin_memory))
 
 
 def to_vector(image):
@@ -81,6 +81,17 @@ def test_clips_views_are_sent_once_where_they_are_what_training_gets(scorer, tmp
     assert there.views["image"] is there.prepared.pixel_values
     assert torch.equal(there.views["image"], here.views["image"])
     assert there.rows == there.prepared.rows == here.rows
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+@pytest.mark.gpu
+def test_pinned_batches_hold_the_same_and_clips_views_once(scorer, shards):
+    dataset = ClipWebDataset(shards, scorer.preprocess)
+    for here, pinned in zip(batches(dataset), batches(dataset, num_workers=1, pin_memory=True), strict=True):
+        assert pinned.prepared.pixel_values.is_pinned() or not pinned.rows
+        assert pinned.views["image"] is pinned.prepared.pixel_values
+        assert torch.equal(pinned.prepared.pixel_values, here.prepared.pixel_values)
+        assert torch.equal(pinned.prepared.input_ids, here.prepared.input_ids)
 
 
 def test_views_of_any_shape_are_collated_row_by_row(scorer, shards):
