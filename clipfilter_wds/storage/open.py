@@ -1,6 +1,5 @@
 """Opens, sizes and lists files on any storage."""
 
-import io
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -101,29 +100,10 @@ def open_pipe(url: str) -> Iterator[BinaryIO]:
     """Run the shell command of a ``pipe:`` URL, and read what it writes to its standard output.
 
     Raises:
-        ShardError: Where the output ends, when the command failed. Being stopped because its output is no longer read
-            is no failure.
+        ShardError: When the block ends and the command failed. Being stopped because its output is no longer read is no
+            failure.
     """
     with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=0) as process:  # noqa: S602  # the caller was told to allow it
-        yield cast(BinaryIO, _CommandOutput(process))
-    _check_status(process)
-
-
-class _CommandOutput(io.RawIOBase):
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self._process = process
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # nothing wider is passed
-        num_bytes = cast(BinaryIO, self._process.stdout).readinto(buffer)  # type: ignore[attr-defined]  # it is a FileIO
-        if not num_bytes:
-            _check_status(self._process)
-        return cast(int, num_bytes)
-
-
-def _check_status(process: "subprocess.Popen[bytes]") -> None:
-    status = process.wait()
-    if status not in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE):
-        raise ShardError(f"the command failed with exit status {status}")
+        yield cast(BinaryIO, process.stdout)
+    if process.returncode not in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE):
+        raise ShardError(f"the command failed with exit status {process.returncode}")
