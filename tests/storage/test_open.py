@@ -84,9 +84,9 @@ def test_a_command_is_read_to_its_end(command):
 
 @pytest.mark.parametrize("command", ["printf hello; exit 3", "printf hello; kill -KILL $$"])
 def test_a_command_that_failed_is_an_error_when_it_has_been_read(command):
-    with pytest.raises(ShardError, match=r"the command failed with exit status (3|-9)"):
-        with open_pipe(f"pipe:{command}") as file:
-            assert file.read() == b"hello"
+    failed = pytest.raises(ShardError, match=r"the command failed with exit status (3|-9)")
+    with failed, open_pipe(f"pipe:{command}") as file:
+        assert file.read() == b"hello"
 
 
 def test_a_command_that_nobody_reads_on_has_not_failed():
