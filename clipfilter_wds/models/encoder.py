@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clipfilter_wds.models.config import Precision
 from clipfilter_wds.models.cosine import captions_of
@@ -104,15 +103,15 @@ class Encoder(nn.Module):
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
         pixels = (pixel_values - self.pixel_mean) / self.pixel_std
-        features = functional.normalize(self.towers.image_features(pixels).float(), dim=-1)
+        features = _normalized(self.towers.image_features(pixels).float())
         if not self._flip:
             return features
-        mirrored = functional.normalize(self.towers.image_features(pixels.flip(-1)).float(), dim=-1)
+        mirrored = _normalized(self.towers.image_features(pixels.flip(-1)).float())
         # The dot product with this mean is the mean of both cosines, so it must not be normalised again.
         return (features + mirrored) / 2
 
     def _text_features(self, input_ids: Tensor) -> Tensor:
-        return functional.normalize(self.towers.text_features(input_ids).float(), dim=-1)
+        return _normalized(self.towers.text_features(input_ids).float())
 
 
 class ExactEncoder(Encoder):
@@ -190,6 +189,14 @@ class FastEncoder(Encoder):
         )
         embeds = self._encode(batches, self._text_features, check)
         return embeds[to_device(order.argsort()[inverse], self.device)]
+
+
+def _normalized(features: Tensor) -> Tensor:
+    """float32 ``[N, D]`` divided by its norms. A norm of zero, or one that overflows, gives NaN: there is no cosine."""
+    norms = features.norm(dim=-1, keepdim=True)
+    # torch's own normalize divides by at least 1e-12, which shrinks the cosines of small embeddings.
+    normalized: Tensor = features / norms.masked_fill(norms.isinf(), torch.nan)
+    return normalized
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:

@@ -128,3 +128,36 @@ def test_a_table_drops_their_rows_and_says_why(overflowing, images, tmp_path, ca
     operator.run(storage, threshold=1e-9)
     assert not {Path(path).stem for path in storage.table["image"]} & set(map(str, BRIGHT))
     assert "scored 0.0 of 8 pairs as not_finite: 3, the first in row 1" in caplog.text
+
+
+def scaled(folder: Path, factor: float) -> Path:
+    """Multiply the length of a model's image embeddings."""
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"] *= factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e30])
+def test_embeddings_of_no_or_infinite_length_have_no_cosine(images, tmp_path, factor):
+    scorer = ClipScorer(scaled(make_clip(tmp_path / "clip"), factor), device="cpu")
+    pair = scorer.preprocess.open_pair(images[0], "caption")
+    pixel_values, tokens = scorer.preprocess.collate([pair])
+    assert scorer(pixel_values, tokens.input_ids).isnan().all()
+
+
+def test_a_model_of_zeros_keeps_nothing_at_threshold_0_and_says_why(shard, tmp_path):
+    scorer = ClipScorer(scaled(make_clip(tmp_path / "clip"), 0.0), device="cpu")
+    config = RewriteConfig(shards=shard, output=tmp_path / "out", threshold=0.0, num_workers=0)
+    assert process_shards(config, scorer).counts.dropped == {DropReason.NOT_FINITE: len(LEVELS)}
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1e15])
+def test_the_length_of_embeddings_does_not_change_a_score(images, tmp_path, factor):
+    scores = []
+    for name, by in (("as it is", 1.0), ("scaled", factor)):
+        scorer = ClipScorer(scaled(make_clip(tmp_path / name), by), device="cpu")
+        pairs = [scorer.preprocess.open_pair(image, f"caption {number}") for number, image in enumerate(images)]
+        pixel_values, tokens = scorer.preprocess.collate(pairs)
+        scores.append(scorer(pixel_values, tokens.input_ids))
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
