@@ -95,7 +95,7 @@ class CommandParser:
 
     def _from_yaml(self, file: str) -> dict[str, Any]:
         try:
-            with Path(file).expanduser().open() as lines:
+            with Path(file).expanduser().open("rb") as lines:
                 values = yaml.safe_load(lines) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}") from None

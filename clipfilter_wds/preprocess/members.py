@@ -9,6 +9,7 @@ from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
+from clipfilter_wds.storage.text import decode_text
 from clipfilter_wds.types import DropReason, Sample, UnusableError
 
 _UID = re.compile(r"[0-9a-fA-F]{32}")
@@ -65,7 +66,7 @@ def read_captions(data: Mapping[str, Any], layout: SampleLayout) -> list[str]:
 def _captions_of(data: Mapping[str, Any], extension: str, field: str | None) -> list[str]:
     caption = data.get(extension)
     if isinstance(caption, bytes):
-        caption = caption.decode("utf-8-sig", errors="replace")
+        caption = decode_text(caption, errors="replace")
     if field is not None:
         return _json_texts(caption, field)
     return [caption] if isinstance(caption, str) else []
@@ -74,7 +75,7 @@ def _captions_of(data: Mapping[str, Any], extension: str, field: str | None) -> 
 def read_uid(sample: Sample) -> bytes | None:
     """The 16 bytes of a sample's ``uid``, 32 hexadecimal digits in its json member; None where there is none."""
     data = next((member.data for member in sample.members if member.extension == "json"), None)
-    uids = [] if data is None else _json_texts(data.decode("utf-8-sig", errors="replace"), "uid")
+    uids = [] if data is None else _json_texts(decode_text(data, errors="replace"), "uid")
     return bytes.fromhex(uids[0]) if len(uids) == 1 and _UID.fullmatch(uids[0]) else None
 
 

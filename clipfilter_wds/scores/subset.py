@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from clipfilter_wds.storage.text import read_lines
+
 #: DataComp's type of a uid: the two halves of its 32 hexadecimal digits.
 UID = np.dtype("u8,u8")
 _CHECKED_AT_ONCE = 1 << 20
@@ -79,13 +81,7 @@ class Subset:
 
     @cached_property
     def _keys(self) -> frozenset[str]:
-        try:
-            with self.path.open(encoding="utf-8") as file:
-                return frozenset(line for line in map(str.rstrip, file) if line)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"subset {str(self.path)!r} is no text: {error}; a list of uids should be a .npy file"
-            ) from None
+        return frozenset(read_lines(self.path, "subset", hint="a list of uids should be a .npy file"))
 
 
 def _are_in(listed: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from clipfilter_wds.shards.names import identity
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import local_path
 from clipfilter_wds.storage.open import is_glob, list_matches
+from clipfilter_wds.storage.text import read_lines
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path], *, allow_pipe: bool = False) -> list[str]:
@@ -66,11 +67,8 @@ def _split_at_commas(pattern: str) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"can't read the list of shards {str(path)!r}: {error.strerror}") from None
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = map(str.strip, read_lines(path, "the list of shards"))
+    return [line for line in lines if not line.startswith("#")]
 
 
 def _matches(url: str) -> list[str]:

@@ -28,8 +28,9 @@ def test_a_sample_is_held_when_its_uid_is_listed(tmp_path_factory, listed, asked
     assert found.tolist() == [uid in listed for uid in asked]
 
 
-def test_a_list_of_keys_is_one_per_line(tmp_path):
-    (tmp_path / "keys.txt").write_bytes("000000001\r\na/b\n\nschlüssel\n000000003".encode())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_keys_is_one_per_line(tmp_path, encoding):
+    (tmp_path / "keys.txt").write_bytes("000000001\r\na/b\n\nschlüssel\n000000003".encode(encoding))
     subset = Subset(tmp_path / "keys.txt")
     asked = ["000000001", "a/b", "b", "", "schlüssel", "000000003", "00000000"]
     assert subset.holds(asked, [None] * 7).tolist() == [True, True, False, False, True, True, False]
@@ -82,5 +83,5 @@ def test_what_is_no_subset_is_refused_with_what_it_is(tmp_path, capsys):
         refused(path, f"from index {swapped} on")
     (tmp_path / "keys.txt").write_text("\n\n")
     refused(tmp_path / "keys.txt", "lists no key")
-    (tmp_path / "keys.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "keys.txt").write_bytes(b"\x93NUMPY")
     refused(tmp_path / "keys.txt", r"no text.*\.npy")

@@ -85,6 +85,19 @@ def test_a_list_file_names_one_pattern_per_line(folder):
     assert names_of(expand_shards("@" + str(folder / "list.txt"))) == expected
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_file_may_have_a_byte_order_mark_and_be_in_the_home_folder(folder, monkeypatch, encoding):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "list.txt").write_bytes("000.tar\r\n001.tar\r\n".encode(encoding))
+    assert names_of(expand_shards("@~/list.txt")) == ["000.tar", "001.tar"]
+
+
+def test_a_list_file_in_another_encoding_is_refused_with_its_name(folder):
+    (folder / "list.txt").write_bytes(b"na\xefve.tar\n")
+    with pytest.raises(ValueError, match=r"list of shards '.*list\.txt' is no text: .*; save it as UTF-8"):
+        expand_shards(f"@{folder / 'list.txt'}")
+
+
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
