@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from clipfilter_wds.shards.file_type import describe_file
 from clipfilter_wds.shards.open import DamagedStreamError, OpenShard, open_shard
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.shards.tar_reader import TarEntry, TarStream, stored_member
@@ -125,7 +126,8 @@ def read_samples(
     except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.
         if tar.failed_at_first_header:
-            raise ShardError(f"it is not a tar archive ({error})") from error
+            found = describe_file(tar.beginning)
+            raise ShardError(f"it is not a tar archive{f', but {found}' if found else f' ({error})'}") from error
         if isinstance(error, DamagedStreamError) and not tar.num_read:
             raise ShardError(f"it is damaged at its very beginning and can't be unpacked ({error})") from error
     if (last := groups.finish(torn)) is not None:

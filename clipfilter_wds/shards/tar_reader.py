@@ -172,6 +172,11 @@ class TarStream:
         return self._reader.tell()
 
     @property
+    def beginning(self) -> bytes:
+        """The first bytes of the archive, for as long as no member has been read."""
+        return self._reader.window
+
+    @property
     def failed_at_first_header(self) -> bool:
         """Whether reading stopped at a first block that isn't a header. An empty file has none, and is torn instead."""
         return 0 < self.num_read < _BLOCK or (self.num_read == _BLOCK and not self._reader.was_short)
