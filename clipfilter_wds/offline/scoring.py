@@ -153,14 +153,6 @@ def _stats_of(scores: ShardScores) -> ShardStats:
     return shard_stats(select(scores, threshold=None).stats, scores)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FailedShard:
-    """A shard that can't be used, and why."""
-
-    url: str
-    why: str
-
-
 def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
     """What scores shards, its error measured on the first samples of ``options.measured_on``."""
     recheck = Recheck(scorer, options.threshold)
@@ -181,8 +173,10 @@ def score_shards(
     options: ScoringOptions,
     *,
     on_batch: Callable[[int], None] = lambda num_samples: None,
-) -> Generator[tuple[str, ShardScores] | FailedShard]:
-    """Score shards; each is yielded when it is complete. The scores of a shard don't depend on the others.
+) -> Generator[tuple[str, ShardScores | ShardError]]:
+    """Score shards. The URL of each is yielded when it is complete, with its scores, or why it can't be used.
+
+    The scores of a shard don't depend on the others.
 
     Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
 
@@ -211,7 +205,7 @@ def score_shards(
             on_batch(len(block.prepared.rows))
             if shard.is_complete:
                 del pending[block.part.url]
-                yield shard.finish(fingerprint, recheck.band, rechecked_at)
+                yield block.part.url, shard.finish(fingerprint, recheck.band, rechecked_at)
 
 
 def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *, batch_size: int) -> BlockDataset:
@@ -249,19 +243,16 @@ class _PendingShard:
     def is_complete(self) -> bool:
         return len(self.ends) + len(self.errors) == self.part.num_parts
 
-    def finish(
-        self, fingerprint: Fingerprint, band: float, rechecked_at: float | None
-    ) -> tuple[str, ShardScores] | FailedShard:
-        url = self.part.url
+    def finish(self, fingerprint: Fingerprint, band: float, rechecked_at: float | None) -> ShardScores | ShardError:
         if self.errors:
-            return FailedShard(url=url, why=self.errors[0])
+            return ShardError(self.errors[0])
         if len(set(self.ends)) > 1:
-            return FailedShard(url=url, why="it changed while it was being read")
-        end = self.ends[0]
+            return ShardError("it changed while it was being read")
+        end, url = self.ends[0], public_url(self.part.url)
         if len(self.rows) != end.num_samples:
             raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(self.rows)} arrived")
         metadata = ScoreMetadata(
-            shard=public_url(url),
+            shard=url,
             num_bytes=end.num_bytes,
             num_samples=end.num_samples,
             torn=end.torn,
@@ -271,4 +262,4 @@ class _PendingShard:
             rechecked_at=rechecked_at,
         )
         scores = np.concatenate([batch.scores for batch in self.scores])
-        return url, ShardScores.from_rows(self.rows, scores, metadata)
+        return ShardScores.from_rows(self.rows, scores, metadata)

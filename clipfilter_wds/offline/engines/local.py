@@ -13,7 +13,7 @@ from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.engines.background import Background
 from clipfilter_wds.offline.engines.engine import Outcomes
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.scoring import FailedShard, ScoreTask, ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions, measured_recheck, score_shards
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
@@ -62,11 +62,10 @@ class LocalEngine:
             Background[ShardStats]("clipfilter-writer") as writer,
             closing(score_shards(list(by_url), recheck, options, on_batch=on_scored)) as shards,
         ):
-            for shard in shards:
-                if isinstance(shard, FailedShard):
-                    yield shard.url, ShardError(shard.why)
+            for url, scores in shards:
+                if isinstance(scores, ShardError):
+                    yield url, scores
                 else:
-                    url, scores = shard
                     waiting.append((url, writer.submit(partial(by_url[url].commit, scores))))
                 while len(waiting) > _MAX_WAITING_SHARDS or (waiting and waiting[0][1].done()):
                     yield _outcome(*waiting.popleft())

@@ -12,7 +12,7 @@ from clipfilter_wds.offline.engines.engine import Outcomes
 from clipfilter_wds.offline.engines.ray_cluster import num_assigned_cpus
 from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.scoring import FailedShard, ScoreTask, ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions, measured_recheck, score_shards
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
@@ -102,10 +102,10 @@ class _Actor:
         if options.num_workers is None:  # beside a GPU all CPUs decode; else one of them runs the model
             num_free = num_assigned_cpus() - (self.scorer.device.type == "cpu")
             options = replace(options, num_workers=max(1, num_free))  # an image may kill a worker, but not the actor
-        [shard] = score_shards([task.url], self._recheck, options)
-        if isinstance(shard, FailedShard):
-            raise ShardError(shard.why)
-        return task.commit(shard[1])
+        [(_, scores)] = score_shards([task.url], self._recheck, options)
+        if isinstance(scores, ShardError):
+            raise scores
+        return task.commit(scores)
 
 
 # What actors do must be picklable.
