@@ -16,6 +16,7 @@ from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.world import World
 from tests.support.outputs import bits, check_accounting
+from tests.support.pace import FOREVER
 from tests.support.processes import context
 from tests.support.toys import make_clip, pair, write_shard
 
@@ -94,7 +95,7 @@ def rewrite_table(config: RewriteConfig, change) -> None:
 def test_a_killed_run_scores_nothing_again_whose_table_is_there(config, folder, bf16, whole, point):
     process = context.Process(target=run_and_die, args=(config, folder, point))
     process.start()
-    process.join(60)
+    process.join(FOREVER)
     assert process.exitcode == -signal.SIGKILL
     there = {path.name for path in config.folder.rglob("*.*")}
     assert {"00000_stats.json", "00001.parquet"} <= there
@@ -171,7 +172,7 @@ def test_ranks_reuse_tables(config, bf16, whole):
         def note(tally, rank=rank) -> None:
             num_scored[rank] = max(num_scored[rank], tally.num_scored)
 
-        process_shards(config, bf16, world=World(rank=rank, world_size=2), rank_timeout=60, on_progress=note)
+        process_shards(config, bf16, world=World(rank=rank, world_size=2), rank_timeout=FOREVER, on_progress=note)
     assert num_scored == [0, 0]
     assert bits(config.folder) == bits(whole)
     check_accounting(config.folder)
