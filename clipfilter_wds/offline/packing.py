@@ -93,7 +93,7 @@ class PackTask:
 
     def _count(self) -> tuple[ShardStats, Fingerprint]:
         """Samples are counted where they are; what is known of a whole shard, in the output that holds its end."""
-        stats, choice = ShardStats(renamed=len(self.suffixes)), self.options.choice
+        stats, choice = ShardStats(renamed_keys=len(self.suffixes)), self.options.choice
         fingerprint = self.options.fingerprint
         for source in self.sources:
             scores = read_scores(source.table, source.url)

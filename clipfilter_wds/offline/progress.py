@@ -74,7 +74,7 @@ def _rows(tally: Tally, kept_as: str) -> list[Row]:
         ("  done by an earlier run", tally.resumed, ""),
         ("  torn (cut or damaged)", stats.torn, ""),
         ("captions truncated", stats.truncated_captions, counts.seen),
-        ("keys with a suffix", stats.renamed, counts.kept),
+        ("keys with a suffix", stats.renamed_keys, counts.kept),
     ]
     rows += [row for row in more if row[1]]
     if stats.band and tally.phase is Phase.COPYING:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ class ShardStats:
         rechecked: Samples that lay within the band of the threshold and were scored again in float32.
         in_band: Samples whose score was made before, for no threshold or another one, and lies within the band of this
             one: float32 might decide some of them otherwise.
-        renamed: Samples whose key got a suffix, since it came before in the output.
+        renamed_keys: Samples whose key got a suffix, since it came before in the output.
     """
 
     counts: FilterStats = field(default_factory=FilterStats)
@@ -32,46 +32,28 @@ class ShardStats:
     band: float = 0.0
     rechecked: int = 0
     in_band: int = 0
-    renamed: int = 0
+    renamed_keys: int = 0
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
-        return ShardStats(
-            counts=self.counts + other.counts,
-            torn=self.torn + other.torn,
-            truncated_captions=self.truncated_captions + other.truncated_captions,
-            band=max(self.band, other.band),
-            rechecked=self.rechecked + other.rechecked,
-            in_band=self.in_band + other.in_band,
-            renamed=self.renamed + other.renamed,
-        )
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("counts", *_COUNTERS)}
+        return ShardStats(**{**sums, "band": max(self.band, other.band)})
 
     def to_record(self) -> dict[str, Any]:
         """As commit marks and summaries name it. JSON-ready."""
-        return {
-            "seen": self.counts.seen,
-            "kept": self.counts.kept,
-            "dropped": dict(self.counts.dropped),
-            "torn": self.torn,
-            "truncated_captions": self.truncated_captions,
-            "band": self.band,
-            "rechecked": self.rechecked,
-            "in_band": self.in_band,
-            "renamed_keys": self.renamed,
-        }
+        counts = self.counts
+        counted = {"seen": counts.seen, "kept": counts.kept, "dropped": dict(counts.dropped)}
+        return {**counted, **{name: getattr(self, name) for name in _COUNTERS}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """What :meth:`to_record` made, also as a part of more."""
         dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
-        return cls(
-            counts=FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped),
-            torn=record["torn"],
-            truncated_captions=record["truncated_captions"],
-            band=record["band"],
-            rechecked=record["rechecked"],
-            in_band=record["in_band"],
-            renamed=record["renamed_keys"],
-        )
+        counts = FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped)
+        return cls(counts=counts, **{name: record[name] for name in _COUNTERS})
+
+
+#: Entries of a record that are named as the attributes are.
+_COUNTERS = [field.name for field in fields(ShardStats) if field.name != "counts"]
 
 
 class Phase(StrEnum):

@@ -20,7 +20,7 @@ def all_stats(draw) -> ShardStats:
         band=draw(st.floats(0, 2)),
         rechecked=draw(numbers),
         in_band=draw(numbers),
-        renamed=draw(numbers),
+        renamed_keys=draw(numbers),
     )
 
 

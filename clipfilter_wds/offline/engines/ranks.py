@@ -153,7 +153,10 @@ def _is_settled(task: Task, present: frozenset[str]) -> bool:
 
 
 def _total(tasks: Sequence[AnyTask], before: frozenset[str], own: Tally) -> tuple[Tally, list[AnyTask]]:
-    """What all ranks have done, and the shards that have no mark."""
+    """What all ranks have done, and the shards that have no mark.
+
+    Every shard that got its mark since counts as scored, also one whose table an earlier run had left.
+    """
     tally = Tally(num_shards=len(tasks), phase=own.phase, started=own.started)
     left = []
     for task, stats in read_marks(tasks):
