@@ -142,7 +142,7 @@ def test_workers_that_are_killed(clip_folder, tmp_path, num_kills):
 def test_ray_workers_that_are_killed(clip_folder, tmp_path):
     ray = pytest.importorskip("ray")
     runs, number = Runs(tmp_path, clip_folder, seed=3), 0
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         while runs.kills["ray worker"] < NUM_KILLS:
             config, is_done = runs.config(f"killed{number}", number), False

@@ -1,5 +1,6 @@
 """Connects to a Ray cluster, or starts Ray on this machine and shuts it down."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ def import_ray() -> Any:
 def connect(ray: Any, address: str | None) -> bool:
     """Connect to a running cluster, or start Ray here; whether that was done, and not before by another.
 
+    Without an address Ray itself would look for any cluster on this machine first, such as the one that another run has
+    started for itself and takes away at its end.
+
     Raises:
         ValueError: When there is no cluster at this address.
     """
@@ -34,7 +38,11 @@ def connect(ray: Any, address: str | None) -> bool:
         if colon:  # Ray itself would end the process after a minute without an answer
             socket.create_connection((host, int(port)), timeout=10).close()
         with _killed_when_interrupted():
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            ray.init(
+                address=address or os.environ.get("RAY_ADDRESS") or "local",
+                logging_level="warning",
+                log_to_driver=False,
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"there is no Ray cluster at {address!r}: {error}") from error
     return True

@@ -21,7 +21,7 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """Ray on this machine, as if it had four CPUs."""
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 
@@ -116,6 +116,13 @@ def test_no_cluster_at_an_address_is_an_error_that_names_it():
     code = "from clipfilter_wds.offline.engines.ray_pool import RayPool; RayPool(dict, address='127.0.0.1:1')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ValueError: there is no Ray cluster at '127.0.0.1:1': " in run.stderr
+
+
+def test_ray_is_started_for_a_run_beside_the_one_that_another_run_has_started_for_itself():
+    code = "from clipfilter_wds.offline.engines.ray_pool import RayPool; import ray; RayPool(dict); print(ray.nodes())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ray.nodes()[0]["NodeID"] not in run.stdout
+    assert run.stdout.count("NodeID") == 1
 
 
 @pytest.mark.slow
