@@ -16,6 +16,7 @@ from benchmarks.report import Report
 from benchmarks.rounds import Spread, ratios
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import SampleRow
 
@@ -40,7 +41,7 @@ def copy(options: Options, report: Report) -> None:
         }
         turns |= {name: (lambda share=share: rewrite(share)) for name, share in _SHARES.items()}
         rates: dict[str, list[float]] = {name: [] for name in turns}
-        for number in range(options.rounds + 1):  # the first one is not counted
+        for number in range(options.turns() + 1):  # the first one is not counted
             for name, turn in turns.items():
                 shutil.rmtree(out, ignore_errors=True)
                 _cp(shards, out)  # so that all find as much memory free, and as lately used, whoever came before
@@ -51,7 +52,7 @@ def copy(options: Options, report: Report) -> None:
                 rate = num_bytes / (time.perf_counter() - started)
                 if number:
                     rates[name].append(rate / 1e6)
-                    report.tell(f"round {number}/{options.rounds}  {name}: {rate / 1e6:,.0f} MB/s")
+                    report.tell(f"round {number}/{options.turns()}  {name}: {rate / 1e6:,.0f} MB/s")
     rows = [
         {
             "name": name,
@@ -85,7 +86,7 @@ def _write(shards: Path, scores: Path) -> int:
             fingerprint={"model": "none", "precision": "fp32"},
         )
         table = ShardScores.from_rows(
-            [SampleRow(key, index) for index, key in enumerate(keys)],
+            SampleRows.of(SampleRow(key, index) for index, key in enumerate(keys)),
             rng.permutation(np.linspace(0, 1, len(keys), dtype=np.float32)),
             metadata,
         )

@@ -190,9 +190,9 @@ def _run(command: Command, args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _complain(f"stopped. {_RESUME}", INTERRUPTED)
     except Exception as error:
-        from clipfilter_wds.workers.crashes import WorkerDiedError
+        from clipfilter_wds.workers.crashes import WorkerError
 
-        if not isinstance(error, (OSError, WorkerDiedError)):
+        if not isinstance(error, (OSError, WorkerError)):
             raise
         return _complain(f"{error}. {_RESUME}", SOME_FAILED)
 

@@ -27,3 +27,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def pixels_to_device(pixel_values: Tensor, device: torch.device) -> Tensor:
+    """uint8 ``[N, 3, H, W]`` on ``device``, likewise; interleaved pixels are copied with their padding, as they lie."""
+    num_views, _, height, width = pixel_values.shape
+    interleaved = (height * width * 4, 1, width * 4, 4)
+    if device.type == "cpu" or not num_views or pixel_values.stride() != interleaved:
+        return to_device(pixel_values, device)
+    padded = pixel_values.as_strided((num_views, height, width, 4), (height * width * 4, width * 4, 4, 1))
+    return to_device(padded, device).permute(0, 3, 1, 2)[:, :3]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipfilter_wds.models.config import Precision
 from clipfilter_wds.models.cosine import captions_of
-from clipfilter_wds.models.device import to_device
+from clipfilter_wds.models.device import pixels_to_device, to_device
 from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
 from clipfilter_wds.models.fast.image_tower import optimize_layers
 from clipfilter_wds.models.fast.onednn import onednn_linear
@@ -174,7 +174,7 @@ class FastEncoder(Encoder):
 
     def encode_image(self, pixel_values: Tensor, *, check: Check = no_check) -> Tensor:
         """See :class:`Encoder`."""
-        pixel_values = to_device(pixel_values, self.device)
+        pixel_values = pixels_to_device(pixel_values, self.device)
         batches = pixel_values.split(_FAST_IMAGES.get(self.device.type, len(pixel_values)))
         return self._encode(batches, self._image_features, check)
 

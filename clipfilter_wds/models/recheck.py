@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 from clipfilter_wds.models.cosine import captions_of, cosines, num_captions
-from clipfilter_wds.models.device import to_device
+from clipfilter_wds.models.device import pixels_to_device, to_device
 from clipfilter_wds.models.encoder import Check
 from clipfilter_wds.models.forward_pool import ForwardPool, forward_pool
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.models.undecided import NUM_TOWERS, Undecided, first_places
 
 T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
 
 #: Samples that the error is first measured on. All pairings of images and captions are compared, so a few will do.
 NUM_MEASURED = 32
@@ -28,11 +31,11 @@ _WHOLE = 2.0
 #: Share of the samples outside the band that are scored in float32 too, to see whether the band still holds.
 _AUDITED = 1 / 1024
 
-#: In float32, first the caption is computed again, then the image.
-_NUM_TOWERS = 2
+#: Samples that wait until the undecided ones among them, or before them, fill a float32 batch.
+_MOST_WAITING = 512
 
-#: Batches that wait until their undecided scores fill a float32 batch.
-_MOST_WAITING = 8
+#: How much a float32 score may be off by rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,38 +49,6 @@ class BatchScores:
 
     scores: np.ndarray
     num_rechecked: int = 0
-
-
-class _Scored:
-    """A batch with its fast scores, and with as many better ones as were needed so far.
-
-    Attributes:
-        scores: float32 ``[3, N]``: fast; with the caption in float32; with the image in float32 too. NaN where not
-            computed.
-        num_fp32: int64 ``[N]``: how many towers were computed in float32; indexes each sample's best score.
-        caption_embeds: By row, the captions' embeddings in float32.
-    """
-
-    def __init__(
-        self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
-        fast: np.ndarray,
-        image_embeds: torch.Tensor,
-        *,
-        is_audited: np.ndarray,
-        is_all_near: bool,
-    ) -> None:
-        self.pixel_values, self.input_ids, self.image_embeds = pixel_values, input_ids, image_embeds
-        self.is_audited, self.is_all_near = is_audited, is_all_near
-        self.scores = np.stack([fast, *[np.full_like(fast, np.nan)] * _NUM_TOWERS])
-        self.num_fp32 = np.zeros(len(fast), dtype=np.int64)
-        self.caption_embeds: dict[int, torch.Tensor] = {}
-
-    def errors(self, rows: np.ndarray) -> np.ndarray:
-        """float32 ``[2, N]``: the errors of the fast scores of these samples, and of those with exact captions."""
-        errors: np.ndarray = np.abs(self.scores[:_NUM_TOWERS, rows] - self.scores[_NUM_TOWERS, rows])
-        return errors
 
 
 class Recheck:
@@ -107,7 +78,7 @@ class Recheck:
         self._random = np.random.default_rng(seed)
         self._num_measured = 0
         #: Of the band of fast scores, and of that of scores with the caption in float32.
-        self._half_widths = [0.0] * _NUM_TOWERS
+        self._half_widths = [0.0] * NUM_TOWERS
 
     @property
     def is_measured(self) -> bool:
@@ -121,32 +92,40 @@ class Recheck:
 
     def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
         """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
-        [(_, scores)] = self.map([None], lambda _: (pixel_values, input_ids))
+        [(_, scores)] = self.map([None], lambda _: (pixel_values, input_ids), lambda _, may_be_kept: None)
         return scores
 
     def map(
-        self, batches: Iterable[T], inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[T, BatchScores]]:
-        """Score batches, and yield each with its scores, in order.
+        self,
+        batches: Iterable[T],
+        inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+        hold: Callable[[T, np.ndarray], U],
+    ) -> Iterator[tuple[U, BatchScores]]:
+        """Score batches, and yield what is held of each with its scores, in order.
 
         The next batches are started before the scores of the first are there. What has to be computed again waits until
-        it fills a batch of a float32 tower, for at most :data:`_MOST_WAITING` batches.
+        it fills a batch of a float32 tower, while at most :data:`_MOST_WAITING` samples wait. The device always has
+        work while results are waited for.
 
         Args:
             batches: Anything that holds what is scored.
             inputs: Batch -> ``pixel_values`` and ``input_ids``.
+            hold: Batch, and which of its samples may be kept, bool ``[N]`` -> what is to be yielded. Called when the
+                fast scores are there. The memory of the inputs is not used after that.
         """
-        started: deque[tuple[T, Callable[[], _Scored]]] = deque()
-        waiting: deque[tuple[T, _Scored]] = deque()
+        started: deque[Callable[[], None]] = deque()
+        waiting: deque[tuple[U, Undecided]] = deque()
         with forward_pool(self.scorer.device, self.scorer.fast.width) as pool:
             for batch in batches:
-                started.append((batch, self._start(pool, *inputs(batch))))
-                if len(started) > pool.num_ahead:
-                    yield from self._settle(pool, waiting, *started.popleft())
-            for batch, finish in started:
-                yield from self._settle(pool, waiting, batch, finish)
-            while waiting:
-                self._recheck_oldest(pool, waiting)
+                started.append(self._start(pool, waiting, batch, inputs, hold))
+                while len(started) > pool.num_ahead:
+                    started.popleft()()
+                    started.extend(self._rechecks(pool, waiting, most_waiting=_MOST_WAITING))
+                    yield from self._decided(waiting)
+            while started or waiting:
+                if started:
+                    started.popleft()()
+                started.extend(self._rechecks(pool, waiting, most_waiting=_MOST_WAITING if started else 0))
                 yield from self._decided(waiting)
 
     def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
@@ -162,13 +141,32 @@ class Recheck:
         self._num_measured += len(pixel_values)
         self._learn((scores - exact_images @ exact_captions.T).abs().cpu().numpy())
 
-    def _start(self, pool: ForwardPool, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Callable[[], _Scored]:
+    def _start(
+        self,
+        pool: ForwardPool,
+        waiting: "deque[tuple[U, Undecided]]",
+        batch: T,
+        inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+        hold: Callable[[T, np.ndarray], U],
+    ) -> Callable[[], None]:
+        """Start the fast scores of a batch. Returns what waits for them, and then has the batch wait for float32."""
+        pixel_values, input_ids = inputs(batch)
         self.measure(pixel_values, input_ids)
-        finish = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
-        fetch = _fetch(finish, self.scorer.device)
         is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
         is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
-        return lambda: _Scored(pixel_values, input_ids, *fetch(), is_audited=is_audited, is_all_near=is_all_near)
+        pixel_values = pixels_to_device(pixel_values, self.scorer.device)
+        fetch = _fetch(pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled), self.scorer.device)
+
+        def finish() -> None:
+            scores, image_embeds = fetch()
+            is_near = self._is_near(scores, _WHOLE if is_all_near else self._half_widths[0])
+            undecided = Undecided(
+                scores, is_near, is_audited, pixel_values, input_ids, image_embeds, is_all_near=is_all_near
+            )
+            may_be_kept = is_near if self._threshold is None else is_near | (scores >= self._threshold - _ROUNDING)
+            waiting.append((hold(batch, may_be_kept | (self._threshold is None)), undecided))
+
+        return finish
 
     def _score_fast(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, check: Check
@@ -177,84 +175,83 @@ class Recheck:
         images, captions = self.scorer.fast(pixel_values, input_ids, check=check)
         return cosines(images, captions, input_ids, self.scorer.reduce), images
 
-    def _settle(
-        self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]], batch: T, finish: Callable[[], _Scored]
-    ) -> Iterator[tuple[T, BatchScores]]:
-        """Let a batch wait, and yield those that need not."""
-        waiting.append((batch, finish()))
-        for num_fp32 in range(_NUM_TOWERS):
-            while sum(int(self._todo(scored, num_fp32).sum()) for _, scored in waiting) >= self.scorer.exact.batch_rows:
-                self._recheck(pool, waiting, num_fp32)
-        while len(waiting) > _MOST_WAITING and self._is_undecided(waiting[0][1]):
-            self._recheck_oldest(pool, waiting)
-        yield from self._decided(waiting)
+    def _rechecks(
+        self, pool: ForwardPool, waiting: "deque[tuple[U, Undecided]]", *, most_waiting: int
+    ) -> Iterator[Callable[[], None]]:
+        """Start the float32 towers that can be filled, and those of the oldest batch if too many samples wait."""
+        batches = [undecided for _, undecided in waiting]
+        for num_fp32 in range(NUM_TOWERS):
+            while sum(int(self._todo(each, num_fp32).sum()) for each in batches) >= self.scorer.exact.batch_rows:
+                yield self._recheck(pool, batches, num_fp32)
+        if sum(each.num_samples for each in batches) > most_waiting:
+            for num_fp32 in range(NUM_TOWERS):
+                if self._todo(batches[0], num_fp32).any():
+                    yield self._recheck(pool, batches, num_fp32)
 
-    def _recheck_oldest(self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]]) -> None:
-        """Run the float32 towers that the oldest batch needs, even if they are not full."""
-        for num_fp32 in range(_NUM_TOWERS):
-            if self._todo(waiting[0][1], num_fp32).any():
-                self._recheck(pool, waiting, num_fp32)
+    def _recheck(self, pool: ForwardPool, batches: Sequence[Undecided], num_fp32: int) -> Callable[[], None]:
+        """Start one batch of the next float32 tower, on the first samples that have this many and need it."""
+        todo = [self._todo(each, num_fp32) for each in batches]
+        found = zip(batches, first_places(todo, self.scorer.exact.batch_rows), strict=True)
+        parts = [(each, places) for each, places in found if len(places)]
+        for each, places in parts:
+            each.is_busy[places] = True
+        scored = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)
+        fetch = _fetch(lambda: (scored(), None), self.scorer.device)
 
-    def _recheck(self, pool: ForwardPool, waiting: deque[tuple[T, _Scored]], num_fp32: int) -> None:
-        """Run one batch of the next float32 tower, on the first samples that have this many and need it."""
-        parts: list[tuple[_Scored, np.ndarray]] = []
-        room = self.scorer.exact.batch_rows
-        for _, scored in waiting:
-            rows = np.flatnonzero(self._todo(scored, num_fp32))[:room]
-            if len(rows):
-                parts.append((scored, rows))
-                room -= len(rows)
-        if not parts:
-            return
-        scores = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)()
-        for scored, rows in parts:
-            scored.scores[num_fp32 + 1, rows], scores = scores[: len(rows)], scores[len(rows) :]
-            scored.num_fp32[rows] = num_fp32 + 1
-            if num_fp32 + 1 == _NUM_TOWERS:
-                self._learn(scored.errors(rows))
+        def finish() -> None:
+            scores, _ = fetch()
+            for each, places in parts:
+                each.scores[num_fp32 + 1, places], scores = scores[: len(places)], scores[len(places) :]
+                each.num_fp32[places] = num_fp32 + 1
+                each.is_busy[places] = False
+                if num_fp32 + 1 == NUM_TOWERS:
+                    self._learn(each.errors(places))
 
-    def _score_again(self, parts: Sequence[tuple[_Scored, np.ndarray]], num_fp32: int, check: Check) -> np.ndarray:
+        return finish
+
+    def _score_again(self, parts: Sequence[tuple[Undecided, np.ndarray]], num_fp32: int, check: Check) -> torch.Tensor:
         """Scores with one more tower in float32 than ``num_fp32``."""
-        scorer, indices = self.scorer, [(scored, torch.from_numpy(rows)) for scored, rows in parts]
-        input_ids = scorer.preprocess.tokenize.join([scored.input_ids[index] for scored, index in indices])
-        places = [(scored.caption_embeds, row) for scored, rows in parts for row in rows.tolist()]
+        scorer, indices = self.scorer, [(each, torch.from_numpy(places)) for each, places in parts]
+        input_ids = scorer.preprocess.tokenize.join([each.input_ids[index] for each, index in indices])
+        of_rows = [(each.caption_embeds, place) for each, places in parts for place in places.tolist()]
         if num_fp32 == 0:
-            images = torch.cat([scored.image_embeds[to_device(index, scorer.device)] for scored, index in indices])
+            images = torch.cat([each.image_embeds[to_device(index, scorer.device)] for each, index in indices])
             embeds = scorer.exact.encode_text(captions_of(input_ids), check=check)
-            for (of_batch, row), of_row in zip(places, embeds.split(num_captions(input_ids)), strict=True):
-                of_batch[row] = of_row
+            for (of_batch, place), of_row in zip(of_rows, embeds.split(num_captions(input_ids)), strict=True):
+                of_batch[place] = of_row
         else:
-            pixel_values = torch.cat([scored.pixel_values[index] for scored, index in indices])
-            images = scorer.exact.encode_image(pixel_values, check=check)
-        captions = torch.cat([of_batch[row] for of_batch, row in places])
-        return cosines(images, captions, input_ids, scorer.reduce).cpu().numpy()
+            pixel_values = [each.pixel_values[to_device(index, each.pixel_values.device)] for each, index in indices]
+            images = scorer.exact.encode_image(torch.cat(pixel_values), check=check)
+        captions = torch.cat([of_batch[place] for of_batch, place in of_rows])
+        return cosines(images, captions, input_ids, scorer.reduce)
 
-    def _decided(self, waiting: deque[tuple[T, _Scored]]) -> Iterator[tuple[T, BatchScores]]:
-        while waiting and not self._is_undecided(waiting[0][1]):
-            batch, scored = waiting.popleft()
-            scores, num_rechecked = scored.scores[_NUM_TOWERS], 0
-            for num_fp32 in reversed(range(_NUM_TOWERS)):
-                near = self._is_near(scored, num_fp32)
-                scores, num_rechecked = np.where(near, scores, scored.scores[num_fp32]), int(near.sum())
-            yield batch, BatchScores(scores, num_rechecked)
+    def _decided(self, waiting: "deque[tuple[U, Undecided]]") -> Iterator[tuple[U, BatchScores]]:
+        while waiting:
+            held, undecided = waiting[0]
+            if undecided.is_busy.any() or any(self._todo(undecided, number).any() for number in range(NUM_TOWERS)):
+                return
+            waiting.popleft()
+            scores = undecided.final_scores(np.where(self._is_near_still(undecided), 2, 1))
+            yield held, BatchScores(scores, int(undecided.is_near.sum()))
 
-    def _is_undecided(self, scored: _Scored) -> bool:
-        return any(self._todo(scored, num_fp32).any() for num_fp32 in range(_NUM_TOWERS))
-
-    def _todo(self, scored: _Scored, num_fp32: int) -> np.ndarray:
+    def _todo(self, undecided: Undecided, num_fp32: int) -> np.ndarray:
         """Which samples have this many float32 towers and need another; more than before, once a band is wider."""
-        todo: np.ndarray = (self._is_near(scored, num_fp32) | scored.is_audited) & (scored.num_fp32 == num_fp32)
+        todo: np.ndarray = (undecided.num_fp32 == num_fp32) & ~undecided.is_busy
+        if num_fp32 == 1:
+            todo &= undecided.is_audited | self._is_near_still(undecided)
         return todo
 
-    def _is_near(self, scored: _Scored, num_fp32: int) -> np.ndarray:
-        """Which scores with this many towers in float32 might be decided otherwise in float32 throughout."""
-        scores = scored.scores[num_fp32]
+    def _is_near_still(self, undecided: Undecided) -> np.ndarray:
+        """Which scores with the caption in float32 might be decided otherwise with the image in float32 too."""
+        return self._is_near(undecided.scores[1], _WHOLE if undecided.is_all_near else self._half_widths[1])
+
+    def _is_near(self, scores: np.ndarray, half_width: float) -> np.ndarray:
+        """Which scores might be decided otherwise if they are off by up to ``half_width``."""
         if self._is_exact:
             return np.zeros(len(scores), dtype=bool)
         near: np.ndarray = ~np.isfinite(scores)
         if self._threshold is not None:
-            band = _WHOLE if scored.is_all_near else self._half_widths[num_fp32]
-            near |= np.abs(scores.astype(np.float64) - self._threshold) <= band
+            near |= np.abs(scores.astype(np.float64) - self._threshold) <= half_width
         return near
 
     def _learn(self, errors: np.ndarray) -> None:
@@ -265,13 +262,11 @@ class Recheck:
                 self._half_widths[num_fp32] = _MARGIN * largest
 
 
-def _fetch(
-    finish: Callable[[], tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> Callable[[], tuple[np.ndarray, torch.Tensor]]:
+def _fetch(finish: Callable[[], tuple[torch.Tensor, V]], device: torch.device) -> Callable[[], tuple[np.ndarray, V]]:
     """Start copying scores to the host. Returns a function that waits for them; embeddings stay where they are."""
     if device.type != "cuda":
 
-        def finished() -> tuple[np.ndarray, torch.Tensor]:
+        def finished() -> tuple[np.ndarray, V]:
             scores, image_embeds = finish()
             return scores.cpu().numpy(), image_embeds
 
@@ -282,7 +277,7 @@ def _fetch(
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(scores.device))
 
-    def wait() -> tuple[np.ndarray, torch.Tensor]:
+    def wait() -> tuple[np.ndarray, V]:
         copied.synchronize()
         return host.numpy(), image_embeds
 

@@ -71,6 +71,11 @@ class ClipScorer(nn.Module):
         return self.exact.device
 
     @property
+    def copies_inputs(self) -> bool:
+        """Whether batches are copied to a memory of its own before anything is computed, as a GPU's is."""
+        return self.device.type != "cpu"
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on beside the sample: weights, preprocessing, text handling, precision. JSON-ready."""
         return dict(self._fingerprint)

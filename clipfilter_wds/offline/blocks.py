@@ -5,11 +5,12 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipfilter_wds.preprocess.batch import BatchBuilder, BufferProvider, PreparedBatch, new_buffer
+from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.members import read_uid
 from clipfilter_wds.scores.subset import Subset
@@ -19,6 +20,7 @@ from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError, Unusa
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
 from clipfilter_wds.workers.pool import worker_loader
 from clipfilter_wds.workers.restart import restarting
+from clipfilter_wds.workers.transport import Lent, lent, slot_buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,6 @@ class Block:
     prepared: PreparedBatch
     end: ShardEnd | None = None
     error: str | None = None
-
-    def pin_memory(self) -> "Block":
-        """The same in page-locked memory (called by DataLoader)."""
-        return replace(self, prepared=self.prepared.pin_memory())
 
 
 @dataclass
@@ -72,7 +70,7 @@ class BlockDataset(IterableDataset[Block]):
         layout: Which members are image and caption.
         subset: Samples that it does not list are not decoded; they have the reason ``not_in_subset``.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
-        buffers: Gives the memory for the views of a block.
+        interleaved: See ``BatchBuilder``.
         tracker: Workers report to it which sample they are at.
         progress: What has come of an earlier iteration, and is not read again.
 
@@ -86,7 +84,7 @@ class BlockDataset(IterableDataset[Block]):
     layout: SampleLayout = field(default_factory=SampleLayout)
     subset: Subset | None = None
     allow_pipe: bool = False
-    buffers: BufferProvider = new_buffer
+    interleaved: bool = False
     tracker: CrashTracker | None = None
     progress: BlockProgress = field(default_factory=BlockProgress)
 
@@ -111,7 +109,7 @@ class BlockDataset(IterableDataset[Block]):
             return whose == part.part and turn >= num_done
 
         read = partial(read_samples, layout=self.layout, wanted=wanted, pair_only=True)
-        builder = BatchBuilder(self.preprocess, self.batch_size, self.buffers)
+        builder = BatchBuilder(self.preprocess, self.batch_size, slot_buffer, interleaved=self.interleaved)
         try:
             worker_tracker.begin_shard(part.url)
             for item in read_part(part, read, allow_pipe=self.allow_pipe):
@@ -137,32 +135,33 @@ class BlockDataset(IterableDataset[Block]):
 
 
 def read_blocks(
-    dataset: BlockDataset, *, num_workers: int, worker_timeout: float = 0.0, pin_memory: bool = False
-) -> Generator[Block]:
+    dataset: BlockDataset, *, num_workers: int, worker_timeout: float = 0.0, lend: bool = False
+) -> Generator[Lent[Block]]:
     """A dataset's blocks, from worker processes, in any order. A sample that kills two of them is ``decoder_crash``.
 
     Args:
         dataset: What to read.
         num_workers: Processes that decode; 0: this one, which a sample can kill.
         worker_timeout: Seconds that one sample may take before its worker is killed; 0 is for ever.
-        pin_memory: Put tensors in page-locked memory.
+        lend: Leave them in the workers' memory until they are released; see ``worker_loader``.
 
     Raises:
         WorkerDiedError: When workers die at once, or one after another with no block in between.
     """
     progress = BlockProgress()
 
-    def start(tracker: CrashTracker) -> Iterable[Block]:
+    def start(tracker: CrashTracker) -> Iterable[Any]:
         return worker_loader(
             replace(dataset, tracker=tracker, progress=progress),
             num_workers=num_workers,
-            pin_memory=pin_memory,
+            lend=lend,
+            batch_bytes=dataset.batch_size * dataset.preprocess.view_bytes(interleaved=dataset.interleaved),
             in_order=False,
             tracker=tracker,
         )
 
     started = restarting(start, dataset.urls, num_workers=num_workers, worker_timeout=worker_timeout)
     with closing(started) as blocks:
-        for block in blocks:
-            progress.add(block)
+        for block in map(lent, blocks):
+            progress.add(block.item)
             yield block

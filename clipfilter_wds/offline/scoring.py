@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from clipfilter_wds.offline.commit import CURE, check_source
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.copying import CopyTask, shard_stats
 from clipfilter_wds.offline.tally import ShardStats
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.subset import Subset
@@ -25,8 +26,9 @@ from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.types import SampleRow, ShardEnd, ShardError
+from clipfilter_wds.types import ShardEnd, ShardError
 from clipfilter_wds.workers.cpus import default_num_workers
+from clipfilter_wds.workers.transport import Lent
 
 #: Blocks that are looked through for usable samples to measure the error of the scores on.
 MAX_MEASURED_BLOCKS = 4
@@ -161,7 +163,7 @@ def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
     num_workers = 0 if options.num_workers == 0 else 1
     with closing(read_blocks(dataset, num_workers=num_workers, worker_timeout=options.worker_timeout)) as blocks:
         for block in islice(blocks, 0 if recheck.is_measured else MAX_MEASURED_BLOCKS):
-            recheck.measure(*block.prepared.inputs)
+            recheck.measure(*block.item.prepared.inputs)
             if recheck.is_measured:
                 break
     return recheck
@@ -193,24 +195,45 @@ def score_shards(
         dataset,
         num_workers=num_workers,
         worker_timeout=options.worker_timeout,
-        pin_memory=scorer.device.type == "cuda",
+        lend=scorer.copies_inputs,
     )
     fingerprint = options.fingerprint(scorer)
     rechecked_at = options.rechecked_at(fingerprint)
     pending: dict[str, _PendingShard] = {}
     with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
-        for block, scores in recheck.map(blocks, lambda block: block.prepared.inputs):
+        for block, scores in recheck.map(blocks, lambda block: block.item.prepared.inputs, _hold):
             shard = pending.setdefault(block.part.url, _PendingShard(block.part))
             shard.add(block, scores)
-            on_batch(len(block.prepared.rows))
+            on_batch(len(block.rows))
             if shard.is_complete:
                 del pending[block.part.url]
                 yield block.part.url, shard.finish(fingerprint, recheck.band, rechecked_at)
 
 
 def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *, batch_size: int) -> BlockDataset:
-    preprocess, layout, subset = scorer.preprocess, options.layout, options.subset
-    return BlockDataset(urls=urls, preprocess=preprocess, batch_size=batch_size, layout=layout, subset=subset)
+    return BlockDataset(
+        urls=urls,
+        preprocess=scorer.preprocess,
+        batch_size=batch_size,
+        layout=options.layout,
+        subset=options.subset,
+        interleaved=scorer.copies_inputs,
+    )
+
+
+class _ScoredBlock(NamedTuple):
+    """What is left of a block when its pixels are scored."""
+
+    part: ShardPart
+    rows: SampleRows
+    end: ShardEnd | None
+    error: str | None
+
+
+def _hold(block: Lent[Block], may_be_kept: np.ndarray) -> _ScoredBlock:
+    item = block.item
+    block.release()
+    return _ScoredBlock(item.part, item.prepared.rows, item.end, item.error)
 
 
 @dataclass
@@ -219,20 +242,20 @@ class _PendingShard:
 
     Attributes:
         part: Any of its parts.
-        rows: The samples.
+        rows: The samples, per block.
         scores: Of the usable ones, per block.
         ends: What each part that was read whole found at the shard's end.
         errors: Per part that could not be read, why.
     """
 
     part: ShardPart
-    rows: list[SampleRow] = field(default_factory=list)
+    rows: list[SampleRows] = field(default_factory=list)
     scores: list[BatchScores] = field(default_factory=list)
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, block: Block, scores: BatchScores) -> None:
-        self.rows += block.prepared.rows
+    def add(self, block: _ScoredBlock, scores: BatchScores) -> None:
+        self.rows.append(block.rows)
         self.scores.append(scores)
         if block.end is not None:
             self.ends.append(block.end)
@@ -249,8 +272,9 @@ class _PendingShard:
         if len(set(self.ends)) > 1:
             return ShardError("it changed while it was being read")
         end, url = self.ends[0], public_url(self.part.url)
-        if len(self.rows) != end.num_samples:
-            raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(self.rows)} arrived")
+        rows = SampleRows.concat(self.rows)
+        if len(rows) != end.num_samples:
+            raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(rows)} arrived")
         metadata = ScoreMetadata(
             shard=url,
             num_bytes=end.num_bytes,
@@ -262,4 +286,4 @@ class _PendingShard:
             rechecked_at=rechecked_at,
         )
         scores = np.concatenate([batch.scores for batch in self.scores])
-        return ShardScores.from_rows(self.rows, scores, metadata)
+        return ShardScores.from_rows(rows, scores, metadata)

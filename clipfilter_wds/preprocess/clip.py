@@ -38,6 +38,11 @@ class ClipPreprocess:
         """The same, but for these fields of the view."""
         return replace(self, view=replace(self.view, **changes))
 
+    def view_bytes(self, *, interleaved: bool) -> int:
+        """Size of a view in a batch: three bytes a pixel, or, where its colours are kept together, four."""
+        height, width = self.view.crop
+        return height * width * (4 if interleaved else 3)
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """All that a score depends on here. JSON-ready."""

@@ -156,7 +156,10 @@ class ImageView:
             raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
     def __call__(self, rgb: RgbImage, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Resize and crop to uint8 ``[3, crop_height, crop_width]``, written to ``out`` if that is given."""
+        """Resize and crop to uint8 ``[3, crop_height, crop_width]``.
+
+        Written to ``out`` if that is given, which may have a fourth channel, of padding.
+        """
         size = self._resized(rgb.width, rgb.height)
         if self.resampler == "pillow":
             box = (0, 0, rgb.width / rgb.scale, rgb.height / rgb.scale)
@@ -172,8 +175,11 @@ class ImageView:
         # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
         whole = round if self.resampler == "pillow" else int
         top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
-        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)[:3]
-        return view.contiguous() if out is None else out.copy_(view)
+        view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)
+        if out is None:
+            return view[:3].contiguous()
+        out[: len(view)].copy_(view[: len(out)])  # all four channels of both are copied as fast as memory allows
+        return out[:3]
 
     @property
     def _smallest(self) -> tuple[int, int]:

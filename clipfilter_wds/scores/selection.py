@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason, FilterStats, ShardError
@@ -40,8 +41,7 @@ class Selection:
     def stats_between(self, start: int, stop: int) -> FilterStats:
         """The counts of the samples with ``start <= index < stop``."""
         reasons = self.reasons[start:stop]
-        counts = np.bincount(reasons[reasons != NO_REASON], minlength=len(DropReason)).tolist()
-        dropped = {reason: count for reason, count in zip(DropReason, counts, strict=True) if count}
+        dropped = count_reasons(reasons)
         return FilterStats(seen=len(reasons), kept=int((reasons == NO_REASON).sum()), dropped=dropped)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
+from clipfilter_wds.types import NO_REASON, DropReason, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
@@ -100,7 +101,7 @@ class ShardScores:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
 
     @classmethod
-    def from_rows(cls, rows: Sequence[SampleRow], scores: np.ndarray, metadata: ScoreMetadata) -> Self:
+    def from_rows(cls, rows: SampleRows, scores: np.ndarray, metadata: ScoreMetadata) -> Self:
         """Make a table of rows in any order.
 
         Args:
@@ -112,12 +113,11 @@ class ShardScores:
         Raises:
             ValueError: When there are more or fewer scores than rows without a reason.
         """
-        all_scores, reasons = finite_scores([row.reason for row in rows], scores)
-        computed = {"score": all_scores, "reason": reasons}
-        table = pa.table(
-            [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
-            schema=_SCHEMA,
-        )
+        all_scores, reasons = finite_scores(rows.reasons, scores)
+        texts = [None if reason is None else reason.value for reason in reasons_of(reasons)]
+        numbers = {name: rows.numbers[name] for name in rows.numbers.dtype.names or ()}
+        columns = {**numbers, "key": rows.keys, "uid": rows.uids, "score": all_scores, "reason": texts}
+        table = pa.table([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
         return cls(table=table.sort_by("index").combine_chunks(), metadata=metadata)
 
     def write(self, file: BinaryIO) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.preprocess.batch import BatchBuilder, BufferProvider, PreparedBatch, new_buffer
+from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.selection import passes
 from clipfilter_wds.tables.images import check_protocol, is_remote, read_image
@@ -28,6 +29,7 @@ from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
 from clipfilter_wds.workers.pool import worker_loader
 from clipfilter_wds.workers.restart import restarting
+from clipfilter_wds.workers.transport import Lent, lent, slot_buffer
 
 #: Images of one batch that are fetched at a time, in each worker.
 _NUM_FETCHERS = 16
@@ -106,23 +108,29 @@ def score_pairs(
     Raises:
         WorkerDiedError: When workers die at once, or one after another with no batch in between.
     """
-    opener = _PairOpener(recheck.scorer.preprocess, folder, table)
-    pin_memory = recheck.scorer.device.type == "cuda"
-    opened = _open_batches(batches, opener, num_workers, worker_timeout, pin_memory)
-    for (companion, prepared), scored in recheck.map(opened, lambda each: each[1].inputs):
-        yield companion, _pair_scores(prepared, scored.scores)
+    opener = _PairOpener(recheck.scorer.preprocess, folder, table, interleaved=recheck.scorer.copies_inputs)
+    opened = _open_batches(batches, opener, num_workers, worker_timeout, lend=recheck.scorer.copies_inputs)
+    for (companion, rows), scored in recheck.map(opened, lambda each: each[1].item.inputs, _hold):
+        yield companion, _pair_scores(rows, scored.scores)
 
 
 def score_pair_fp32(pair: Pair, scorer: ClipScorer, *, folder: Path) -> PairScores:
     """Score one pair in float32, in this process."""
     prepared = _PairOpener(scorer.preprocess, folder)[_Request(0, [pair])]
-    return _pair_scores(prepared, scorer(*prepared.inputs, exact=True).cpu().numpy())
+    return _pair_scores(prepared.rows, scorer(*prepared.inputs, exact=True).cpu().numpy())
 
 
-def _pair_scores(prepared: PreparedBatch, cosines: np.ndarray) -> PairScores:
-    scores, reasons = finite_scores([row.reason for row in prepared.rows], cosines)
-    num_truncated = sum(row.truncated for row in prepared.rows)
-    return PairScores(similarity=np.clip(scores, 0.0, 1.0), reasons=reasons, num_truncated=num_truncated)
+def _hold(opened: tuple[T, Lent[PreparedBatch]], may_be_kept: np.ndarray) -> tuple[T, SampleRows]:
+    companion, prepared = opened
+    rows = prepared.item.rows
+    prepared.release()
+    return companion, rows
+
+
+def _pair_scores(rows: SampleRows, cosines: np.ndarray) -> PairScores:
+    scores, codes = finite_scores(rows.reasons, cosines)
+    reasons = reasons_of(codes)
+    return PairScores(similarity=np.clip(scores, 0.0, 1.0), reasons=reasons, num_truncated=rows.num_truncated)
 
 
 # --- opening ---
@@ -140,8 +148,9 @@ def _open_batches(
     opener: "_PairOpener",
     num_workers: int,
     worker_timeout: float,
-    pin_memory: bool,
-) -> Iterator[tuple[T, PreparedBatch]]:
+    *,
+    lend: bool,
+) -> Iterator[tuple[T, Lent[PreparedBatch]]]:
     """Have batches opened, in order; those that were under way when a worker died are asked for once more."""
     under_way: deque[tuple[T, _Request]] = deque()
     numbered = _numbered(batches)
@@ -152,18 +161,18 @@ def _open_batches(
             under_way.append(item)
             yield item[1]
 
-    def start(tracker: CrashTracker) -> Iterable[PreparedBatch]:
+    def start(tracker: CrashTracker) -> Iterable[Any]:
         return worker_loader(
             replace(opener, tracker=tracker),
             num_workers=num_workers,
-            pin_memory=pin_memory,
+            lend=lend,
             requests=requests(),
             tracker=tracker,
         )
 
     started = restarting(start, [opener.table], num_workers=num_workers, worker_timeout=worker_timeout)
     with closing(started) as opened:
-        for prepared in opened:
+        for prepared in map(lent, opened):
             yield under_way.popleft()[0], prepared
 
 
@@ -184,12 +193,12 @@ class _PairOpener(Dataset[PreparedBatch]):
     preprocess: ClipPreprocess
     folder: Path
     table: str = "table"
-    buffers: BufferProvider = new_buffer
+    interleaved: bool = False
     tracker: CrashTracker | None = None
 
     def __getitem__(self, request: _Request) -> PreparedBatch:
         worker_tracker = (self.tracker or CrashTracker([self.table], 0)).for_worker()
-        builder = BatchBuilder(self.preprocess, len(request.pairs), self.buffers)
+        builder = BatchBuilder(self.preprocess, len(request.pairs), slot_buffer, interleaved=self.interleaved)
         # Files are read one after another, so that one is in memory at a time; what comes over a network, side by side.
         with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="clipfilter-fetch") as fetchers:
             readers = [self._reader(pair, fetchers) for pair in request.pairs]

@@ -3,21 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from clipfilter_wds.preprocess.batch import BatchBuilder, BufferProvider, PreparedBatch, new_buffer
+from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.stream import PartEnd, Position, StreamSample
 from clipfilter_wds.types import DropReason, Sample, SampleRow, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
+from clipfilter_wds.workers.transport import slot_buffer
 
 ImageTransform = Callable[[Image.Image], Any]
 TextTransform = Callable[[str], Any]
@@ -34,7 +36,7 @@ class BatchSettings:
         preprocess: Prepares what is to be scored; None where all scores are known.
         image_transform: RGB image -> the training view of it; None gives CLIP's own view.
         text_transform: Caption -> its training view; None gives the caption.
-        buffers: Gives the memory for the CLIP views of a batch.
+        interleaved: Interleave the views that CLIP gets, where training gets others; see ``BatchBuilder``.
     """
 
     batch_size: int
@@ -43,7 +45,19 @@ class BatchSettings:
     preprocess: ClipPreprocess | None
     image_transform: ImageTransform | None
     text_transform: TextTransform | None
-    buffers: BufferProvider = new_buffer
+    interleaved: bool = False
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether CLIP's views are interleaved."""
+        return self.interleaved and self.image_transform is not None
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of CLIP's views of a batch."""
+        if self.preprocess is None:
+            return 0
+        return self.batch_size * self.preprocess.view_bytes(interleaved=self.is_interleaved)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +67,8 @@ class StreamBatch:
     Attributes:
         worker: The worker.
         after: Its position after this batch.
-        urls: Per row, the shard.
+        urls: The shards of the rows.
+        url_of: Per row, its place in ``urls``, int32 ``[num_rows]``.
         rows: Every sample, usable or not.
         is_known: Per row, whether its score was known before it was read, bool.
         known_scores: Per row, that score, float32; 0.0 where there is none.
@@ -70,7 +85,8 @@ class StreamBatch:
     worker: int
     after: Position
     urls: list[str]
-    rows: list[SampleRow]
+    url_of: np.ndarray
+    rows: SampleRows
     is_known: np.ndarray
     known_scores: np.ndarray
     prepared: PreparedBatch
@@ -86,9 +102,9 @@ class StreamBatch:
         """What training gets of the rows that it may get, collated: ``image`` and ``text``."""
         return {"image": self.prepared.pixel_values if self.images is None else self.images, "text": self.texts}
 
-    def pin_memory(self) -> "StreamBatch":
-        """The same with what is to be scored in page-locked memory (called by DataLoader)."""
-        return replace(self, prepared=self.prepared.pin_memory())
+    def without_views(self) -> Self:
+        """The same but for its tensors."""
+        return replace(self, prepared=replace(_NOTHING_TO_SCORE, rows=self.prepared.rows), images=[], texts=[])
 
 
 class StreamBatchBuilder:
@@ -98,11 +114,11 @@ class StreamBatchBuilder:
         self._worker, self._settings, self._worker_tracker = worker, settings, worker_tracker
         #: How images are decoded for training's own transform, which gets none at a reduced size.
         self._whole = replace(settings.view, fast_decode=False)
-        self._to_score = (
-            None
-            if settings.preprocess is None
-            else BatchBuilder(settings.preprocess, settings.batch_size, settings.buffers)
-        )
+        self._to_score = None
+        if settings.preprocess is not None:
+            self._to_score = BatchBuilder(
+                settings.preprocess, settings.batch_size, slot_buffer, interleaved=settings.is_interleaved
+            )
         self._clear()
 
     def _clear(self) -> None:
@@ -164,10 +180,12 @@ class StreamBatchBuilder:
         prepared = _NOTHING_TO_SCORE if self._to_score is None else self._to_score.build()
         are_clips_views = self._settings.image_transform is None and len(prepared.pixel_values) == len(self._images)
         known = [item.known for item in self._items]
+        numbers = {url: number for number, url in enumerate(dict.fromkeys(item.url for item in self._items))}
         batch = StreamBatch(
             worker=self._worker,
             after=after,
-            urls=[item.url for item in self._items],
+            urls=list(numbers),
+            url_of=np.array([numbers[item.url] for item in self._items], dtype=np.int32),
             rows=self._all_rows(prepared),
             is_known=np.array([entry is not None for entry in known], dtype=bool),
             known_scores=np.array([entry.score if entry else 0.0 for entry in known], dtype=np.float32),
@@ -182,16 +200,21 @@ class StreamBatchBuilder:
         self._clear()
         return batch
 
-    def _all_rows(self, prepared: PreparedBatch) -> list[SampleRow]:
-        to_score = iter(prepared.rows)
-        return [
-            next(to_score) if item.known is None else SampleRow(item.sample.key, item.sample.index, reason)
+    def _all_rows(self, prepared: PreparedBatch) -> SampleRows:
+        is_known = np.array([item.known is not None for item in self._items], dtype=bool)
+        if not is_known.any():
+            return prepared.rows
+        known = SampleRows.of(
+            SampleRow(item.sample.key, item.sample.index, reason)
             for item, reason in zip(self._items, self._reasons, strict=True)
-        ]
+            if item.known is not None
+        )
+        places = np.where(is_known, len(prepared.rows) + np.cumsum(is_known), np.cumsum(~is_known)) - 1
+        return SampleRows.concat([prepared.rows, known]).take(places)
 
 
 _NOTHING_TO_SCORE = PreparedBatch(
-    rows=[],
+    rows=SampleRows.of([]),
     pixel_values=torch.empty(0, 3, 0, 0, dtype=torch.uint8),
     input_ids=torch.empty(0, 0, dtype=torch.int64),
 )

@@ -92,6 +92,11 @@ class ClipFilterDataModule(L.LightningDataModule):
         self._resumed = None
         return self._epoch_loader
 
+    def teardown(self, stage: str) -> None:
+        """End what training leaves running."""
+        if stage == "fit" and self.train_loader is not None:
+            self.train_loader.close()
+
     def state_dict(self) -> dict[str, Any]:
         """The position of every rank's training stream."""
         return {} if self._epoch_loader is None else self._epoch_loader.position()

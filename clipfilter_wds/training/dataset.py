@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipfilter_wds.preprocess.batch import BufferProvider, new_buffer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.samples import SampleLayout
@@ -105,7 +104,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         endless: Continue with the next epoch for ever.
         lookup: What is known of a shard before it is read. Samples known to be dropped are not read.
         view: How images are decoded; None for that of the dataset's ``preprocess``.
-        buffers: Gives the memory for the CLIP views of a batch.
+        interleaved: See ``BatchSettings``.
         tracker: Workers report to it which sample they are at.
 
     Raises:
@@ -125,7 +124,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
         endless: bool = False,
         lookup: ScoreLookup = no_scores,
         view: ImageView | None = None,
-        buffers: BufferProvider = new_buffer,
+        interleaved: bool = False,
         tracker: CrashTracker | None = None,
     ) -> None:
         if view is None:
@@ -147,7 +146,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
             preprocess=dataset.preprocess,
             image_transform=dataset.image_transform,
             text_transform=dataset.text_transform,
-            buffers=buffers,
+            interleaved=interleaved,
         )
         self.allow_pipe = dataset.allow_pipe
         self.tracker = tracker or CrashTracker(dataset.urls, num_workers)

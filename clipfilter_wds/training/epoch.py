@@ -1,19 +1,12 @@
-"""Runs one epoch of a loader: keeps what passes of its scored batches, and packs it into training batches."""
+"""Runs one epoch of a loader: its training batches, made in workers and a thread, and how far they are."""
 
-from collections import Counter, deque
 from typing import Any
 
-import numpy as np
-import torch
-
-from clipfilter_wds.scores.selection import passes
 from clipfilter_wds.training.config import LoaderConfig
-from clipfilter_wds.training.keep_rate import KeepRateWatch
-from clipfilter_wds.training.rebatch import Rebatcher, take
-from clipfilter_wds.training.scoring import Scored
+from clipfilter_wds.training.keep_rate import StarvationError
+from clipfilter_wds.training.packer import Packed, Packer
 from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState, Progress
-from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.world import World
 
 
@@ -29,76 +22,49 @@ class Epoch:
     Attributes:
         world: This rank among all.
         begun_at: Where the iteration began.
-        progress: How far the stream is.
-        num_seen: Samples of this iteration that were scored.
-        num_kept: How many of them are kept.
-        watch: Knows the scores seen, for errors.
     """
 
     def __init__(self, source: BatchSource, config: LoaderConfig, world: World, begin: LoaderState) -> None:
-        self._source, self._config, self.world = source, config, world
-        self.begun_at, self.progress = begin, begin.progress
-        self.num_seen = self.num_kept = 0
-        self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
-        self._skip = begin.handed
-        self._last_kept_epoch = begin.progress.epoch
-        self._rebatcher = Rebatcher(config.batch_size)
-        self._waiting: deque[Progress] = deque()  # before each scoring batch that has rows in the rebatcher
-        self._scored = source.scored(world, lambda: LoaderState(progress=self.progress, epoch=begin.epoch))
+        self.world, self.begun_at = world, begin
+        self._packer = Packer(config, world, begin, has_scores=source.has_scores)
+        self._batches = source.packed(world, self._packer)
+        self._last: Packed | None = None
 
     def next_batch(self) -> dict[str, Any] | None:
         """The next training batch, None when the epoch has no more."""
-        while not self._rebatcher.is_ready:
-            scored = next(self._scored, None)
-            if scored is None:
-                break
-            self._take_in(scored)
-        if not self._rebatcher.num_rows or (self._config.drop_last and not self._rebatcher.is_ready):
-            return None
-        batch = self._rebatcher.pop()
-        while len(self._waiting) > self._rebatcher.num_pieces:
-            self._waiting.popleft()
-        return batch
+        self._last = next(self._batches, self._last)
+        assert self._last is not None, "packing ends with a word about the end"
+        return self._last.batch
 
-    def _take_in(self, scored: Scored) -> None:
-        threshold = self._config.threshold
-        keep = passes(scored.scores, threshold) if threshold is not None else np.ones(len(scored.scores), dtype=bool)
-        seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
-        dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
-        before = self.progress
-        self.progress = before.advance(scored, FilterStats(seen=seen, kept=kept, dropped=+dropped))
-        self.num_seen, self.num_kept = self.num_seen + seen, self.num_kept + kept
-        self.watch.add(scored.scores, seen=seen, kept=kept)
-        self._source.warn_of(scored.failures)
-        if kept:
-            self._last_kept_epoch = self.progress.epoch
-            self._push(scored, keep, kept, before)
-        elif self.progress.epoch - self._last_kept_epoch > self.world.world_size + 1:
-            # Ranks take turns with the shards, so by now this one has read all of them. (One more, since the last kept
-            # pair may have been early in its epoch, read by a worker that was ahead, and the next may come late.)
-            raise self.watch.starved(f"{self.world.world_size + 1} whole epochs left none")
+    @property
+    def progress(self) -> Progress:
+        """How far the stream was when the last batch was packed."""
+        return self.begun_at.progress if self._last is None else self._last.progress
 
-    def _push(self, scored: Scored, keep: np.ndarray, num_rows: int, before: Progress) -> None:
-        rows = keep[scored.has_columns]
-        columns = scored.columns if rows.all() else take(scored.columns, np.flatnonzero(rows).tolist())
-        scores = {"score": torch.from_numpy(scored.scores[keep])} if self._source.has_scores else {}
-        self._rebatcher.push({**columns, **scores}, num_rows)
-        self._waiting.append(before)
-        if self._skip:
-            self._rebatcher.skip(self._skip)
-            self._skip = 0
+    @property
+    def num_seen(self) -> int:
+        """Samples of this iteration that had been scored by then."""
+        return 0 if self._last is None else self._last.num_seen
+
+    @property
+    def num_kept(self) -> int:
+        """How many of them are kept."""
+        return 0 if self._last is None else self._last.num_kept
 
     @property
     def num_ready(self) -> int:
-        """Kept pairs that were not handed out."""
-        return self._rebatcher.num_rows
+        """How many of these were in no batch yet."""
+        return 0 if self._last is None else self._last.num_ready
 
-    def state(self, batches: int) -> LoaderState:
-        """The loader's state after so many batches of the epoch."""
-        waiting = self._waiting[0] if self._waiting else self.progress
-        handed = self._rebatcher.num_begun if self._waiting else 0
-        return LoaderState(progress=waiting, epoch=self.begun_at.epoch, handed=handed, batches=batches)
+    @property
+    def state(self) -> LoaderState:
+        """The loader's state after the last batch."""
+        return self.begun_at if self._last is None else self._last.state
+
+    def starved(self, what: str) -> StarvationError:
+        """The error to raise when nothing is kept, with what is known of the scores."""
+        return self._packer.watch.starved(what)
 
     def close(self) -> None:
         """Stop workers and thread."""
-        self._scored.close()
+        self._batches.close()

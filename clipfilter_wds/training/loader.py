@@ -178,7 +178,7 @@ class ClipFilterLoader:
                 self._finish_epoch(epoch, agreement, batches, unused=batch is not None)
                 break
             batches += 1
-            self._remembered.append(epoch.state(batches))
+            self._remembered.append(epoch.state)
             self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
             yield batch  # type: ignore[misc]  # every rank has one
         # Only reached when the epoch was not broken off.
@@ -191,7 +191,7 @@ class ClipFilterLoader:
         told = agreement.gather((ready, epoch.num_kept, epoch.num_seen))
         self.left_over = sum(ready for ready, _, _ in told)
         if batches == 0 and not any(kept for _, kept, _ in told):
-            raise epoch.watch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
+            raise epoch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
         if self.left_over and epoch.world.rank == 0:  # once, as every rank knows the totals
             _log.warning(
                 "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
@@ -200,6 +200,10 @@ class ClipFilterLoader:
                 self.left_over,
                 [ready for ready, _, _ in told],
             )
+
+    def close(self) -> None:
+        """End persistent workers. The next iteration starts others."""
+        self._source.close()
 
     # --- state ---
 

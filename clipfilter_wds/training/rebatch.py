@@ -1,31 +1,45 @@
 """Packs kept rows into batches of constant size."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+from clipfilter_wds.training.recycler import Recycler
+
+#: Shape and type -> a tensor.
+NewTensor = Callable[..., torch.Tensor]
+
+
+class _Piece(NamedTuple):
+    columns: dict[str, Any]
+    rows: np.ndarray
 
 
 class Rebatcher:
-    """Packs pieces of any size into batches of one size, in order.
+    """Packs rows of pieces of any size into batches of one size, in order.
 
     A piece is a dict of columns: tensors, lists, or nested dicts and tuples of these, with one row per sample.
 
     Args:
         batch_size: Rows per batch.
+        page_locked: Put tensors in page-locked memory, from which copies to a GPU are quick.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, *, page_locked: bool = False) -> None:
         self._batch_size = batch_size
-        self._pieces: deque[tuple[dict[str, Any], int]] = deque()
+        self._new: NewTensor = _new_page_locked if page_locked else Recycler()
+        self._may_share = not page_locked
+        self._pieces: deque[_Piece] = deque()
         self._begun = 0  # rows of the first piece that were handed out
         self.num_rows = 0
 
-    def push(self, piece: dict[str, Any], num_rows: int) -> None:
-        """Append a piece."""
-        self._pieces.append((piece, num_rows))
-        self.num_rows += num_rows
+    def push(self, columns: dict[str, Any], rows: np.ndarray) -> None:
+        """Append these rows, int64 ``[M]``, of a piece."""
+        self._pieces.append(_Piece(columns, rows))
+        self.num_rows += len(rows)
 
     def skip(self, num_rows: int) -> None:
         """Pass over the first rows of the only piece.
@@ -46,20 +60,22 @@ class Rebatcher:
     def pop(self) -> dict[str, Any]:
         """The next batch; it is smaller than the others when there are no more rows."""
         wanted = min(self._batch_size, self.num_rows)
-        slices, missing = [], wanted
+        parts, missing = [], wanted
         while missing:
-            piece, num_rows = self._pieces[0]
-            stop = min(self._begun + missing, num_rows)
-            slices.append(take(piece, range(self._begun, stop)))
+            columns, rows = self._pieces[0]
+            stop = min(self._begun + missing, len(rows))
+            parts.append(_Piece(columns, rows[self._begun : stop]))
             missing -= stop - self._begun
             self._begun = stop
             self._drop_used()
         self.num_rows -= wanted
-        batch: dict[str, Any] = _join(slices)
+        batch: dict[str, Any] = _gathered(
+            [part.columns for part in parts], [part.rows for part in parts], self._new, may_share=self._may_share
+        )
         return batch
 
     def _drop_used(self) -> None:
-        while self._pieces and self._begun == self._pieces[0][1]:
+        while self._pieces and self._begun == len(self._pieces[0].rows):
             self._pieces.popleft()
             self._begun = 0
 
@@ -74,31 +90,58 @@ class Rebatcher:
         return self._begun
 
 
-def take(rows: Any, indices: Sequence[int]) -> Any:
-    """Some of the rows of a column, or of every column of a nested structure.
+def take(column: Any, rows: np.ndarray, new: NewTensor = torch.empty) -> Any:
+    """Some of the rows of a column, or of every column of a nested structure, copied.
+
+    Args:
+        column: Tensor, list, or dict or tuple of these.
+        rows: int64 ``[M]``.
+        new: Shape and type -> a tensor to copy to.
 
     Raises:
         TypeError: When a column is neither tensor nor sequence.
     """
-    if isinstance(rows, torch.Tensor):
-        return rows[indices.start : indices.stop] if isinstance(indices, range) else rows[list(indices)]
-    if isinstance(rows, Mapping):
-        return {name: take(column, indices) for name, column in rows.items()}
-    if isinstance(rows, tuple):
-        return tuple(take(column, indices) for column in rows)
-    if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
-        return [rows[index] for index in indices]
-    raise TypeError(f"a column of a batch is a {type(rows).__name__}; use tensors, lists, or dicts and tuples of these")
+    return _gathered([column], [rows], new)
 
 
-def _join(pieces: list[Any]) -> Any:
-    first = pieces[0]
-    if len(pieces) == 1:
-        return first
+def _new_page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, pin_memory=True)
+
+
+def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may_share: bool = False) -> Any:
+    """The rows of one column after another, as one column; its memory may be another's if ``may_share``."""
+    first = columns[0]
     if isinstance(first, torch.Tensor):
-        return torch.cat(pieces)
+        return _gathered_tensors(columns, rows, new, may_share=may_share)
     if isinstance(first, Mapping):
-        return {name: _join([piece[name] for piece in pieces]) for name in first}
+        return {name: _gathered([column[name] for column in columns], rows, new, may_share=may_share) for name in first}
     if isinstance(first, tuple):
-        return tuple(_join(list(columns)) for columns in zip(*pieces, strict=True))
-    return [row for piece in pieces for row in piece]
+        return tuple(_gathered(list(parts), rows, new, may_share=may_share) for parts in zip(*columns, strict=True))
+    if isinstance(first, Sequence) and not isinstance(first, (str, bytes)):
+        return [column[row] for column, some in zip(columns, rows, strict=True) for row in some.tolist()]
+    kind = type(first).__name__
+    raise TypeError(f"a column of a batch is a {kind}; use tensors, lists, or dicts and tuples of these")
+
+
+def _gathered_tensors(
+    tensors: list[torch.Tensor], rows: list[np.ndarray], new: NewTensor, *, may_share: bool
+) -> torch.Tensor:
+    if may_share and len(tensors) == 1 and (run := _as_run(rows[0])):
+        return tensors[0][run]
+    shapes = {(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors}
+    if len(shapes) > 1 or tensors[0].device.type != "cpu":  # torch says what does not go together
+        indices = [torch.from_numpy(some).to(tensor.device) for tensor, some in zip(tensors, rows, strict=True)]
+        return torch.cat([tensor[index] for tensor, index in zip(tensors, indices, strict=True)])
+    gathered = new((sum(map(len, rows)), *tensors[0].shape[1:]), dtype=tensors[0].dtype)
+    begin = 0
+    for tensor, some in zip(tensors, rows, strict=True):
+        torch.index_select(tensor, 0, torch.from_numpy(some), out=gathered[begin : begin + len(some)])
+        begin += len(some)
+    return gathered
+
+
+def _as_run(rows: np.ndarray) -> slice | None:
+    """Consecutive rows as a slice; None when they are not, or none."""
+    if not len(rows) or rows[-1] - rows[0] + 1 != len(rows) or (np.diff(rows) != 1).any():
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1)

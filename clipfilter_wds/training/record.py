@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, no_rows, read_scores
@@ -21,12 +22,14 @@ from clipfilter_wds.storage.publish import publish, publish_json, remove_leftove
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, precomputed_scores
 from clipfilter_wds.training.stream import PartEnd
-from clipfilter_wds.types import SampleRow, ShardEnd, ShardError
+from clipfilter_wds.types import ShardEnd, ShardError
 
 _log = logging.getLogger(__name__)
 
 #: Rows of a shard that are held back until they are written; what a killed run loses of each shard it was reading.
 _MAX_HELD_ROWS = 4096
+
+_NO_SCORES = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,9 +103,7 @@ class RecordFolder:
                     raise
                 # Another process has just made one table of the parts.
 
-    def add_part(
-        self, url: str, rows: Sequence[SampleRow], scores: np.ndarray, *, num_bytes: int, band: float = 0.0
-    ) -> None:
+    def add_part(self, url: str, rows: SampleRows, scores: np.ndarray, *, num_bytes: int, band: float = 0.0) -> None:
         """Record some samples of a shard.
 
         Args:
@@ -112,7 +113,7 @@ class RecordFolder:
             num_bytes: The shard's size.
             band: How close to the threshold scores are in float32.
         """
-        if rows and not self.table(url).exists():
+        if len(rows) and not self.table(url).exists():
             metadata = ScoreMetadata(
                 shard=public_url(url),
                 num_bytes=num_bytes,
@@ -210,8 +211,14 @@ class _Held:
 
     num_bytes: int = -1
     band: float = 0.0
-    rows: list[SampleRow] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    num_rows: int = 0
+    rows: list[SampleRows] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, rows: SampleRows, scores: np.ndarray) -> None:
+        self.num_rows += len(rows)
+        self.rows.append(rows)
+        self.scores.append(scores)
 
 
 class Recorder:
@@ -237,15 +244,14 @@ class Recorder:
             scores: Raw cosines of its usable samples that had no score, float32 ``[N]``.
             band: How close to the threshold these are in float32.
         """
-        scored = iter(scores.tolist())
+        rows, url_of = batch.prepared.rows, batch.url_of[~batch.is_known]
         with self._lock:
-            for place, row in zip(np.flatnonzero(~batch.is_known), batch.prepared.rows, strict=True):
-                url = batch.urls[place]
+            for number in np.unique(url_of).tolist():
+                url, of_shard = batch.urls[number], url_of == number
                 held = self._held[url]
                 held.num_bytes, held.band = batch.num_bytes[url], max(held.band, band)
-                held.rows.append(row)
-                held.scores += [next(scored)] if row.reason is None else []
-            full = [url for url, held in self._held.items() if len(held.rows) >= _MAX_HELD_ROWS]
+                held.add(rows.take(np.flatnonzero(of_shard)), scores[of_shard[rows.usable]])
+            full = [url for url, held in self._held.items() if held.num_rows >= _MAX_HELD_ROWS]
             self._write(full, batch.ends)
 
     def flush(self) -> None:
@@ -258,8 +264,8 @@ class Recorder:
             for url in (*urls, *(part.url for part in ends)):
                 held = self._held.pop(url, _Held())
                 if not self._failed:
-                    scores = np.array(held.scores, dtype=np.float32)
-                    self._record.add_part(url, held.rows, scores, num_bytes=held.num_bytes, band=held.band)
+                    rows, scores = SampleRows.concat(held.rows), np.concatenate([_NO_SCORES, *held.scores])
+                    self._record.add_part(url, rows, scores, num_bytes=held.num_bytes, band=held.band)
             for part in ends:
                 if not self._failed:
                     self._record.add_end(part.url, part.end)

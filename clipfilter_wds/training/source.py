@@ -1,25 +1,23 @@
-"""Gives a loader's scored batches: read and decoded in workers, scored ahead in a thread."""
+"""Gives a loader's training batches: read and decoded in workers, scored and packed ahead in a thread."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset, StreamWorker
+from clipfilter_wds.training.packer import Packed, Packer
 from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
 from clipfilter_wds.training.prefetch import Prefetcher
 from clipfilter_wds.training.record import Recorder
 from clipfilter_wds.training.scoring import Scored, score_columns, score_stream
 from clipfilter_wds.training.state import LoaderState
 from clipfilter_wds.workers.crashes import CrashTracker, Quarantine, WorkerDiedError
-from clipfilter_wds.workers.pool import iterating, worker_loader
+from clipfilter_wds.workers.pool import WorkerLoader, iterating, worker_loader
 from clipfilter_wds.workers.restart import restarting
 from clipfilter_wds.world import World
 
@@ -31,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class BatchSource:
-    """Gives a loader's scored batches, epoch by epoch; persistent workers and what killed workers stay with it.
+    """Gives a loader's training batches, epoch by epoch; persistent workers and what killed workers stay with it.
 
     Args:
         dataset: The loader's.
@@ -55,31 +53,37 @@ class BatchSource:
         self._dataset, self._config, self._scorer = dataset, config, scorer
         self._lookup, self._view, self._recorder = lookup, view, recorder
         self.has_scores = scorer is not None or lookup is not no_scores
+        #: Whether batches stay in the workers' memory until the model has a copy of them.
+        self._lends = scorer is not None and scorer.copies_inputs
         self._quarantine = Quarantine(0) if config.on_crash == "raise" else Quarantine()
-        self._persistent: tuple[LoaderState, Iterable[StreamBatch]] | None = None
+        self._persistent: tuple[LoaderState, WorkerLoader] | None = None
         self._reported: set[str] = set()  # bad shards that were warned of
 
-    def scored(self, world: World, where: Callable[[], LoaderState]) -> Generator[Scored]:
-        """Scored batches of one epoch, made ahead in workers and a thread, which end when this generator is closed.
+    def packed(self, world: World, packer: Packer) -> Generator[Packed]:
+        """Training batches of one epoch, made ahead in workers and a thread, which end when this generator is closed.
+
+        After the death of a worker it continues behind the batches that have come.
 
         Args:
             world: This rank among all.
-            where: Tells where to start; asked again after the death of a worker: behind the batches that have come.
+            packer: Makes them of scored batches.
 
         Raises:
             WorkerDiedError: When a worker dies that is not to be replaced.
         """
         recheck = self._new_recheck()
         if not isinstance(self._dataset, ClipWebDataset):
-            with iterating(Prefetcher(self._dataset, partial(score_columns, recheck))) as batches:
-                yield from batches
+            with iterating(
+                Prefetcher(self._dataset, partial(self._pack, packer, partial(score_columns, recheck)))
+            ) as it:
+                yield from it
             return
         dataset, config = self._dataset, self._config
-        score = partial(score_stream, recheck, self._recorder)
+        pack = partial(self._pack, packer, partial(score_stream, recheck, self._recorder))
 
-        def start(tracker: CrashTracker) -> Prefetcher[StreamBatch, Scored]:
-            batches = self._batches(dataset, world, where(), tracker)
-            return Prefetcher(batches, score, keep=config.persistent_workers)
+        def start(tracker: CrashTracker) -> Prefetcher[Any, Packed]:
+            batches = self._batches(dataset, world, packer.place, tracker)
+            return Prefetcher(batches, pack, keep=config.persistent_workers)
 
         try:
             yield from restarting(
@@ -95,6 +99,25 @@ class BatchSource:
         finally:
             self.flush_record()
 
+    def _pack(
+        self, packer: Packer, score: Callable[[Iterable[Any]], Iterator[Scored]], batches: Iterable[Any]
+    ) -> Iterator[Packed]:
+        """All that is done in the thread."""
+
+        def scored() -> Iterator[Scored]:
+            for batch in score(batches):
+                self._quarantine.note_batch()
+                self._warn_of(batch.failures)
+                yield batch
+
+        return packer.pack(scored())
+
+    def close(self) -> None:
+        """End persistent workers."""
+        if self._persistent is not None:
+            self._persistent[1].close()
+            self._persistent = None
+
     def flush_record(self) -> None:
         """Write the scores that are not yet recorded."""
         if self._recorder is not None:
@@ -109,11 +132,11 @@ class BatchSource:
 
     def _batches(
         self, dataset: ClipWebDataset, world: World, begin: LoaderState, tracker: CrashTracker
-    ) -> Iterable[StreamBatch]:
+    ) -> Iterable[Any]:
         """Unscored batches, from persistent workers if they continue there, else from new ones."""
         config = self._config
         if self._persistent is not None and begin.is_same_place(self._persistent[0]):
-            batches = self._persistent[1]
+            batches: Iterable[Any] = self._persistent[1]
         else:
             stream = StreamWorker(
                 dataset,
@@ -126,22 +149,24 @@ class BatchSource:
                 endless=config.end == "repeat",
                 lookup=self._lookup,
                 view=self._view,
+                interleaved=self._lends,
                 tracker=tracker,
             )
             batches = worker_loader(
                 stream,
                 num_workers=config.num_workers,
-                pin_memory=torch.cuda.is_available(),
+                lend=self._lends,
+                batch_bytes=stream.settings.batch_bytes,
                 persistent_workers=config.persistent_workers,
                 multiprocessing_context=config.multiprocessing_context,
                 tracker=tracker,
             )
-        if config.persistent_workers:
+        if isinstance(batches, WorkerLoader) and config.persistent_workers:
             # Iterated again, workers give the next epoch from its beginning, and nothing else.
             self._persistent = LoaderState.start(len(begin.progress.positions), begin.epoch + 1), batches
         return batches
 
-    def warn_of(self, failures: Iterable[tuple[str, str]]) -> None:
+    def _warn_of(self, failures: Iterable[tuple[str, str]]) -> None:
         """Say once of each shard that can't be used why that is."""
         for url, why in failures:
             if url not in self._reported:

@@ -31,15 +31,35 @@ class SampleRef:
         return f"reading {url}" if self.index is None else f"sample {self.index} of {url}"
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerError(RuntimeError):
+    """A worker process does not do what it was started for."""
+
+
+class LostBatchError(WorkerError):
+    """A worker has made a batch that does not come, however long it is waited for."""
+
+    def __init__(self, worker: int) -> None:
+        super().__init__(worker)  # unpickling calls the class with this
+        self.worker = worker
+
+    def __str__(self) -> str:
+        return f"a batch of worker process {self.worker} was lost on its way"
+
+
+class WorkerDiedError(WorkerError):
     """A worker process died; the message says of what, and at which sample."""
 
     def __init__(self, sample: SampleRef | None, exit_code: int | None) -> None:
         super().__init__(sample, exit_code)  # unpickling calls the class with these
         self.sample, self.exit_code = sample, exit_code
 
+    @property
+    def cause(self) -> str:
+        """What its exit code says."""
+        return _cause(self.exit_code)
+
     def __str__(self) -> str:
-        return f"a worker process died ({_cause(self.exit_code)}) at {self.sample or 'its start'}"
+        return f"a worker process died ({self.cause}) at {self.sample or 'its start'}"
 
 
 def _cause(exit_code: int | None) -> str:

@@ -8,24 +8,29 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
 from typing import Any, TypeVar
 
+import torch
 from torch._C import _remove_worker_pids
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from clipfilter_wds.workers.crashes import CrashTracker, WorkerDiedError
+from clipfilter_wds.workers.crashes import CrashTracker, LostBatchError, WorkerDiedError
+from clipfilter_wds.workers.memory import check_fits
 from clipfilter_wds.workers.process import init_worker
+from clipfilter_wds.workers.slots import SLOTS_PER_WORKER, Slots
+from clipfilter_wds.workers.transport import Delivery, Message, SendingItems, SendingStream
 
 T = TypeVar("T")
 
 #: Seconds until a worker's death, or a call of ``stop``, is noticed, at most.
 _POLL_SECONDS = 0.25
+#: Seconds that a batch may be on its way, which takes a worker that is not stopped milliseconds.
+_LOST_SECONDS = 60.0
 #: Seconds that workers have to end by themselves, and as many again after SIGTERM.
 _GRACE_SECONDS = 0.5
 #: Size of the pipe that workers send batches through (without large tensors): the most that Linux grants every user.
@@ -40,50 +45,72 @@ def worker_loader(
     dataset: Dataset[T],
     *,
     num_workers: int,
-    pin_memory: bool = False,
+    lend: bool = False,
+    batch_bytes: int = 0,
     requests: Iterable[Any] | None = None,
     in_order: bool = True,
     persistent_workers: bool = False,
     multiprocessing_context: str | None = None,
     tracker: CrashTracker | None = None,
-) -> Iterable[T]:
+) -> Iterable[Any]:
     """A dataset's batches, as they are, from ``num_workers`` processes (0: from this one).
 
     Args:
         dataset: Yields batches; or, where there are ``requests``, makes one of each.
         num_workers: Processes that run the dataset.
-        pin_memory: Put tensors in page-locked memory.
+        lend: Give what comes out of workers as :class:`Lent`, in the memory that they share with this process, which
+            they wait for: a batch has to be released before the one after the next is asked for. Else it is copied.
+        batch_bytes: Size of the views of a batch, where it is known: whether they have room is checked.
         requests: Drawn in this process, a few ahead of the batches.
         in_order: Take the workers' batches in turn, or in the order of the requests; else as they come.
         persistent_workers: Keep the processes when the loader is iterated again.
         multiprocessing_context: How processes are started: ``fork``, ``spawn``, ``forkserver``, None for the default.
         tracker: The one that the dataset's workers report to; a worker's death then raises ``WorkerDiedError``.
+
+    Raises:
+        ValueError: When the batches of all workers do not fit in memory.
     """
-    return _Loader(
-        tracker,
-        dataset,
+    num_slots = num_workers * SLOTS_PER_WORKER
+    check_fits(
+        num_slots * batch_bytes,
+        f"{num_workers} workers prepare {num_slots} batches at a time; fewer num_workers or a smaller batch_size help",
+    )
+    if not num_workers:
+        return DataLoader(dataset, sampler=requests, batch_size=None)
+    return WorkerLoader(
+        SendingStream(dataset) if isinstance(dataset, IterableDataset) else SendingItems(dataset),
+        tracker=tracker,
+        lend=lend,
         sampler=requests,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=init_worker if num_workers else None,
+        worker_init_fn=init_worker,
         persistent_workers=persistent_workers,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=2,
         in_order=in_order,
-        multiprocessing_context=multiprocessing_context if num_workers else None,
+        multiprocessing_context=multiprocessing_context,
     )
 
 
-class _Loader(DataLoader[T]):
-    def __init__(self, tracker: CrashTracker | None, dataset: Dataset[T], **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.tracker = tracker
+class WorkerLoader(DataLoader[Any]):
+    """A DataLoader whose workers send through slots of shared memory. Made by :func:`worker_loader`."""
 
-    def _get_iterator(self) -> Any:
-        if not self.num_workers:
-            return super()._get_iterator()
+    def __init__(
+        self, dataset: SendingStream | SendingItems, *, tracker: CrashTracker | None, lend: bool, **options: Any
+    ) -> None:
+        super().__init__(dataset, **options)
+        self._sending, self._tracker, self._lend = dataset, tracker, lend
+
+    def close(self) -> None:
+        """End persistent workers."""
+        if isinstance(self._iterator, WorkerIterator):
+            self._iterator.close()
+            self._iterator = None
+
+    def _get_iterator(self) -> "WorkerIterator":
         self.multiprocessing_context = _without_locks(self.multiprocessing_context)
-        return WorkerIterator(self)
+        slots = self._sending.open_slots(self.num_workers, page_locked=self._lend and torch.cuda.is_available())
+        return WorkerIterator(self, self._tracker, slots, lend=self._lend)
 
 
 def _without_locks(context: BaseContext | None) -> BaseContext:
@@ -128,11 +155,24 @@ def iterating(batches: Iterable[T]) -> Iterator[Iterator[T]]:
 class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
     """A DataLoader's iterator that can be stopped at any time and says which sample a worker that died was at."""
 
-    def __init__(self, loader: _Loader[Any]) -> None:
-        self._tracker = loader.tracker
+    def __init__(self, loader: WorkerLoader, tracker: CrashTracker | None, slots: Slots, *, lend: bool) -> None:
+        self._tracker, self._slots, self._lend = tracker, slots, lend
         self._watch: _Watch | None = None
         self._is_stopped = False
+        self._num_come = [0] * slots.num_workers
+        self._missed_since: dict[int, float] = {}
         super().__init__(loader)
+
+    def __next__(self) -> Any:
+        """The next item."""
+        try:
+            delivery = super().__next__()
+        except StopIteration:
+            for worker, num_come in enumerate(self._num_come):
+                if self._slots.num_made[worker] != num_come:
+                    raise LostBatchError(worker) from None
+            raise
+        return delivery if self._lend else delivery.take()
 
     def close(self) -> None:
         """End the workers within a second."""
@@ -148,10 +188,6 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if first_iter:  # the workers have been given nothing to do yet
             _widen(self._worker_result_queue)
-            if self._pin_memory:  # its thread waits for ever once it was sent half a message
-                thread = self._pin_memory_thread
-                # torch joins it without a limit
-                thread.join = partial(thread.join, 2 * _GRACE_SECONDS)  # type: ignore[method-assign]
             if self._tracker is not None:
                 self._keep_watch(self._tracker)
         self._is_stopped = False
@@ -162,9 +198,8 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
         self._watch = _Watch(self._workers, tracker)
-        if not self._pin_memory:  # else a thread of torch's waits for the workers, which can be left behind
-            self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that only workers hold it
-            self._watch.start()
+        self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that only workers hold it
+        self._watch.start()
 
     def _get_data(self) -> Any:
         """Wait for what any of the workers sends, looking out for deaths and for ``stop``."""
@@ -172,16 +207,33 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         while not self._is_stopped and threading.main_thread().is_alive():
             try:
                 has_come, data = self._try_get_data(_POLL_SECONDS)  # type: ignore[no-untyped-call]  # of the base class
-                if not has_come and self._pin_memory and not self._pin_memory_thread.is_alive():
-                    raise OSError("the thread that puts batches in page-locked memory has ended")
             except (RuntimeError, OSError, EOFError) as error:
                 if (death := self._death(0.0 if isinstance(error, RuntimeError) else 1.0)) is None:
                     raise
                 self._shutdown_workers()
                 raise death from error
             if has_come:
-                return data
+                return self._received(*data)
+            self._check_lost()
         raise WorkersStoppedError("the workers were stopped")
+
+    def _received(self, number: int, item: Any) -> tuple[int, Any]:
+        """What has come, with a delivery for a message; the rest is for the base class."""
+        if not isinstance(item, Message):
+            return number, item
+        self._num_come[item.worker] += 1
+        if item.number != self._num_come[item.worker]:
+            raise LostBatchError(item.worker)
+        return number, Delivery(item, self._slots)
+
+    def _check_lost(self) -> None:
+        """See that what workers have made comes; nothing is on its way now."""
+        now = time.monotonic()
+        for worker, num_come in enumerate(self._num_come):
+            if self._slots.num_made[worker] == num_come:
+                self._missed_since.pop(worker, None)
+            elif now - self._missed_since.setdefault(worker, now) > _LOST_SECONDS:
+                raise LostBatchError(worker)
 
     def _death(self, seconds: float) -> WorkerDiedError | None:
         """The death of a worker, waited for a while: what a dying one has sent can't be received any more."""
@@ -200,6 +252,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         self._is_stopped = True
         if self._shutdown or sys.is_finalizing():
             return
+        self._slots.close()
         ended = threading.Event()
         helper = threading.Thread(target=_end_soon, args=(self._workers, ended), name="clipfilter-end", daemon=True)
         helper.start()

@@ -38,6 +38,10 @@ def batches(scorer):
     return list(zip(pixel_values.split(sizes), tokens.input_ids.split(sizes), strict=True))
 
 
+def itself(batch, may_be_kept):
+    return batch
+
+
 def forward_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("clipfilter-forward")]
 
@@ -45,7 +49,9 @@ def forward_threads():
 def scored(scorer, batches, threshold, *, largest_error=0.0):
     recheck = Recheck(scorer, threshold)
     recheck._learn(np.array([largest_error]))
-    return [(number, scores) for number, scores in recheck.map(range(len(batches)), lambda number: batches[number])]
+    return [
+        (number, scores) for number, scores in recheck.map(range(len(batches)), lambda number: batches[number], itself)
+    ]
 
 
 def test_side_by_side_is_what_one_after_another_is(scorer, batches):
@@ -96,7 +102,7 @@ def test_an_error_reaches_the_caller_and_no_thread_is_left(scorer, batches):
     decided = []
     recheck = Recheck(scorer, 0.9)  # far from all scores, so that none waits
     with pytest.raises(ValueError, match="size"):  # noqa: PT012  # the loop is what is left by it
-        for number, _ in recheck.map(range(len(broken)), lambda number: broken[number]):
+        for number, _ in recheck.map(range(len(broken)), lambda number: broken[number], itself):
             decided.append(number)
     assert decided == list(range(len(decided)))
     assert forward_threads() == []
@@ -123,11 +129,11 @@ def test_a_batch_that_nobody_waits_for_ends_between_two_of_its_groups(scorer, ba
 
 
 def test_batches_that_nobody_takes_are_not_worked_on(scorer, batches):
-    begun = []
-    mapped = Recheck(scorer, 0.9).map(range(len(batches)), lambda number: begun.append(number) or batches[number])
+    begun, many = [], 10 * batches
+    mapped = Recheck(scorer, 0.9).map(range(len(many)), lambda number: begun.append(number) or many[number], itself)
     next(mapped)
     mapped.close()
-    assert len(begun) < len(batches)
+    assert len(begun) < len(many)
     assert forward_threads() == []
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold, select
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import DropReason, SampleRow
@@ -20,7 +21,7 @@ def table(scores: list[float | DropReason]) -> ShardScores:
     ]
     cosines = np.array([score for score in scores if not isinstance(score, DropReason)], dtype=np.float32)
     metadata = ScoreMetadata(shard="", num_bytes=0, num_samples=len(rows), torn=False, fingerprint={})
-    return ShardScores.from_rows(rows, cosines, metadata)
+    return ShardScores.from_rows(SampleRows.of(rows), cosines, metadata)
 
 
 def is_kept(score: float | DropReason, threshold: float) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import SampleRow
 
@@ -25,7 +26,7 @@ def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
         scores = np.linspace(-1, 1, sum(row.reason is None for row in rows), dtype=np.float32)
     says = {"shard": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
     metadata = ScoreMetadata(num_samples=len(rows), **says)
-    return ShardScores.from_rows(rows, np.asarray(scores, dtype=np.float32), metadata)
+    return ShardScores.from_rows(SampleRows.of(rows), np.asarray(scores, dtype=np.float32), metadata)
 
 
 def written(scores: ShardScores) -> bytes:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from clipfilter_wds.models.recheck import Recheck
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.tables.scoring import Pair, PairScores, batched, score_pairs
@@ -21,7 +22,7 @@ def scores_of(similarity: list[float], reasons: list[DropReason | None] | None =
 
 @given(st.lists(st.floats(-1, 1, width=32)), st.floats(-1, 1))
 def test_rows_are_decided_as_samples_of_shards_are(cosines, threshold):
-    rows = [SampleRow(str(index), index) for index in range(len(cosines))]
+    rows = SampleRows.of(SampleRow(str(index), index) for index in range(len(cosines)))
     metadata = ScoreMetadata(shard="", num_bytes=0, num_samples=len(rows), torn=False, fingerprint={})
     table = ShardScores.from_rows(rows, np.array(cosines, dtype=np.float32), metadata)
     found = scores_of(list(np.clip(cosines, 0.0, 1.0))).keep(threshold)

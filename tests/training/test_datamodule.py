@@ -1,5 +1,7 @@
 """The data module under real Trainers: resume through real checkpoints."""
 
+import threading
+
 import lightning as L
 import pytest
 import torch
@@ -153,6 +155,7 @@ def test_persistent_workers_give_the_same_batches(data):
     )
     assert persistent.trained == plain.trained != []
     assert persistent.validated == plain.validated != []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("clipfilter-")]
 
 
 def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_module_again(data, shards, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.preprocess import image as preprocess
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.urls import expand_shards
@@ -248,7 +249,7 @@ def test_a_sample_that_was_recorded_twice_counts_once(scored, tmp_path):
     url = expand_shards(scored.shards)[0]
     rows = [SampleRow(f"{number:09d}", number) for number in range(12)]
     for part in (rows[:7], rows[5:], rows[6:8]):
-        record.add_part(url, part, np.full(len(part), 0.5, dtype=np.float32), num_bytes=5)
+        record.add_part(url, SampleRows.of(part), np.full(len(part), 0.5, dtype=np.float32), num_bytes=5)
     record.add_end(url, ShardEnd(num_samples=12, torn=False, num_bytes=5))
     table = ShardScores.read(record.table(url))
     assert table.table["index"].to_pylist() == list(range(12))
@@ -265,7 +266,7 @@ def test_low_precision_decides_only_where_it_was_recorded_for(scored, tmp_path, 
     rows = [*(SampleRow(str(number), number) for number in range(5)), SampleRow("5", 5, DropReason.BLANK_CAPTION)]
     scores = np.array([0.1, 0.2, 0.245, 0.262, 0.395], dtype=np.float32)
     num_bytes = Path(url).stat().st_size
-    record.add_part(url, rows, scores, num_bytes=num_bytes, band=0.02)
+    record.add_part(url, SampleRows.of(rows), scores, num_bytes=num_bytes, band=0.02)
     if is_whole:
         record.add_end(url, ShardEnd(num_samples=6, torn=False, num_bytes=num_bytes))
     assert record.table(url).exists() == is_whole

@@ -9,8 +9,11 @@ from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 
-#: The URL of each task, in any order, with what became of it, or why it failed.
-Outcomes = Generator[tuple[str, ShardStats | ShardError]]
+#: The URL of a task with what became of it, or why it failed.
+Outcome = tuple[str, ShardStats | ShardError]
+
+#: Those of all tasks, in any order.
+Outcomes = Generator[Outcome]
 
 
 class Engine(Protocol):

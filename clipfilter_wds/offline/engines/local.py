@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 from torch.utils.data import Dataset
 
+from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.engines.background import Background
 from clipfilter_wds.offline.engines.engine import Outcomes
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions, measured_recheck, score_shards
@@ -19,9 +18,13 @@ from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import default_num_workers, num_cpus
 from clipfilter_wds.workers.pool import iterating, worker_loader
+from clipfilter_wds.workers.tasks import TaskProcesses
 
-#: Scored shards that may wait for the disk before scoring waits for them.
+#: Scored shards that may wait for a process that writes them before scoring waits for them.
 _MAX_WAITING_SHARDS = 2
+
+#: Processes that write scored shards, at most. A disk is written fast enough by one; other storages are slow to answer.
+_MOST_WRITERS = 4
 
 
 class LocalEngine:
@@ -34,6 +37,7 @@ class LocalEngine:
 
     def __init__(self, scorer: ClipScorer | None, share: int = 1) -> None:
         self._scorer, self._share = scorer, share
+        self._measured: tuple[object, Recheck] | None = None
 
     @property
     def scorer(self) -> ClipScorer:
@@ -51,26 +55,32 @@ class LocalEngine:
         return options.fingerprint(self.scorer)
 
     def score(self, tasks: Sequence[ScoreTask], options: ScoringOptions, on_scored: Callable[[int], None]) -> Outcomes:
-        """See ``Engine``. A thread commits while this one scores, so that neither waits for the other."""
+        """See ``Engine``. Other processes commit while this one scores, so that neither waits for the other."""
         if options.num_workers is None:
             num_workers = max(1, default_num_workers(self.scorer.device) // self._share)
             options = replace(options, num_workers=num_workers)
-        recheck = measured_recheck(self.scorer, options)
         by_url = {task.url: task for task in tasks}
         waiting: deque[tuple[str, Future[ShardStats]]] = deque()
-        with (
-            Background[ShardStats]("clipfilter-writer") as writer,
-            closing(score_shards(list(by_url), recheck, options, on_batch=on_scored)) as shards,
-        ):
-            for url, scores in shards:
-                if isinstance(scores, ShardError):
-                    yield url, scores
-                else:
-                    waiting.append((url, writer.submit(partial(by_url[url].commit, scores))))
-                while len(waiting) > _MAX_WAITING_SHARDS or (waiting and waiting[0][1].done()):
-                    yield _outcome(*waiting.popleft())
+        num_writers = max(1, min(len(tasks), num_cpus() // self._share, _MOST_WRITERS))
+        with TaskProcesses(num_writers) as writers:
+            recheck = self._measured_recheck(options)
+            with closing(score_shards(list(by_url), recheck, options, on_batch=on_scored)) as shards:
+                for url, scores in shards:
+                    if isinstance(scores, ShardError):
+                        yield url, scores
+                    else:
+                        waiting.append((url, writers.submit(by_url[url].commit, scores)))
+                    while len(waiting) > num_writers + _MAX_WAITING_SHARDS or (waiting and waiting[0][1].done()):
+                        yield _outcome(writers, *waiting.popleft())
             while waiting:
-                yield _outcome(*waiting.popleft())
+                yield _outcome(writers, *waiting.popleft())
+
+    def _measured_recheck(self, options: ScoringOptions) -> Recheck:
+        """The same one as long as it would be measured alike."""
+        measured_with = options.threshold, options.measured_on, options.layout
+        if self._measured is None or self._measured[0] != measured_with:
+            self._measured = measured_with, measured_recheck(self.scorer, options)
+        return self._measured[1]
 
     def copy(self, tasks: Sequence[AnyCopyTask], num_workers: int | None) -> Outcomes:
         """See ``Engine``."""
@@ -80,9 +90,9 @@ class LocalEngine:
             yield from copies
 
 
-def _outcome(url: str, commit: "Future[ShardStats]") -> tuple[str, ShardStats | ShardError]:
+def _outcome(writers: TaskProcesses, url: str, commit: "Future[ShardStats]") -> tuple[str, ShardStats | ShardError]:
     try:
-        return url, commit.result()
+        return url, writers.result(commit)
     except ShardError as error:
         return url, error
 

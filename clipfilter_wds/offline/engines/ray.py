@@ -1,21 +1,27 @@
 """Does the shards of a run in Ray actors that keep the model loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
-from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.engines.engine import Outcomes
+from clipfilter_wds.offline.commit import read_marks
+from clipfilter_wds.offline.engines.engine import Outcome, Outcomes
+from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ray_cluster import num_assigned_cpus
 from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
+from clipfilter_wds.workers.cpus import num_cpus
+
+#: Shards that an actor does with the same workers, each written while the next is scored, at most; and how many tasks
+#: are made of a run's shards at least, so that all actors have work until its end.
+_MOST_TOGETHER, _FEWEST_TASKS = 8, 32
 
 
 class RayEngine:
@@ -62,12 +68,18 @@ class RayEngine:
         return found
 
     def score(self, tasks: Sequence[ScoreTask], options: ScoringOptions, on_scored: Callable[[int], None]) -> Outcomes:
-        """See ``Engine``."""
-        for url, result in self._scorer_pool().map({task.url: partial(_score, task, options) for task in tasks}):
-            outcome = _outcome(result)
-            if isinstance(outcome, ShardStats):
-                on_scored(outcome.counts.seen)
-            yield url, outcome
+        """See ``Engine``. An actor gets a few shards at a time; where these fail together, each is tried alone."""
+        pool = self._scorer_pool()
+        size = max(1, min(_MOST_TOGETHER, len(tasks) // _FEWEST_TASKS))
+        runs = {str(start): tasks[start : start + size] for start in range(0, len(tasks), size)}
+        alone: list[ScoreTask] = []
+        for name, result in pool.map({name: partial(_score, run, options) for name, run in runs.items()}):
+            if isinstance(result, TaskFailure):
+                alone += runs[name]
+            else:
+                yield from _told(result, on_scored)
+        for url, result in pool.map({task.url: partial(_score, [task], options) for task in alone}):
+            yield from _told([(url, _outcome(result))] if isinstance(result, TaskFailure) else result, on_scored)
 
     def copy(self, tasks: Sequence[AnyCopyTask], num_workers: int | None) -> Outcomes:
         """See ``Engine``. One CPU each, and as many as the cluster has."""
@@ -95,17 +107,28 @@ class _Actor:
 
     def __init__(self, load: Callable[[], ClipScorer]) -> None:
         self.scorer = load()
-        self._recheck: Recheck | None = None
+        self._engine = LocalEngine(self.scorer, share=max(1, num_cpus() // num_assigned_cpus()))
 
-    def score(self, task: ScoreTask, options: ScoringOptions) -> ShardStats:
-        self._recheck = self._recheck or measured_recheck(self.scorer, options)
+    def score(self, tasks: Sequence[ScoreTask], options: ScoringOptions) -> list[Outcome]:
+        """Do shards; those that an actor that died has done are not done again."""
         if options.num_workers is None:  # beside a GPU all CPUs decode; else one of them runs the model
             num_free = num_assigned_cpus() - (self.scorer.device.type == "cpu")
             options = replace(options, num_workers=max(1, num_free))  # an image may kill a worker, but not the actor
-        [(_, scores)] = score_shards([task.url], self._recheck, options)
-        if isinstance(scores, ShardError):
-            raise scores
-        return task.commit(scores)
+        outcomes: list[Outcome] = []
+        left = []
+        for task, found in read_marks(tasks):
+            if found is None:
+                left.append(task)
+            else:
+                outcomes.append((task.url, found))
+        return [*outcomes, *(self._engine.score(left, options, lambda num_samples: None) if left else ())]
+
+
+def _told(outcomes: Iterable[Outcome], on_scored: Callable[[int], None]) -> Outcomes:
+    for url, outcome in outcomes:
+        if isinstance(outcome, ShardStats):
+            on_scored(outcome.counts.seen)
+        yield url, outcome
 
 
 # What actors do must be picklable.
@@ -115,8 +138,8 @@ def _fingerprint(options: ScoringOptions, actor: _Actor) -> Fingerprint:
     return options.fingerprint(actor.scorer)
 
 
-def _score(task: ScoreTask, options: ScoringOptions, actor: _Actor) -> ShardStats:
-    return actor.score(task, options)
+def _score(tasks: Sequence[ScoreTask], options: ScoringOptions, actor: _Actor) -> list[Outcome]:
+    return actor.score(tasks, options)
 
 
 def _copy(task: AnyCopyTask, loaded: None) -> ShardStats:

@@ -1,0 +1,135 @@
+"""Keeps what passes of scored batches, and packs it into training batches."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.training.config import LoaderConfig
+from clipfilter_wds.training.keep_rate import KeepRateWatch
+from clipfilter_wds.training.rebatch import Rebatcher
+from clipfilter_wds.training.scoring import Scored
+from clipfilter_wds.training.state import LoaderState, Progress
+from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.world import World
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """A training batch, or the end of the stream, and how far everything was when it was packed.
+
+    Attributes:
+        batch: The batch; None at the end.
+        state: The loader's state after it.
+        progress: How far the stream is.
+        num_seen: Samples of this iteration that were scored.
+        num_kept: How many of them are kept.
+        num_ready: Kept pairs that are in no batch yet.
+    """
+
+    batch: dict[str, Any] | None
+    state: LoaderState
+    progress: Progress
+    num_seen: int
+    num_kept: int
+    num_ready: int
+
+
+class Packer:
+    """Packs what passes of one iteration of a loader, from a state on.
+
+    Args:
+        config: The loader's.
+        world: This rank among all.
+        begin: Where the iteration begins.
+        has_scores: Whether batches get a column ``score``.
+
+    Attributes:
+        progress: How far the stream is.
+        watch: Knows the scores seen, for errors.
+    """
+
+    def __init__(self, config: LoaderConfig, world: World, begin: LoaderState, *, has_scores: bool) -> None:
+        self._config, self._world, self._begin, self._has_scores = config, world, begin, has_scores
+        self.progress = begin.progress
+        self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
+        self._num_seen = self._num_kept = 0
+        self._num_batches, self._skip = begin.batches, begin.handed
+        self._last_kept_epoch = begin.progress.epoch
+        self._rebatcher = Rebatcher(config.batch_size, page_locked=torch.cuda.is_available())
+        self._waiting: deque[Progress] = deque()  # before each scoring batch that has rows in the rebatcher
+
+    @property
+    def place(self) -> LoaderState:
+        """Where the stream continues."""
+        return LoaderState(progress=self.progress, epoch=self._begin.epoch)
+
+    def pack(self, batches: Iterable[Scored]) -> Iterator[Packed]:
+        """Training batches, as soon as each is full, and the end. After an error it can be called again.
+
+        Raises:
+            StarvationError: When nothing is kept.
+        """
+        for scored in batches:
+            self._take_in(scored)
+            while self._rebatcher.is_ready:
+                yield self._pop()
+        if self._rebatcher.num_rows and not self._config.drop_last:
+            yield self._pop()
+        yield self._packed(None)
+
+    def _take_in(self, scored: Scored) -> None:
+        threshold = self._config.threshold
+        keep = passes(scored.scores, threshold) if threshold is not None else np.ones(len(scored.scores), dtype=bool)
+        seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
+        dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
+        before = self.progress
+        self.progress = before.advance(scored, FilterStats(seen=seen, kept=kept, dropped=+dropped))
+        self._num_seen, self._num_kept = self._num_seen + seen, self._num_kept + kept
+        self.watch.add(scored.scores, seen=seen, kept=kept)
+        if kept:
+            self._last_kept_epoch = self.progress.epoch
+            self._push(scored, keep, before)
+        elif self.progress.epoch - self._last_kept_epoch > self._world.world_size + 1:
+            # Ranks take turns with the shards, so by now this one has read all of them. (One more, since the last kept
+            # pair may have been early in its epoch, read by a worker that was ahead, and the next may come late.)
+            raise self.watch.starved(f"{self._world.world_size + 1} whole epochs left none")
+
+    def _push(self, scored: Scored, keep: np.ndarray, before: Progress) -> None:
+        rows, columns = scored.places[keep], scored.columns
+        if self._has_scores:
+            scores = torch.empty(int(rows.max()) + 1)
+            scores[rows] = torch.from_numpy(scored.scores[keep])
+            columns = {**columns, "score": scores}
+        self._rebatcher.push(columns, rows)
+        self._waiting.append(before)
+        if self._skip:
+            self._rebatcher.skip(self._skip)
+            self._skip = 0
+
+    def _pop(self) -> Packed:
+        batch = self._rebatcher.pop()
+        while len(self._waiting) > self._rebatcher.num_pieces:
+            self._waiting.popleft()
+        self._num_batches += 1
+        return self._packed(batch)
+
+    def _packed(self, batch: dict[str, Any] | None) -> Packed:
+        state = LoaderState(
+            progress=self._waiting[0] if self._waiting else self.progress,
+            epoch=self._begin.epoch,
+            handed=self._rebatcher.num_begun if self._waiting else 0,
+            batches=self._num_batches,
+        )
+        return Packed(
+            batch=batch,
+            state=state,
+            progress=self.progress,
+            num_seen=self._num_seen,
+            num_kept=self._num_kept,
+            num_ready=self._rebatcher.num_rows,
+        )

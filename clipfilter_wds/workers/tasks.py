@@ -1,0 +1,85 @@
+"""Runs tasks in a few processes, which are killed when nobody waits for the results any more."""
+
+import copy
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
+from typing import Any, ParamSpec, Self, TypeVar
+
+from clipfilter_wds.workers.crashes import WorkerDiedError
+from clipfilter_wds.workers.process import init_worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+#: Seconds that processes have to end after one of them has died.
+_GRACE_SECONDS = 1.0
+
+
+class TaskDiedError(WorkerDiedError):
+    """A process that runs tasks died."""
+
+    def __str__(self) -> str:
+        return f"a process that writes shards died ({self.cause})"
+
+
+class TaskProcesses:
+    """Processes that run picklable functions. Use it in a ``with`` block, at whose end all is done.
+
+    When the block ends with an exception, the processes are killed, whatever they are at: a slow storage may take
+    minutes, and Ctrl-C shall not.
+
+    Args:
+        num_processes: How many run at a time.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._processes: list[BaseProcess] = []
+        context: Any = copy.copy(multiprocessing.get_context())
+        start = context.Process
+
+        def process(*args: Any, **kwargs: Any) -> BaseProcess:
+            self._processes.append(start(*args, **kwargs))
+            return self._processes[-1]
+
+        context.Process = process
+        self._executor = ProcessPoolExecutor(num_processes, context, initializer=init_worker, initargs=(0,))
+
+    def submit(self, task: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Have a function run; :meth:`result` waits for what it returns."""
+        return self._executor.submit(task, *args, **kwargs)
+
+    def result(self, future: "Future[T]") -> T:
+        """What a task returns or raises.
+
+        Raises:
+            TaskDiedError: When a process died.
+        """
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            until = time.monotonic() + _GRACE_SECONDS
+            while time.monotonic() < until and any(process.exitcode is None for process in self._processes):
+                time.sleep(0.01)  # the executor's own thread is about to learn of the ends
+            # The executor itself has sent the others SIGTERM.
+            codes = sorted((process.exitcode for process in self._processes if process.exitcode), key=_is_sigterm)
+            raise TaskDiedError(None, codes[0] if codes else None) from error
+
+    def __enter__(self) -> Self:
+        self._executor.submit(int)  # starts processes now, while this one has few threads
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        if kind is not None:
+            for process in self._processes:
+                process.kill()
+        self._executor.shutdown(wait=kind is None, cancel_futures=kind is not None)
+
+
+def _is_sigterm(exit_code: int) -> bool:
+    return exit_code == -signal.SIGTERM

@@ -1,0 +1,67 @@
+"""Tasks run in processes of their own, whose end nobody waits for longer than need be."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clipfilter_wds.types import ShardError
+from clipfilter_wds.workers.tasks import TaskDiedError, TaskProcesses
+from tests.support.pace import FOREVER
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def refuse(why: str) -> None:
+    raise ShardError(why)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(began: Path) -> None:
+    began.write_text(str(os.getpid()))
+    time.sleep(10 * FOREVER)
+
+
+def interrupt_what_sleeps(began: Path) -> None:
+    with TaskProcesses(1) as processes:
+        processes.submit(sleep, began)
+        while not (began.exists() and began.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+
+def test_every_task_is_done_when_the_block_ends():
+    with TaskProcesses(2) as processes:
+        futures = [processes.submit(double, number) for number in range(20)]
+    assert [processes.result(future) for future in futures] == list(range(0, 40, 2))
+
+
+def test_what_a_task_raises_is_raised_where_its_result_is_asked_for():
+    with TaskProcesses(1) as processes:
+        refused, done = processes.submit(refuse, "no such shard"), processes.submit(double, 1)
+        with pytest.raises(ShardError, match="no such shard"):
+            processes.result(refused)
+        assert processes.result(done) == 2
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_by_what():
+    with TaskProcesses(1) as processes, pytest.raises(TaskDiedError, match=r"a process that writes .* died \(SIGKILL"):
+        processes.result(processes.submit(die))
+
+
+def test_an_error_in_the_block_kills_what_runs(tmp_path):
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_what_sleeps(tmp_path / "began")
+    assert time.monotonic() - before < FOREVER
+    pid = int((tmp_path / "began").read_text())
+    gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=FOREVER)
+    assert not psutil.pid_exists(pid) or gone
