@@ -40,10 +40,10 @@ def inline(options: Options, report: Report) -> None:
     for cost in _COSTS:
         train_step = _TrainStep(cost * forward, options.batch_size, device)
         plain, filtered = [], []
-        for number in range(options.rounds):
+        for number in range(options.turns()):
             plain.append(_step_time(_plain_loader(data, options), train_step))
             filtered.append(_step_time(_filtering_loader(data, options, scorer), train_step))
-            report.tell(f"round {number + 1}/{options.rounds}  {cost}x: {plain[-1]:.3f} s, with {filtered[-1]:.3f} s")
+            report.tell(f"round {number + 1}/{options.turns()}  {cost}x: {plain[-1]:.3f} s, with {filtered[-1]:.3f} s")
         overhead = Spread.of([100 * (after / before - 1) for before, after in zip(plain, filtered, strict=True)])
         rows.append({"cost": f"{cost}x", "plain": median(plain), "filtered": median(filtered), "overhead": overhead})
         times[cost] = {"plain": plain, "filtered": filtered}

@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-Size = Literal["vit-b-32", "vit-l-14", "tiny"]
+Size = Literal["vit-b-32", "vit-l-14", "tiny", "tiny-224"]
 
 #: Names what this code makes, in the cache: other code could make other models and samples.
 _MADE_BY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
@@ -46,7 +47,14 @@ _TINY = {
     "text_config": _TINY_TOWER,
     "projection_dim": 32,
 }
-_CONFIGS: dict[Size, dict[str, object]] = {"vit-b-32": {}, "vit-l-14": _VIT_L_14, "tiny": _TINY}
+#: Sees images as a ViT-B/32 does.
+_TINY_224 = {**_TINY, "vision_config": {**_TINY_TOWER, "image_size": 224, "patch_size": 32}}
+_CONFIGS: dict[Size, dict[str, object]] = {
+    "vit-b-32": {},
+    "vit-l-14": _VIT_L_14,
+    "tiny": _TINY,
+    "tiny-224": _TINY_224,
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,20 @@ def make_data(cache: Path, *, num_samples: int, image_size: int) -> Data:
     )
     rows = json.loads((folder / "rows.json").read_text())
     return Data(sorted(folder.glob("*.tar")), [(images / image, caption) for image, caption in rows])
+
+
+def make_shard(cache: Path, *, num_samples: int, image_size: int) -> Path:
+    """The samples of :func:`make_data` as one shard that img2dataset could have written.
+
+    With a json beside image and caption, and a header for the time of each member.
+    """
+    folder = _made_once(
+        cache / _MADE_BY / "shards" / f"{num_samples}x{image_size}",
+        lambda folder: _write_shard(
+            folder / "shard.tar", make_data(cache, num_samples=num_samples, image_size=image_size)
+        ),
+    )
+    return folder / "shard.tar"
 
 
 def _made_once(folder: Path, make) -> Path:
@@ -155,6 +177,15 @@ def _write_data(folder: Path, num_samples: int, images: Path) -> None:
                     info = tarfile.TarInfo(f"{number:09d}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
+
+
+def _write_shard(path: Path, data: Data) -> None:
+    rng = np.random.default_rng(0)
+    with webdataset.TarWriter(str(path)) as tar:
+        for number, (image, caption) in enumerate(data.rows):
+            key = f"{number:09d}"
+            record = {"uid": rng.bytes(16).hex(), "caption": caption, "url": "u" * 100, "key": key, "exif": "e" * 300}
+            tar.write({"__key__": key, "jpg": image.read_bytes(), "json": record, "txt": caption})
 
 
 def _picture(rng: np.random.Generator, size: int) -> Image.Image:

@@ -20,11 +20,12 @@ class Options:
         size: The model; its weights are random.
         image_size: Side of the JPEGs, in pixels.
         num_samples: Samples of a turn of the fastest contenders; slower ones take fewer.
-        rounds: Turns of each contender.
+        rounds: Turns of each contender; None is what suits the benchmark, 3 or 5.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode, for everyone; None is what the commands choose.
         device: auto, cpu, cuda or cuda:1.
         compile: Measure the scorer, and the limit, with torch.compile as well; compiling takes a minute or so.
+        quick: Measure ``host`` on so few samples that nothing follows from it but that it runs.
         only: Measure only the contenders whose names hold one of these words.
         output: Folder of the JSON and the plots.
         cache: Folder of models and data; they are made when they are not there.
@@ -33,11 +34,12 @@ class Options:
     size: Size = "vit-b-32"
     image_size: int = 512
     num_samples: int = 512
-    rounds: int = 3
+    rounds: int | None = None
     batch_size: int = 64
     num_workers: int | None = None
     device: str = "auto"
     compile: bool = False
+    quick: bool = False
     only: list[str] | None = None
     output: Path = Path("benchmark_results")
     cache: Path = Path.home() / ".cache" / "clipfilter_wds" / "benchmarks"
@@ -45,6 +47,10 @@ class Options:
     @property
     def torch_device(self) -> torch.device:
         return resolve_device(self.device)
+
+    def turns(self, usual: int = 3) -> int:
+        """Turns of each contender."""
+        return usual if self.rounds is None else self.rounds
 
     @property
     def workers(self) -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.rounds import Spread
 
 #: Of the tables, in a pipe or a narrow terminal too.
-_WIDTH = 110
+_WIDTH = 130
 
 
 class Report:
@@ -53,8 +53,12 @@ class Report:
         self._console.print(table)
 
     def add(self, name: str, **values: Any) -> None:
-        """Keep values for the JSON, which is written anew each time, so that a run that is stopped leaves its part."""
-        self._results[name] = values
+        """Keep values for the JSON."""
+        self.keep(name, values)
+
+    def keep(self, name: str, result: Any) -> None:
+        """Keep a result for the JSON, which is written anew each time: a run that is stopped leaves its part."""
+        self._results[name] = result
         text = json.dumps(self._results, indent=1, default=_plain)
         (self._folder / "results.json").write_text(text + "\n")
 

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.copy import copy
+from benchmarks.host import host
 from benchmarks.inline import inline
 from benchmarks.length import length
 from benchmarks.options import Options
@@ -21,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Options, Report], None]] = {
     "inline": inline,
     "length": length,
     "copy": copy,
+    "host": host,
 }
 
 

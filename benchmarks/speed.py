@@ -58,7 +58,7 @@ def speed(options: Options, report: Report) -> None:
         *machine_contenders(scorer),
     ]
     wanted = [contender for contender in contenders if options.wants(contender.name)]
-    rates, outcomes = in_turns(wanted, options.data, rounds=options.rounds, tell=report.tell)
+    rates, outcomes = in_turns(wanted, options.data, rounds=options.turns(), tell=report.tell)
     _check_decisions(outcomes)
     _report(options, report, rates, outcomes, scorer, low)
 

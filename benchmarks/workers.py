@@ -24,7 +24,7 @@ def workers(options: Options, report: Report) -> None:
         Contender(f"{number} workers", Rewrite(replace(options, num_workers=number), scorer, threshold))
         for number in numbers
     ]
-    rates, _ = in_turns(contenders, options.data, rounds=options.rounds, tell=report.tell)
+    rates, _ = in_turns(contenders, options.data, rounds=options.turns(), tell=report.tell)
     rows = [
         {"name": name, "rate": Spread.of(values), "ratio": ratios(values, rates[contenders[0].name])}
         for name, values in rates.items()
