@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from clipfilter_wds.storage.errors import without_secrets
@@ -51,6 +51,17 @@ def shard_name(url: str) -> str:
             f"give it one of {_MAX_NAME_BYTES} at most"
         )
     return name
+
+
+def unnameable(urls: Iterable[str]) -> dict[str, str]:
+    """The shards after which no output can be named, and why."""
+    found = {}
+    for url in urls:
+        try:
+            shard_name(url)
+        except ValueError as error:
+            found[url] = str(error)
+    return found
 
 
 def shard_path(url: str) -> str:

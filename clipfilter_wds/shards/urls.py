@@ -14,11 +14,15 @@ from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import filesystem
 from clipfilter_wds.storage.open import exists, is_glob, list_matches
 from clipfilter_wds.storage.text import read_lines
-from clipfilter_wds.storage.url import ParsedUrl, parse_url
+from clipfilter_wds.storage.url import ParsedUrl, is_there, parse_url
 
 #: What stands before ``::`` and is no source of its own, but says how to read the one behind it.
 _CHAIN = re.compile(r"[A-Za-z][\w+-]*")
 _NUM_REQUESTS = 32
+
+
+class MissingShardError(ValueError):
+    """A shard is named and not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ def expand_shards(
             are an error, or where only opening tells, as on remote storage, one of the shard's.
 
     Raises:
-        ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed.
+        ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed; ``MissingShardError``
+            when a shard is not there.
     """
     return find_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing).urls
 
@@ -95,7 +100,7 @@ class _Expander:
             if not self.allow_pipe:
                 raise ValueError(f"{pattern!r} would run a shell command; pass allow_pipe=True if you trust it")
             yield pattern
-        elif _is_there(pattern):
+        elif _is_named(pattern):
             yield pattern  # where a file has that very name, no character in it means anything else
         elif pattern.startswith("@"):
             for line in _lines(Path(pattern[1:])):
@@ -117,14 +122,14 @@ class _Expander:
                 raise ValueError(f"no shard matches {without_secrets(url)!r}")
             return found
         path = parse_url(url).local_path
-        if path is None or os.path.lexists(path):  # a link that leads nowhere is there
+        if path is None or is_there(path):  # a link that leads nowhere is there
             if path is not None and _is_dir(path) and not has_tar_suffix(url):
                 raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
             return [url]
         if self.skip_missing:
             self.missing.append(url)
             return []
-        raise ValueError(f"no shard matches {url!r}: there is no such file")
+        raise MissingShardError(f"no shard matches {url!r}: there is no such file")
 
     def sort_out_remote(self, urls: list[str]) -> list[str]:
         """Ask remote storage which of the shards are there; the others are missing."""
@@ -134,7 +139,7 @@ class _Expander:
         return [url for url, there in answers if there]
 
 
-def _is_there(path: str) -> bool:
+def _is_named(path: str) -> bool:
     """Whether a path of this machine is one of a shard, or of what is named like one."""
     parsed = parse_url(path)
     if parsed.scheme is not None or parsed.local_path is None or not os.path.lexists(parsed.local_path):
@@ -171,9 +176,12 @@ def _check_can_be_read(url: str) -> None:
 def _expand_braces(pattern: str) -> list[str]:
     try:
         # A backslash is a character like any other.
-        return list(braceexpand(pattern, escape=False))
+        expanded = list(braceexpand(pattern, escape=False))
     except ValueError as error:
         raise ValueError(f"{without_secrets(pattern)!r} is not a brace range like {{00000..00999}}: {error}") from None
+    if expanded != [pattern] and any(map(is_pipe, expanded)):
+        raise ValueError(f"no shard matches {pattern!r}: a shell command can't stand in braces")
+    return expanded
 
 
 def _split_at_commas(pattern: str) -> list[str]:
@@ -215,5 +223,13 @@ def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str
 
 
 def _lines(path: Path) -> list[str]:
-    lines = map(str.strip, read_lines(path, "the list of shards"))
+    what = "the list of shards"
+    try:
+        lines = [*map(str.strip, read_lines(path, what))]
+    except ValueError:
+        # The name of a file need not be text, and a list of such names is none either.
+        lines = [*map(str.strip, read_lines(path, what, errors="surrogateescape"))]
+        odd = [line for line in lines if line != line.encode(errors="ignore").decode()]
+        if not (odd and all(map(_is_named, odd))):
+            raise
     return [line for line in lines if not line.startswith("#")]

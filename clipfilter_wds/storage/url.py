@@ -1,5 +1,6 @@
 """Parses URLs and paths: what one means and what it is called come from here, so that both are of one file."""
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -95,9 +96,22 @@ def parse_url(url: str) -> ParsedUrl:
     return ParsedUrl(caches=caches, scheme=scheme.lower(), source=url.removeprefix(caches))
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path has a file, a folder or a link of any kind; also where it can't be looked at."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
 def real_path(path: Path) -> str:
-    """A text that is the same for all ways to write one path; a link that leads to itself stays as it is."""
-    return os.path.realpath(path)  # Path.resolve fails on such a link
+    """A text that is the same for all ways to write one path. A link that leads nowhere, or to itself, is itself."""
+    if os.path.exists(path):  # noqa: PTH110  # Path's own fails where it may not look
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118
 
 
 def _behind_scheme(url: str) -> str:

@@ -110,6 +110,17 @@ def test_a_list_file_in_another_encoding_is_refused_with_its_name(folder):
         expand_shards(f"@{folder / 'list.txt'}")
 
 
+def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
+    names = [b"000.tar", b"caf\xe9.tar", "ü.tar".encode()]
+    for name in names[1:]:
+        (folder / os.fsdecode(name)).touch()
+    (folder / "list.txt").write_bytes(b"\n".join(names))
+    assert [os.fsencode(url) for url in expand_shards("@list.txt")] == names
+    (folder / "list.txt").write_bytes(b"\n".join([*names, b"na\xefve.tar"]))
+    with pytest.raises(ValueError, match="is no text"):
+        expand_shards("@list.txt")
+
+
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
