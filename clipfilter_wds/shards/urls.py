@@ -93,6 +93,7 @@ class _Expander:
     allow_pipe: bool
     skip_missing: bool
     missing: list[str] = field(default_factory=list)
+    _lists: list[str] = field(default_factory=list)
 
     def expand(self, pattern: str) -> Iterator[str]:
         """The URLs that a pattern stands for, not each once."""
@@ -102,16 +103,24 @@ class _Expander:
             yield pattern
         elif _is_named(pattern):
             yield pattern  # where a file has that very name, no character in it means anything else
-        elif pattern.startswith("@"):
-            for line in _lines(Path(pattern[1:])):
-                yield from self.expand(line)
+        elif pattern.startswith("@") and _is_named(pattern[1:]):
+            yield from self._expand_list(pattern)
         else:
             for take_apart in (_split_at_commas, _split_sources, _expand_braces):
                 if (parts := take_apart(pattern)) != [pattern]:
                     for part in parts:
                         yield from self.expand(part)
                     return
-            yield from self._find(pattern)
+            yield from self._expand_list(pattern) if pattern.startswith("@") else self._find(pattern)
+
+    def _expand_list(self, pattern: str) -> Iterator[str]:
+        """What the lines of a file stand for."""
+        if pattern in self._lists:
+            raise ValueError(f"the list of shards {pattern[1:]!r} names itself")
+        self._lists.append(pattern)
+        for line in _lines(Path(pattern[1:])):
+            yield from self.expand(line)
+        self._lists.remove(pattern)
 
     def _find(self, url: str) -> list[str]:
         """A URL, or the matches of a glob."""
@@ -174,6 +183,8 @@ def _check_can_be_read(url: str) -> None:
 
 
 def _expand_braces(pattern: str) -> list[str]:
+    if not {"{", "}"} & set(pattern):
+        return [pattern]
     try:
         # A backslash is a character like any other.
         expanded = list(braceexpand(pattern, escape=False))
@@ -210,6 +221,8 @@ def _split_sources(pattern: str) -> list[str]:
 
 def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str]:
     """Split at a separator, but not within brackets nor in a shell command; blank parts are left out."""
+    if separator not in pattern:
+        return [pattern]
     parts, depth, start, at = [], 0, 0, 0
     while at < len(pattern):
         depth += (pattern[at] in opening) - (pattern[at] in closing)
@@ -219,7 +232,7 @@ def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str
         else:
             at += 1
     parts.append(pattern[start:])
-    return [part.strip() for part in parts if part.strip()] if len(parts) > 1 else parts
+    return [pattern] if len(parts) == 1 else [part.strip() for part in parts if part.strip()]
 
 
 def _lines(path: Path) -> list[str]:

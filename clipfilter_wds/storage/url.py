@@ -78,7 +78,8 @@ class ParsedUrl:
             )
         if self.caches not in ("", CACHE):
             raise ValueError(
-                f"{without_secrets(str(self))!r}: {self.caches} is not known; the cache that is, is {CACHE}"
+                f"{without_secrets(str(self))!r}: {self.caches} is not known; the cache that is, is {CACHE}, "
+                f"and a file of that name is written ./{self.caches.partition('::')[0]}"
             )
         if self.caches and self.local_path is not None:
             raise ValueError(f"{str(self)!r} is on this machine already; name it without {CACHE}")

@@ -18,6 +18,19 @@ ODD = ["x,y.tar", "x::y.tar", "[0].tar", "{0,1}.tar", "?.tar", "*.tar", "0\\1.ta
 ODD += ["simplecache::0.tar", "file:0.tar", "~0.tar", "\udcff.tar", "0\n1.tar", "0#1.tar", "0%20.tar", "pip.tar"]
 
 
+#: Ways to write some of the shards, without the folder, and which they are.
+WRITTEN = [
+    *((name, [name]) for name in PLAIN),
+    ("a/{0,2}.tar", ["a/0.tar", "a/2.tar"]),
+    ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+    ("{b/{2,1},a/0}.tar", ["b/2.tar", "b/1.tar", "a/0.tar"]),
+    ("?/1.tar", ["a/1.tar", "b/1.tar"]),
+    ("b/*.tar", ["b/0.tar", "b/1.tar", "b/2.tar"]),
+    ("**/[02].tar", ["a/0.tar", "a/2.tar", "b/0.tar", "b/2.tar"]),
+    ("{a/*,b/1}.tar", ["a/0.tar", "a/1.tar", "a/2.tar", "b/1.tar"]),
+]
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder whose files, and those of the same names in memory, hold what they are called."""
@@ -25,6 +38,8 @@ def here(tmp_path_factory):
     for name in (*PLAIN, *(f"odd/{name}" for name in ODD)):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(public_url(f"{folder}/{name}").encode())
+    for number, (text, _) in enumerate(WRITTEN):
+        (folder / f"{number}.txt").write_text(f"{folder}/{text}\n")
     for name in PLAIN:
         fs.pipe(f"/sources/{name}", f"{REMOTE}/{name}".encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -33,21 +48,9 @@ def here(tmp_path_factory):
     fs.rm("/sources", recursive=True)
 
 
-#: A way to write some of the shards, without the folder, and which they are.
-written = st.sampled_from(
-    [
-        *((name, [name]) for name in PLAIN),
-        ("a/{0,2}.tar", ["a/0.tar", "a/2.tar"]),
-        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-        ("{b/{2,1},a/0}.tar", ["b/2.tar", "b/1.tar", "a/0.tar"]),
-        ("?/1.tar", ["a/1.tar", "b/1.tar"]),
-        ("b/*.tar", ["b/0.tar", "b/1.tar", "b/2.tar"]),
-        ("**/[02].tar", ["a/0.tar", "a/2.tar", "b/0.tar", "b/2.tar"]),
-        ("{a/*,b/1}.tar", ["a/0.tar", "a/1.tar", "a/2.tar", "b/1.tar"]),
-    ]
-)
-places = st.sampled_from(["here", REMOTE, f"simplecache::{REMOTE}"])
-one = st.tuples(places, written)
+#: Where they are: ``list`` stands for a file that names those that are here.
+places = st.sampled_from(["here", "list", REMOTE, f"simplecache::{REMOTE}"])
+one = st.tuples(places, st.sampled_from(WRITTEN))
 #: Several in braces are one pattern.
 in_braces = st.lists(one, min_size=2, max_size=3)
 patterns = st.lists(one.map(lambda found: [found]) | in_braces, min_size=1, max_size=4)
@@ -59,10 +62,13 @@ def spell(patterns, separators, here: str) -> tuple[str, list[str]]:
     """A text that joins patterns, and what the shards are called that it stands for."""
     texts, names = [], []
     for alternatives in patterns:
-        in_place = [(here if place == "here" else place, text, shards) for place, (text, shards) in alternatives]
-        each = [f"{place}/{text}" for place, text, _ in in_place]
+        in_place = [(here if place in ("here", "list") else place, shards) for place, (_, shards) in alternatives]
+        each = [
+            f"@{here}/{WRITTEN.index(written)}.txt" if place == "list" else f"{in_which}/{written[0]}"
+            for (place, written), (in_which, _) in zip(alternatives, in_place, strict=True)
+        ]
         texts.append(each[0] if len(each) == 1 else "{" + ",".join(each) + "}")
-        names += [f"{place.removeprefix('simplecache::')}/{shard}" for place, _, shards in in_place for shard in shards]
+        names += [f"{place.removeprefix('simplecache::')}/{shard}" for place, shards in in_place for shard in shards]
     return "".join(chain(*zip(texts, [*separators[: len(texts) - 1], ""], strict=True))), names
 
 

@@ -95,6 +95,9 @@ def test_a_list_file_names_one_pattern_per_line(folder):
     assert names_of(expand_shards("@list.txt")) == expected
     assert names_of(expand_shards(["011.tar", "@list.txt"])) == ["011.tar", *expected]
     assert names_of(expand_shards("@" + str(folder / "list.txt"))) == expected
+    for pattern in ("@list.txt,011.tar", "@list.txt::011.tar", "{@list.txt,011.tar}", "@{list.txt,second.txt}"):
+        Path("second.txt").write_text("011.tar")
+        assert names_of(expand_shards(pattern)) == [*expected, "011.tar"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -154,11 +157,13 @@ def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
         ("{a,{b,c}.tar", "is not a brace range like {00000..00999}"),
         ("@missing.txt", "can't read the list of shards 'missing.txt': No such file"),
         ("@sub", "can't read the list of shards 'sub': Is a directory"),
+        ("@itself.txt", "the list of shards 'itself.txt' names itself"),
         ("@empty.txt", "no shard matches '@empty.txt'"),
     ],
 )
 def test_what_names_no_shard_is_an_error_that_says_so(folder, shards, message):
     Path("empty.txt").write_text("# nothing\n\n")
+    Path("itself.txt").write_text("000.tar\n@itself.txt\n")
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):
         expand_shards(shards)
 

@@ -78,6 +78,16 @@ def test_training_resumes_after_every_sample(joined, shuffle, num_workers):
     assert total == NUM_SHARDS * NUM_SAMPLES
 
 
+@pytest.mark.parametrize("sources", ["{folder}/0.tar::{folder}/1.tar", "{folder}/{{0,1}}.tar::{folder}/[01].tar"])
+def test_sources_that_are_joined_in_the_command_are_each_written_under_their_own_name(
+    command, clip_folder, shards, sources, tmp_path
+):
+    code, _ = rewrite(command, clip_folder, sources.format(folder=tmp_path), tmp_path / "out")
+    assert (code, check_accounting(tmp_path / "out")["seen"]) == (0, 2 * NUM_SAMPLES)
+    for name in ("0.tar", "1.tar"):
+        assert tar_members(tmp_path / "out" / name) == tar_members(tmp_path / name)
+
+
 # --- samples of one key, between which others are dropped ---
 
 
