@@ -1,6 +1,5 @@
 """Opens, sizes and lists files on any storage."""
 
-import glob
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from fsspec import AbstractFileSystem
 from clipfilter_wds.storage.cache import open_cached
 from clipfilter_wds.storage.errors import is_missing, reason, retrying, without_secrets
 from clipfilter_wds.storage.filesystem import filesystem, is_local, is_web
+from clipfilter_wds.storage.local_glob import local_matches
 from clipfilter_wds.storage.reader import RemoteReader, open_web
 from clipfilter_wds.storage.url import parse_url
 from clipfilter_wds.types import ShardError
@@ -117,8 +117,7 @@ def list_matches(url: str) -> list[str]:
     """
     parsed = parse_url(url)
     if (path := parsed.local_path) is not None:
-        _check_readable(path)
-        found = sorted(str(Path(name).absolute()) for name in _local_matches(str(path)))
+        found = local_matches(path)
         return found if parsed.scheme is None else [f"{parsed.scheme}://{name}" for name in found]
     fs, pattern = filesystem(url)
     try:
@@ -126,26 +125,6 @@ def list_matches(url: str) -> list[str]:
     except Exception as error:  # each storage has errors of its own
         raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
     return [parsed.caches + fs.unstrip_protocol(name) for name in names]
-
-
-def _local_matches(pattern: str) -> list[str]:
-    # Not Path.glob: in whose pattern the working folder would stand, brackets and all.
-    return glob.glob(pattern, recursive=True, include_hidden=True)  # noqa: PTH207
-
-
-def _check_readable(pattern: Path) -> None:
-    """Check that the folders can be listed that a glob has to look into, which else just passes over them.
-
-    Raises:
-        ValueError: When one can't; it names the folder.
-    """
-    for place, part in enumerate(pattern.parts):
-        if not glob.has_magic(part):
-            continue
-        folders = Path(*pattern.parts[: place + (part == "**")])
-        for folder in _local_matches(f"{folders}/"):
-            if not os.access(folder, os.R_OK | os.X_OK):
-                raise ValueError(f"can't list {folder!r}: Permission denied")
 
 
 def _ask(fs: AbstractFileSystem, request: Callable[[], T]) -> T:

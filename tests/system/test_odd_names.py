@@ -126,7 +126,7 @@ def test_a_shard_that_may_not_be_read_fails_alone(command, folder, tmp_path, nam
     assert (code, summary["kept"]) == (1, 4)
     assert set(summary["failed_shards"].values()) == {"can't open it: Permission denied"}
     assert listed[0] == 2
-    assert f"can't list '{tmp_path}/locked/': Permission denied" in listed[1]
+    assert f"can't list '{tmp_path}/locked': Permission denied" in listed[1]
 
 
 def test_a_report_of_such_a_run_shows_the_shards_that_were_done(command, folder, tmp_path):
