@@ -95,3 +95,16 @@ def test_what_is_read_is_what_is_named_for_any_mixture(here, tmp_path_factory, i
         assert "would both be written" in str(error)  # noqa: PT017
     else:
         assert all(call.removesuffix(".tar").endswith(name) for call, name in zip(called, names.values(), strict=True))
+
+
+def test_objects_of_any_name_that_a_glob_finds_are_read_and_named(s3, short_pauses):
+    s3.reset()
+    fs, names = (
+        fsspec.filesystem("s3"),
+        ["a::b", "a#1", "a#2", "a?b", "a%20b", "a b", "a\\b", "a,b", "a*b", "[0]", "{0}", "ü"],
+    )
+    for name in names:
+        fs.pipe(f"bucket/odd/{name}.tar", name.encode())
+    urls = expand_shards("s3://bucket/odd/*.tar")
+    assert sorted(map(public_url, urls)) == sorted(f"s3://bucket/odd/{name}.tar" for name in names)
+    assert {url: read_whole(url).decode() for url in urls} == output_names(urls)
