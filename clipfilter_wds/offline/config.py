@@ -10,7 +10,7 @@ from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.shards.urls import FoundShards, MissingShardError, find_shards
+from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
@@ -50,9 +50,10 @@ class ScoreConfig(WorkerConfig):
     @cached_property
     def _found(self) -> FoundShards:
         try:
-            return find_shards(self.shards, skip_missing=self.skip_missing_shards)
+            found = find_shards(self.shards, skip_missing=self.skip_missing_shards)
         except MissingShardError as error:
             raise ValueError(f"{error}; --skip_missing_shards leaves out what is missing") from None
+        return ask_for_missing(found) if self.skip_missing_shards else found
 
     @property
     def missing(self) -> list[str]:

@@ -9,7 +9,7 @@ from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.scores.table import ShardScores
-from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.shards.urls import find_shards
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish
 
@@ -22,7 +22,7 @@ def write_report(config: ReportConfig) -> Findings:
         OSError: When the page can't be written.
     """
     run = ScoredRun.open(config.scores, run=config.run)
-    urls = [] if config.shards is None else expand_shards(config.shards)
+    urls = [] if config.shards is None else find_shards(config.shards, skip_missing=True).urls
     threshold = _threshold(config, run)
     findings = gather(run, threshold, config.thumbnails)
     cards = make_cards(findings.picks, run, urls)

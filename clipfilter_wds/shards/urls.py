@@ -32,10 +32,18 @@ class FoundShards:
     Attributes:
         urls: The shards, each once, in the order given.
         missing: Those that are named and not there, where that is no error.
+
+    Raises:
+        ValueError: When all are missing.
     """
 
     urls: list[str]
     missing: list[str]
+
+    def __post_init__(self) -> None:
+        if not self.urls:
+            example = without_secrets(self.missing[0])
+            raise ValueError(f"no shard matches: none of {len(self.missing)} is there, such as {example!r}")
 
 
 def expand_shards(
@@ -55,13 +63,14 @@ def expand_shards(
         ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed; ``MissingShardError``
             when a shard is not there.
     """
-    return find_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing).urls
+    found = find_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing)
+    return (ask_for_missing(found) if skip_missing else found).urls
 
 
 def find_shards(
     shards: str | Path | Sequence[str | Path], *, allow_pipe: bool = False, skip_missing: bool = False
 ) -> FoundShards:
-    """The same as :func:`expand_shards`, and what is missing.
+    """The same as :func:`expand_shards`, and what is missing on this machine; no other is asked.
 
     Raises:
         ValueError: As :func:`expand_shards`; and when all shards are missing.
@@ -78,12 +87,19 @@ def find_shards(
             raise ValueError(f"no shard matches {without_secrets(pattern)!r}")
         for url in found:
             urls.setdefault(identity(url), url)
-    there = list(urls.values())
-    if skip_missing:
-        there = expander.sort_out_remote(there)
-    if not there:
-        raise ValueError(f"none of {len(expander.missing)} shards is there, such as {expander.missing[0]!r}")
-    return FoundShards(urls=there, missing=list(dict.fromkeys(expander.missing)))
+    return FoundShards(urls=list(urls.values()), missing=list(dict.fromkeys(expander.missing)))
+
+
+def ask_for_missing(found: FoundShards) -> FoundShards:
+    """Ask remote storage too, once for each shard, which are there.
+
+    Raises:
+        ValueError: When all shards are missing.
+    """
+    with ThreadPoolExecutor(_NUM_REQUESTS, thread_name_prefix="clipfilter-storage") as pool:
+        answers = list(zip(found.urls, pool.map(_may_be_there, found.urls), strict=True))
+    missing = [url for url, there in answers if not there]
+    return FoundShards(urls=[url for url, there in answers if there], missing=[*found.missing, *missing])
 
 
 @dataclass(kw_only=True)
@@ -139,13 +155,6 @@ class _Expander:
             self.missing.append(url)
             return []
         raise MissingShardError(f"no shard matches {url!r}: there is no such file")
-
-    def sort_out_remote(self, urls: list[str]) -> list[str]:
-        """Ask remote storage which of the shards are there; the others are missing."""
-        with ThreadPoolExecutor(_NUM_REQUESTS, thread_name_prefix="clipfilter-storage") as pool:
-            answers = list(zip(urls, pool.map(_may_be_there, urls), strict=True))
-        self.missing += [url for url, there in answers if not there]
-        return [url for url, there in answers if there]
 
 
 def _is_named(path: str) -> bool:

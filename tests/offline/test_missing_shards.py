@@ -69,6 +69,9 @@ def test_a_shard_that_has_come_since_is_done_when_the_run_is_started_again(comma
     summary = summary_of(tmp_path / "out")
     assert (code, summary["shards"], summary["resumed_shards"], len(summary["missing_shards"])) == (0, 3, 2, 2)
     assert (tmp_path / "page.html").is_file()
+    (folder / "00003.tar").unlink()
+    code, _ = command("report", tmp_path / "out", "--shards", shards, "--output", tmp_path / "again.html")
+    assert code == 0
 
 
 def test_the_option_may_stand_in_a_yaml_file(command, clip_folder, folder, tmp_path):
@@ -86,8 +89,8 @@ def test_only_what_is_named_can_be_missing(folder, memory):
     assert expand_shards(f"{memory}/{{00003..00005}}.tar", skip_missing=True) == [f"{memory}/00003.tar"]
     for shards, says in (
         ([*there, f"{folder}/x*.tar"], "no shard matches"),
-        (f"{folder}/0000{{1..2}}.tar", "none of 2 shards is there, such as '.*00001.tar'"),
-        (f"{memory}/0000{{1..2}}.tar", "none of 2 shards is there, such as '.*00001.tar'"),
+        (f"{folder}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
+        (f"{memory}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
         ([*there, str(folder)], "is a folder"),
     ):
         with pytest.raises(ValueError, match=says):

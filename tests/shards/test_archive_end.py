@@ -69,6 +69,16 @@ def test_any_archives_that_were_joined_read_as_the_samples_of_all_in_order(parts
     assert end == ShardEnd(num_samples=len(found), torn=False, num_bytes=len(data))
 
 
+@settings(max_examples=100)
+@given(st.lists(archives(), min_size=1, max_size=4))
+def test_the_members_of_joined_archives_are_those_that_tar_finds_with_its_option_i(parts):
+    data = b"".join(parts)
+    with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as tar:
+        expected = [(info.name, tar.extractfile(info).read()) for info in tar]
+    found, _ = read_joined(data)
+    assert [(member.name, member.data) for sample in found for member in sample.members] == expected
+
+
 @settings(max_examples=150)
 @given(st.lists(archives(), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 5))
 def test_parts_of_joined_archives_are_the_whole_and_what_is_copied_is_what_is_read(parts, num_parts, start):

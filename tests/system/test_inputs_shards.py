@@ -128,6 +128,7 @@ def a_shard_that_is_not_there(run, here):
     assert (code, summary["shards"]) == (0, 3)
     assert summary["missing_shards"] == [f"{here}/a/00{number}.tar" for number in range(3, 10)]
     assert f"missing {here}/a/003.tar" in said
+    assert expand_shards("a/{000..009}.tar", skip_missing=True) == A
     code, _, summary = run("memory://bucket/{002..003}.tar", output="remote")
     assert (code, summary["failed_shards"]) == (1, {"memory://bucket/003.tar": "can't open it: there is no such file"})
 
