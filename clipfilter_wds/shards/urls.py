@@ -245,10 +245,12 @@ def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str
 
 
 def _lines(path: Path) -> list[str]:
-    what = "the list of shards"
+    path, what = path.expanduser(), "the list of shards"
     try:
         lines = [*map(str.strip, read_lines(path, what))]
     except ValueError:
+        if not path.is_file():
+            raise  # it is not there, or can't be read twice
         # The name of a file need not be text, and a list of such names is none either.
         lines = [*map(str.strip, read_lines(path, what, errors="surrogateescape"))]
         odd = [line for line in lines if line != line.encode(errors="ignore").decode()]

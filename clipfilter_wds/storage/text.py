@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 #: Byte-order marks with the encodings that they stand for. UTF-32's comes first, since it begins as UTF-16's does.
@@ -33,9 +34,8 @@ def read_lines(path: Path, what: str, *, hint: str = "save it as UTF-8", errors:
     """
     path = path.expanduser()
     try:
-        with path.open("rb") as file:
-            encoding = _encoding_of(file.read(4))
-        with path.open(encoding=encoding, errors=errors) as lines:
+        # Opened once: what a shell's <(command) stands for can be read only once.
+        with path.open("rb") as file, TextIOWrapper(file, _encoding_of(file.peek(4)), errors) as lines:
             yield from filter(None, map(str.rstrip, lines))
     except UnicodeError as error:
         raise ValueError(f"{what} {str(path)!r} is no text: {error}; {hint}") from None

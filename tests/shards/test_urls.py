@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -98,6 +99,11 @@ def test_a_list_file_names_one_pattern_per_line(folder):
     for pattern in ("@list.txt,011.tar", "@list.txt::011.tar", "{@list.txt,011.tar}", "@{list.txt,second.txt}"):
         Path("second.txt").write_text("011.tar")
         assert names_of(expand_shards(pattern)) == [*expected, "011.tar"]
+
+
+def test_a_list_may_come_from_another_command(folder):
+    with subprocess.Popen(["echo", "00[01].tar"], stdout=subprocess.PIPE) as process:
+        assert names_of(expand_shards(f"@/dev/fd/{process.stdout.fileno()}")) == ["000.tar", "001.tar"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
