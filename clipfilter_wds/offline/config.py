@@ -68,7 +68,10 @@ class ScoreConfig(WorkerConfig):
     @cached_property
     def urls(self) -> list[str]:
         """The shards to read, each once."""
-        return [url for url in self._found.urls if url not in self.unnameable]
+        urls = [url for url in self._found.urls if url not in self.unnameable]
+        if not urls:
+            raise ValueError(next(iter(self.unnameable.values())))
+        return urls
 
     @cached_property
     def names(self) -> dict[str, str]:

@@ -112,6 +112,13 @@ def test_what_can_not_be_done_fails_alone_and_is_named(command, folder, tmp_path
             assert re.search(rf"failed .*/{re.escape(odd)}: .*{says}", out)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_where_no_shard_at_all_can_have_an_output_the_arguments_are_wrong(command, tmp_path, name):
+    write_shard(tmp_path / ".tar", [pair(0)])
+    code, said = command(name, *OPTIONS[name], "--output", tmp_path / "out", tmp_path / ".tar")
+    assert (code, "no base name" in said, (tmp_path / "out").exists()) == (2, True, False)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_shard_that_may_not_be_read_fails_alone(command, folder, tmp_path, name):
