@@ -94,7 +94,7 @@ def _report_on(config: RewriteConfig, page: str | Path) -> None:
 
     scores = config.scores or config.output
     if World.from_env().rank == 0 and (config.scores or Path(scores, "_scores").expanduser().is_dir()):
-        write_report(ReportConfig(scores=scores, run=config.output, shards=config.shards, output=page))
+        write_report(ReportConfig(scores=scores, run=config.output, output=page), config.urls)
 
 
 def _refuse_ranks() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.shards.names import output_names, shard_folder
+from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
@@ -24,11 +24,13 @@ class ScoreConfig(WorkerConfig):
     without a model, and creates the output folder.
 
     Attributes:
-        shards: A path, a glob or a brace range, or several of these: separated by commas, as a list, or as
+        shards: A path, a glob or a brace range, or several of these: separated by commas or ``::``, as a list, or as
             ``@file.txt`` with one per line; local or on any fsspec storage.
         output: Folder to write to. A run that was stopped resumes when it is started again.
         caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``). Several of
             these, separated by commas, are several captions of an image.
+        skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
+            say which. Without it, they are an error.
 
     Raises:
         ValueError: When an option can't be used.
@@ -37,6 +39,7 @@ class ScoreConfig(WorkerConfig):
     shards: str | Path | Sequence[str | Path]
     output: str | Path
     caption: str = "txt"
+    skip_missing_shards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,9 +48,30 @@ class ScoreConfig(WorkerConfig):
         check_writable(self.folder)
 
     @cached_property
+    def _found(self) -> FoundShards:
+        try:
+            found = find_shards(self.shards, skip_missing=self.skip_missing_shards)
+        except MissingShardError as error:
+            raise ValueError(f"{error}; --skip_missing_shards leaves out what is missing") from None
+        return ask_for_missing(found) if self.skip_missing_shards else found
+
+    @property
+    def missing(self) -> list[str]:
+        """The shards that are named and not there, and left out."""
+        return self._found.missing
+
+    @cached_property
+    def unnameable(self) -> dict[str, str]:
+        """The shards that fail because no output can be named after them, and why."""
+        return unnameable(self._found.urls)
+
+    @cached_property
     def urls(self) -> list[str]:
         """The shards to read, each once."""
-        return expand_shards(self.shards)
+        urls = [url for url in self._found.urls if url not in self.unnameable]
+        if not urls:
+            raise ValueError(next(iter(self.unnameable.values())))
+        return urls
 
     @cached_property
     def names(self) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Copies the kept samples of a shard to a tar, as they are stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
 
 from clipfilter_wds.offline.commit import OutputFiles, check_source
 from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.duplicate_keys import suffixes_of_neighbours
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cutoff
@@ -15,9 +17,9 @@ from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import ShardScores, read_scores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.open import open_shard, shard_num_bytes
-from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.shards.samples import SampleLayout, read_samples, with_suffix
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError
+from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError, StoredMember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,10 @@ class CopyTask:
             raise ShardError("there is no score table of it; score it first")
         scores, choice = read_scores(self.table, self.url), self.options.choice
         selection = choice.select(scores, self.cutoff)
+        kept_keys = list(compress(scores.keys, selection.keep))
+        suffixes = suffixes_of_neighbours(kept_keys, scores.keys)
         stats = shard_stats(selection.stats, scores, choice.num_in_band(scores, self.cutoff))
+        stats += ShardStats(renamed_keys=len(suffixes))
         samples = read_kept(self.url, scores, selection.keep, self.options.layout)
         record = {
             "source": public_url(self.url),
@@ -102,8 +107,15 @@ class CopyTask:
             "cutoff": _cutoff_record(self.cutoff),
             "fingerprint": dict(scores.metadata.fingerprint),
         }
-        self.files.commit((member for sample in samples for member in sample.stored), stats, record)
+        self.files.commit(stored_members(samples, suffixes), stats, record)
         return stats
+
+
+def stored_members(samples: Iterable[Sample], suffixes: Mapping[int, str]) -> Iterator[StoredMember]:
+    """The members of samples, in order; those of some, by place, under the sample's key with a suffix."""
+    for place, sample in enumerate(samples):
+        suffix = suffixes.get(place)
+        yield from (member if suffix is None else with_suffix(member, suffix) for member in sample.stored)
 
 
 def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:

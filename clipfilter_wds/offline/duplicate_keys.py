@@ -49,6 +49,30 @@ def find_suffixes(read: ReadKeys) -> Suffixes:
     raise AssertionError
 
 
+def suffixes_of_neighbours(keys: Sequence[str], taken: Iterable[str]) -> dict[int, str]:
+    """Suffixes for samples of one key that would stand side by side in a tar, where readers take them for one sample.
+
+    Args:
+        keys: Of the samples, in the order of the tar.
+        taken: Keys that must not be made.
+
+    Returns:
+        By place among ``keys``, what is put behind the key; the first of several alike keeps its own.
+    """
+    numbers: dict[int, int] = {}
+    for place in range(1, len(keys)):
+        if keys[place] == keys[place - 1]:
+            numbers[place] = numbers.get(place - 1, 0) + 1
+    if not numbers:
+        return {}
+    names = set(taken)
+    for length in count(1):
+        suffixes = {place: f"{'_' * length}{number}" for place, number in numbers.items()}
+        if names.isdisjoint(keys[place] + suffix for place, suffix in suffixes.items()):
+            return suffixes
+    raise AssertionError
+
+
 def _hashes(keys: Iterable[str]) -> Iterator[int]:
     return (int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()) for key in keys)
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipfilter_wds.offline.commit import CURE, OutputFiles, read_record
-from clipfilter_wds.offline.copying import CopyOptions, CopyTask, read_kept, shard_stats
+from clipfilter_wds.offline.copying import CopyOptions, CopyTask, read_kept, shard_stats, stored_members
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.fraction import Cutoff
 from clipfilter_wds.scores.table import read_scores
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.shards.samples import with_suffix
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import Sample, ShardError, StoredMember
+from clipfilter_wds.types import Sample, ShardError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class PackTask:
         """
         stats, fingerprint = self._count()
         record = {**self.options.settings, **self._plan, "fingerprint": dict(fingerprint)}
-        self.files.commit(self._members(), stats, record)
+        self.files.commit(stored_members(self._samples(), self.suffixes), stats, record)
         return stats
 
     def _count(self) -> tuple[ShardStats, Fingerprint]:
@@ -106,11 +105,6 @@ class PackTask:
                 stats += ShardStats(counts=found)
             fingerprint = scores.metadata.fingerprint
         return stats, fingerprint
-
-    def _members(self) -> Iterator[StoredMember]:
-        for place, sample in enumerate(self._samples()):
-            suffix = self.suffixes.get(place)
-            yield from (member if suffix is None else with_suffix(member, suffix) for member in sample.stored)
 
     def _samples(self) -> Iterator[Sample]:
         for source in self.sources:

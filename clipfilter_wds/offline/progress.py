@@ -15,6 +15,7 @@ from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World
 
 _MAX_SHOWN_FAILURES = 10
+_MAX_SHOWN_MISSING = 5
 
 
 def run_with_progress(
@@ -47,7 +48,7 @@ def run_with_progress(
             _rows(tally, kept_as),
             seconds=tally.seconds,
             samples_per_second=tally.samples_per_second,
-            notes=_failures(tally),
+            notes=_notes(tally),
         )
     return tally
 
@@ -72,6 +73,7 @@ def _rows(tally: Tally, kept_as: str) -> list[Row]:
     rows.append(("shards", tally.done, f"of {tally.num_shards:,}"))
     more: list[Row] = [
         ("  done by an earlier run", tally.resumed, ""),
+        ("  missing and left out", len(tally.missing), ""),
         ("  torn (cut or damaged)", stats.torn, ""),
         ("captions truncated", stats.truncated_captions, counts.seen),
         ("keys with a suffix", stats.renamed_keys, counts.kept),
@@ -84,7 +86,11 @@ def _rows(tally: Tally, kept_as: str) -> list[Row]:
     return rows
 
 
-def _failures(tally: Tally) -> Iterator[str]:
+def _notes(tally: Tally) -> Iterator[str]:
+    if tally.missing:
+        more = len(tally.missing) - _MAX_SHOWN_MISSING
+        named = ", ".join(map(plain, tally.missing[:_MAX_SHOWN_MISSING]))
+        yield f"[yellow]missing[/] {named}{f' and {more} more; summary.json names them all' if more > 0 else ''}"
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
         yield f"[red]failed[/] {plain(url)}: {plain(why)}"
     if len(tally.failed) > _MAX_SHOWN_FAILURES:

@@ -65,6 +65,10 @@ def process_shards(
         tally = _copy(config, run, {url: scores.path(url) for url in config.urls})
     else:
         tally = _score(config, run)
+    tally.num_shards += len(config.unnameable)
+    for url, why in config.unnameable.items():
+        tally.fail(url, why)
+    tally.missing = [public_url(url) for url in config.missing]
     remove_leftovers(config.folder)  # of actors and ranks that died on the way
     if world.rank == 0:
         _write_summary(config, tally, run.fingerprint)
@@ -102,7 +106,10 @@ def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) 
     if isinstance(config, RewriteConfig):
         write_sizes(config.folder)
     made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"]}
-    publish_json(config.folder / "summary.json", {**tally.summary(), **config.settings, **made_by})
+    publish_json(
+        config.folder / "summary.json",
+        {**tally.summary(), "missing_shards": tally.missing, **config.settings, **made_by},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ class Tally:
         num_copied: Samples of the shards that this run has copied from without scoring them, dropped ones included.
         stats: Of the shards that are done.
         failed: Per shard that could not be used, why.
+        missing: Shards that are named and not there, and left out.
         started: When the run began, in seconds of ``time.perf_counter``.
     """
 
@@ -88,6 +89,7 @@ class Tally:
     num_copied: int = 0
     stats: ShardStats = field(default_factory=ShardStats)
     failed: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     @property

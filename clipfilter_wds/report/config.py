@@ -22,7 +22,7 @@ class ReportConfig:
         output: HTML file to write; one that exists is replaced. It holds all that it shows, and loads nothing from
             elsewhere.
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
-            has none.
+            has none, and of those that are not there neither.
         run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
         threshold: Where the slider starts; by default at the run's own threshold.
         thumbnails: How many samples to show, at most 200.

@@ -1,5 +1,7 @@
 """Makes the report: reads score tables and shards, and writes the page."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from clipfilter_wds.report.config import ReportConfig
@@ -9,20 +11,25 @@ from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
 from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
 from clipfilter_wds.scores.table import ShardScores
-from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.shards.urls import find_shards
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish
 
 
-def write_report(config: ReportConfig) -> Findings:
+def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Findings:
     """Write the page, and return what it was made of.
+
+    Args:
+        config: What the page is about.
+        urls: The shards that ``config.shards`` stands for, where that is known.
 
     Raises:
         ValueError: When there are no score tables, they have different fingerprints, or no shard matches.
         OSError: When the page can't be written.
     """
     run = ScoredRun.open(config.scores, run=config.run)
-    urls = [] if config.shards is None else expand_shards(config.shards)
+    if urls is None:
+        urls = [] if config.shards is None else find_shards(config.shards, skip_missing=True).urls
     threshold = _threshold(config, run)
     findings = gather(run, threshold, config.thumbnails)
     cards = make_cards(findings.picks, run, urls)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata, read_scores
-from clipfilter_wds.shards.names import public_url, shard_path
+from clipfilter_wds.shards.names import public_url, shard_path, unnameable
 from clipfilter_wds.types import ShardError
 
 #: Folder within a folder of tables in which a loader records scores of shards that it has not read whole.
@@ -86,6 +86,8 @@ class ScoreFolder:
         """The name of a shard's table."""
         if (name := self._name_by_source.get(public_url(url))) is not None:
             return name
+        if unnameable([url]):
+            return None  # it could not have got one
         path = PurePosixPath(shard_path(url)).parts
         names = [name for name in self._names_by_stem.get(path[-1], ()) if _is_end(PurePosixPath(name).parts, path)]
         return max(names, key=lambda name: name.count("/"), default=None)

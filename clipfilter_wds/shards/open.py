@@ -144,13 +144,19 @@ class _UnpackedRaw(io.RawIOBase):
         return len(data)
 
 
+def is_compressed(start: bytes) -> bool:
+    """Whether a file that begins with these bytes, at least four, is gzip or Zstandard."""
+    is_skippable = start[1:4] == _SKIPPABLE_MAGIC and start[0] >> 4 == 5
+    return start.startswith((_GZIP_MAGIC, _ZSTD_MAGIC)) or is_skippable
+
+
 def _unpack(whole: _WholeRaw) -> io.BufferedIOBase:
     raw = io.BufferedReader(whole, buffer_size=_BUFFER_BYTES)
     magic = raw.peek(4)[:4]
+    if not is_compressed(magic):
+        return raw
     if magic.startswith(_GZIP_MAGIC):
         packed = cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
-    elif magic == _ZSTD_MAGIC or (magic[1:] == _SKIPPABLE_MAGIC and magic[0] >> 4 == 5):
-        packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     else:
-        return raw
+        packed = cast(io.BufferedIOBase, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return io.BufferedReader(_UnpackedRaw(packed, whole), buffer_size=_BUFFER_BYTES)

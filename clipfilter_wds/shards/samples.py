@@ -98,7 +98,8 @@ def read_samples(
 ) -> Iterator[Sample | ShardEnd]:
     """Yield the wanted samples of a shard in order, then its :class:`ShardEnd`.
 
-    A sample is a run of adjacent members with one key. The last one of a torn shard is not known to be whole and has
+    A sample is a run of adjacent members with one key, within one archive: a shard may be several that were joined
+    (``cat a.tar b.tar``), which come one after another. The last one of a torn shard is not known to be whole and has
     the problem ``torn``, even when the cut lies between two members. Links, devices and folders are passed over, as are
     names that have no key or no extension and webdataset's ``__meta__`` names.
 
@@ -119,7 +120,7 @@ def read_samples(
     try:
         for entry in tar:
             if name := _KEY_AND_EXTENSION.fullmatch(entry.name):
-                if (done := groups.begin_member(name[1], name[2].lower())) is not None:
+                if (done := groups.begin_member(tar.archive, name[1], name[2].lower())) is not None:
                     yield done
                 groups.read_member(tar, entry, name[2].lower())
         torn = not tar.has_ended()
@@ -141,6 +142,7 @@ class _Groups:
     def __init__(self, layout: SampleLayout, wanted: Callable[[int], bool], pair_only: bool, to_copy: bool) -> None:
         self._layout, self._wanted, self._pair_only, self._to_copy = layout, wanted, pair_only, to_copy
         self._caption_extensions = layout.caption_extensions
+        self._archive = 0
         self._whole_by_key: dict[str, bool] = {}
         self._key: str | None = None
         self._extensions: set[str] = set()
@@ -150,12 +152,14 @@ class _Groups:
         self._is_wanted = False
         self.num_samples = 0
 
-    def begin_member(self, key: str, extension: str) -> Sample | None:
-        """Note a member's name; returns the sample before it, if this member begins another one."""
-        if key == self._key and extension not in self._extensions:
+    def begin_member(self, archive: int, key: str, extension: str) -> Sample | None:
+        """Note a member's archive and name; returns the sample before it, if this member begins another one."""
+        if key == self._key and extension not in self._extensions and archive == self._archive:
             self._extensions.add(extension)
             return None
         done = self._close()
+        if archive != self._archive:
+            self._archive, self._whole_by_key = archive, {}
         self._key, self._extensions, self._problem = key, {extension}, None
         self._members, self._stored = [], []
         self._is_wanted = self._wanted(self.num_samples)

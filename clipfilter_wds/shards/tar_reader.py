@@ -8,11 +8,10 @@ from io import BufferedIOBase
 from typing import NamedTuple
 from zlib import adler32
 
+from clipfilter_wds.shards.archive_end import Behind, look_behind
+from clipfilter_wds.shards.forward_reader import BLOCK, END_MARK, ForwardReader
 from clipfilter_wds.types import StoredMember
 
-_BLOCK = tarfile.BLOCKSIZE
-_END_MARK = bytes(_BLOCK)
-_READ_BYTES = 1 << 18
 _MIN_LIMIT_BYTES = 1 << 20
 
 # What follows the name in nearly all headers: numbers in octal, no prefix. Groups: size, checksum, kind.
@@ -58,16 +57,22 @@ class TarEntry(NamedTuple):
 class TarStream:
     """Reads the regular members of a tar once. Links, devices and folders are passed over and never followed.
 
-    Nearly all headers are alike and are parsed here in a few microseconds; tarfile parses the others.
+    Nearly all headers are alike and are parsed here in a few microseconds; tarfile parses the others. Archives that
+    were joined, as by ``cat a.tar b.tar``, are read one after another.
 
     Args:
         stream: The archive, from its beginning.
         max_member_bytes: No larger member is read.
+
+    Attributes:
+        archive: Number of the archive that the last member lies in, counting from 0.
     """
 
     def __init__(self, stream: BufferedIOBase, max_member_bytes: int) -> None:
-        self._reader = _ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
+        self._reader = ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
         self._archive: tarfile.TarFile | None = None
+        self.archive = 0
+        self._behind = Behind.DAMAGE
         self._time_header, self._time_size = b"", 0
 
     def __iter__(self) -> Iterator[TarEntry]:
@@ -75,7 +80,15 @@ class TarStream:
 
         Raises:
             tarfile.TarError: Where the archive is damaged; tarfile may raise other errors there too.
+            ShardError: When a compressed archive follows one that is not.
         """
+        yield from self._read_archive()
+        while (behind := look_behind(self._reader)) is Behind.ARCHIVE:
+            self.archive += 1
+            yield from self._read_archive()
+        self._behind = behind
+
+    def _read_archive(self) -> Iterator[TarEntry]:
         reader = self._reader
         self._archive = archive = tarfile.TarFile(fileobj=reader, mode="r", errors="surrogateescape")  # type: ignore[arg-type]  # all that reading needs
         while (info := archive.next()) is not None:
@@ -99,35 +112,35 @@ class TarStream:
     def _read_plain(self) -> TarEntry | None:
         """The member that begins here, if its headers are of the common form."""
         reader = self._reader
-        reader.have(_BLOCK)
+        reader.have(BLOCK)
         if reader.window[reader.at + 156 : reader.at + 157] == b"x":
-            reader.have(3 * _BLOCK)
+            reader.have(3 * BLOCK)
             if not self._is_plain_time(reader.window, reader.at):
                 return None
-            num_header_bytes = 3 * _BLOCK
+            num_header_bytes = 3 * BLOCK
         else:
-            num_header_bytes = _BLOCK
+            num_header_bytes = BLOCK
         start, at = reader.tell(), reader.at + num_header_bytes
-        found = _read_header(reader.window[at - _BLOCK : at])
+        found = _read_header(reader.window[at - BLOCK : at])
         if found is None or found[2] != b"0":
             return None
         name, size, _ = found
         data = start + num_header_bytes
-        return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % _BLOCK)
+        return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % BLOCK)
 
     def _is_plain_time(self, window: bytes, at: int) -> bool:
         """Whether the pax header at this place holds nothing but a time for the next header."""
-        header = window[at : at + _BLOCK]
+        header = window[at : at + BLOCK]
         if header != self._time_header:  # mostly, all members have the same
             found = _read_header(header)
             if found is None:
                 return False
             self._time_header, self._time_size = header, found[1]
-        at += _BLOCK
+        at += BLOCK
         time = _TIME.match(window, at)
         if time is None or not time.end() - at == int(time[1]) == self._time_size:
             return False
-        return window[time.end() : at + _BLOCK] == _END_MARK[self._time_size :]
+        return window[time.end() : at + BLOCK] == END_MARK[self._time_size :]
 
     def read(self, entry: TarEntry) -> bytes:
         """Read the data of the member that was yielded last.
@@ -160,11 +173,11 @@ class TarStream:
         return StoredMember(entry.name, entry.size, window, start, data, start + entry.stop - entry.start)
 
     def has_ended(self) -> bool:
-        """Whether the last thing read is the end mark, and only padding follows. Call this after the last member.
+        """Whether the last archive ended in its end mark. Call this after the last member.
 
         A zeroed header in the middle of a shard looks like the end mark, but isn't.
         """
-        return self._reader.at_end_mark and self._reader.only_zeros_follow()
+        return self._behind is Behind.NOTHING
 
     @property
     def num_read(self) -> int:
@@ -179,7 +192,7 @@ class TarStream:
     @property
     def failed_at_first_header(self) -> bool:
         """Whether reading stopped at a first block that isn't a header. An empty file has none, and is torn instead."""
-        return 0 < self.num_read < _BLOCK or (self.num_read == _BLOCK and not self._reader.was_short)
+        return 0 < self.num_read < BLOCK or (self.num_read == BLOCK and not self._reader.was_short)
 
 
 def stored_member(name: str, data: bytes) -> StoredMember:
@@ -190,7 +203,7 @@ def stored_member(name: str, data: bytes) -> StoredMember:
     has_nul = "\0" in name
     info.pax_headers = {"path": name} if has_nul else {}
     header = info.tobuf(tarfile.PAX_FORMAT if has_nul else tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    window = b"".join((header, data, bytes(-len(data) % _BLOCK)))
+    window = b"".join((header, data, bytes(-len(data) % BLOCK)))
     return StoredMember(name, len(data), window, 0, len(header), len(window))
 
 
@@ -211,74 +224,3 @@ def _read_header(header: bytes) -> tuple[bytes, int, bytes] | None:
 def _sum_with(checksum: bytes) -> int:
     """The sum plus one of a header with this checksum, if that is right; a checksum counts itself as spaces."""
     return int(checksum[:6], 8) - 8 * ord(" ") + sum(checksum) + 1
-
-
-class _ForwardReader:
-    """The methods of a file that tarfile needs, on a stream that can't seek back.
-
-    Keeps what was read since the last seek, so that headers can be read once more.
-    """
-
-    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
-        self._stream, self._limit = stream, limit
-        # A part of the stream, its position in the stream, and positions within it.
-        self.window, self._base, self._held, self.at = b"", 0, 0, 0
-        self.at_end_mark = self.was_short = False
-
-    def tell(self) -> int:
-        return self._base + self.at
-
-    def seek(self, position: int) -> None:
-        """Skip forward to a position, or to the end of the stream if that comes first."""
-        at = position - self._base
-        if self.at <= at <= len(self.window):
-            self.at = self._held = at
-            return
-        if at < self.at:
-            raise tarfile.ReadError("a member has a negative size")
-        while at > len(self.window) and (piece := self._stream.read1(_READ_BYTES)):
-            at -= len(self.window)
-            self._base += len(self.window)
-            self.window = piece
-        self.at = self._held = min(at, len(self.window))
-
-    def show(self, start: int, stop: int) -> tuple[bytes, int]:
-        """A window that holds the stream between two positions, and where in it the first is. Does not move.
-
-        The first position must not lie before the last seek. The window is shorter where the stream ends earlier.
-        """
-        self.have(stop - self.tell())
-        return self.window, start - self._base
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= self._limit - (self.at - self._held):
-            raise tarfile.ReadError(f"a header declares {size} bytes")
-        self.have(size)
-        data = self.window[self.at : self.at + size]
-        self.at += len(data)
-        self.was_short = len(data) < size
-        self.at_end_mark = data == _END_MARK
-        return data
-
-    def only_zeros_follow(self) -> bool:
-        piece = self.window[self.at :]
-        while not piece.rstrip(b"\0"):
-            piece = self._stream.read1(_READ_BYTES)
-            if not piece:
-                return True
-        return False
-
-    def have(self, size: int) -> None:
-        """Fill the window with this many bytes from here on, or with the rest of the stream. Does not move."""
-        if self.at + size <= len(self.window):
-            return
-        # A header may declare far more bytes than there are, so memory is allocated only for what arrives.
-        pieces = [self.window[self._held :]]
-        size -= len(self.window) - self.at
-        while size > 0 and (piece := self._stream.read1(_READ_BYTES)):
-            pieces.append(piece)
-            size -= len(piece)
-        self._base += self._held
-        self.at -= self._held
-        self._held = 0
-        self.window = b"".join(pieces)

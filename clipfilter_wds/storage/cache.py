@@ -11,9 +11,9 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from clipfilter_wds.storage.filesystem import source_of
 from clipfilter_wds.storage.publish import publish
 from clipfilter_wds.storage.reader import RemoteReader
+from clipfilter_wds.storage.url import parse_url
 
 _COPY_BYTES = 1 << 20
 
@@ -32,8 +32,9 @@ def open_cached(url: str) -> tuple[BinaryIO, int]:
         OSError: When the copy can't be written.
         Exception: As ``RemoteReader`` raises.
     """
-    folder = _folder()
-    source = source_of(url)
+    parsed = parse_url(url)
+    parsed.check()
+    folder, source = _folder(), parsed.source
     reader = RemoteReader(source)
     if reader.num_bytes < 0:
         return cast(BinaryIO, reader), -1

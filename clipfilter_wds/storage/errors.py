@@ -22,13 +22,19 @@ class ChangedError(Exception):
 
 def reason(error: BaseException, url: str) -> str:
     """Why storage failed at a URL, without the URL's secrets."""
-    error = _cause(error)
-    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+    if is_missing(error):
         return "there is no such file"
+    error = _cause(error)
     text = without_secrets(getattr(error, "strerror", None) or str(error) or type(error).__name__)
     for secret in _secrets_of(url):
         text = text.replace(secret, "***")
     return text
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether it says that there is no such file."""
+    error = _cause(error)
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404
 
 
 def _secrets_of(url: str) -> list[str]:

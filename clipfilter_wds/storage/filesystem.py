@@ -7,10 +7,8 @@ from typing import Any
 import fsspec
 from fsspec.registry import registry
 
-from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.storage.url import ParsedUrl, parse_url
 
-_CACHE = "simplecache::"
-_UNSAFE_CACHES = ("filecache::", "blockcache::", "cached::")
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -21,14 +19,21 @@ def filesystem(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str
 
     Raises:
         ValueError: When its package is not installed, naming the pip command; when there is no such scheme; or as
-            :func:`source_of` raises.
+            ``ParsedUrl.check`` raises.
     """
-    source = source_of(url)
+    parsed = parse_url(url)
+    parsed.check()
+    if (path := parsed.local_path) is not None:
+        return fsspec.filesystem("file", **options), str(path.absolute())
     try:
-        fs, path = fsspec.core.url_to_fs(source, **options)
+        if parsed.is_in_archive:
+            fs, name = fsspec.core.url_to_fs(parsed.source, **options)
+            return fs, name
+        kind = fsspec.get_filesystem_class(parsed.scheme)
+        fs = fsspec.filesystem(parsed.scheme, **{**kind._get_kwargs_from_urls(parsed.source), **options})
     except ImportError as error:
-        raise _missing_package(source, error) from None
-    return fs, path
+        raise _missing_package(parsed, error) from None
+    return fs, fs._strip_protocol(parsed.source)
 
 
 def check_installed(url: str) -> None:
@@ -37,20 +42,20 @@ def check_installed(url: str) -> None:
     Raises:
         ValueError: When it is not, naming the pip command. An unknown scheme passes, and fails when it is opened.
     """
-    source = source_of(url)
+    parsed = parse_url(url)
+    parsed.check()
     try:
-        fsspec.get_filesystem_class(fsspec.utils.get_protocol(source))
+        fsspec.get_filesystem_class(parsed.scheme or "file")
     except ImportError as error:
-        raise _missing_package(source, error) from None
+        raise _missing_package(parsed, error) from None
     except ValueError:
         pass
 
 
-def _missing_package(url: str, error: ImportError) -> ValueError:
-    protocol = fsspec.utils.get_protocol(url)
-    extra = _EXTRA_OF_PROTOCOL.get(protocol)
+def _missing_package(url: ParsedUrl, error: ImportError) -> ValueError:
+    extra = _EXTRA_OF_PROTOCOL.get(url.scheme or "")
     cure = f"pip install 'clipfilter-wds[{extra}]'" if extra else str(error)
-    return ValueError(f"{protocol}:// needs a package that is not installed: {cure}")
+    return ValueError(f"{url.scheme}:// needs a package that is not installed: {cure}")
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -68,31 +73,13 @@ def _answers_to(fs: fsspec.AbstractFileSystem, scheme: str) -> bool:
 
 
 def local_path(url: str) -> Path | None:
-    """The path of a URL's file on this machine, or None when it is elsewhere."""
-    fs, path = filesystem(url)
-    return Path(path) if is_local(fs) else None
-
-
-# --- simplecache:: ---
-
-
-def is_cached(url: str) -> bool:
-    """Whether a copy of the file is to be kept on this machine."""
-    return url.startswith(_CACHE)
-
-
-def source_of(url: str) -> str:
-    """The URL without ``simplecache::``.
+    """The path of a URL's file on this machine, or None when it is elsewhere.
 
     Raises:
-        ValueError: When it names a cache that may deliver wrong bytes, or a file that is on this machine anyway.
+        ValueError: As :func:`filesystem`.
     """
-    if url.startswith(_UNSAFE_CACHES):
-        raise ValueError(f"{without_secrets(url)!r}: this cache of fsspec may deliver wrong bytes; use {_CACHE}")
-    source = url.removeprefix(_CACHE)
-    if is_cached(url) and "://" not in source:
-        raise ValueError(f"{url!r} is on this machine already; name it without {_CACHE}")
-    return source
+    filesystem(url)
+    return parse_url(url).local_path
 
 
 # --- forks ---

@@ -1,20 +1,28 @@
 """Opens, sizes and lists files on any storage."""
 
+import os
+import re
 import signal
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from fsspec import AbstractFileSystem
 
 from clipfilter_wds.storage.cache import open_cached
-from clipfilter_wds.storage.errors import reason, retrying, without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_cached, is_local, is_web, local_path, source_of
+from clipfilter_wds.storage.errors import is_missing, reason, retrying, without_secrets
+from clipfilter_wds.storage.filesystem import filesystem, is_local, is_web
+from clipfilter_wds.storage.local_glob import local_matches
 from clipfilter_wds.storage.reader import RemoteReader, open_web
+from clipfilter_wds.storage.url import parse_url
 from clipfilter_wds.types import ShardError
 
 T = TypeVar("T")
+
+_IPV6_HOST = re.compile(r"(?<=://)\[[0-9A-Fa-f:.]*\]")
 
 
 def open_file(url: str) -> tuple[BinaryIO, int]:
@@ -26,12 +34,31 @@ def open_file(url: str) -> tuple[BinaryIO, int]:
     Raises:
         Exception: The storage's own.
     """
-    if is_cached(url):
+    parsed = parse_url(url)
+    if parsed.caches:
         return open_cached(url)
-    if (path := local_path(url)) is not None:
-        return path.open("rb"), path.stat().st_size
+    if (path := parsed.local_path) is not None:
+        return _open_local(path)
     reader = RemoteReader(url)
     return cast(BinaryIO, reader), reader.num_bytes
+
+
+def _open_local(path: Path) -> tuple[BinaryIO, int]:
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it; Path has no opener
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise OSError(f"it is no file but a {_kind_of(status.st_mode)}")
+    return file, status.st_size
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe too, without waiting for somebody who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _kind_of(mode: int) -> str:
+    return "named pipe" if stat.S_ISFIFO(mode) else "device"
 
 
 def read_into(raw: BinaryIO, buffer: memoryview) -> int:
@@ -66,10 +93,20 @@ def file_size(url: str) -> int:
     return -1 if size is None else int(size)
 
 
+def exists(url: str) -> bool:
+    """Whether a file is there; also where the storage does not tell."""
+    try:
+        file_size(url)
+    except Exception as error:  # noqa: BLE001  # each storage has errors of its own
+        return not is_missing(error)
+    return True
+
+
 def is_glob(url: str) -> bool:
     """Whether a URL stands for all files that match it. On the web, ``?`` begins a query instead."""
-    on_web = source_of(url).startswith(("http://", "https://"))
-    return any(char in url for char in ("*[" if on_web else "*?["))
+    parsed = parse_url(url)
+    place = _IPV6_HOST.sub("", parsed.source)
+    return any(char in place for char in ("*[" if parsed.is_web else "*?["))
 
 
 def list_matches(url: str) -> list[str]:
@@ -78,14 +115,16 @@ def list_matches(url: str) -> list[str]:
     Raises:
         ValueError: When the storage can't be listed, or as ``filesystem`` raises.
     """
-    fs, path = filesystem(url)
+    parsed = parse_url(url)
+    if (path := parsed.local_path) is not None:
+        found = local_matches(path)
+        return found if parsed.scheme is None else [f"{parsed.scheme}://{name}" for name in found]
+    fs, pattern = filesystem(url)
     try:
-        names: list[str] = sorted(_ask(fs, lambda: fs.glob(path)))
+        names: list[str] = sorted(_ask(fs, lambda: fs.glob(pattern)))
     except Exception as error:  # each storage has errors of its own
         raise ValueError(f"can't list {without_secrets(url)!r}: {reason(error, url)}") from error
-    if "://" not in url:
-        return names
-    return [url.removesuffix(source_of(url)) + fs.unstrip_protocol(name) for name in names]
+    return [parsed.caches + fs.unstrip_protocol(name) for name in names]
 
 
 def _ask(fs: AbstractFileSystem, request: Callable[[], T]) -> T:

@@ -10,7 +10,8 @@ from typing import IO, TypeVar
 from fsspec import AbstractFileSystem
 
 from clipfilter_wds.storage.errors import reason, retrying, without_secrets
-from clipfilter_wds.storage.filesystem import filesystem, is_local, is_web
+from clipfilter_wds.storage.filesystem import filesystem, is_web
+from clipfilter_wds.storage.url import parse_url, real_path
 
 T = TypeVar("T")
 
@@ -118,9 +119,9 @@ def any_path(url: str | Path) -> AnyPath:
     Raises:
         ValueError: When it is on the web, which can't be written to, or as ``filesystem`` raises.
     """
-    fs, path = filesystem(str(url))
-    if is_local(fs):
-        return Path(path) if "://" in str(url) else Path(url).expanduser()
+    fs, _ = filesystem(str(url))
+    if (local := parse_url(str(url)).local_path) is not None:
+        return local
     if is_web(fs):
         raise ValueError(f"{without_secrets(str(url))!r} can be read but not written to")
     return RemotePath(str(url).rstrip("/"))
@@ -128,7 +129,7 @@ def any_path(url: str | Path) -> AnyPath:
 
 def folder_identity(folder: AnyPath) -> str:
     """A text that is the same for all ways to write one folder."""
-    return str(folder.resolve()) if isinstance(folder, Path) else str(folder)
+    return real_path(folder) if isinstance(folder, Path) else str(folder)
 
 
 def num_bytes_of(path: AnyPath) -> int | None:

@@ -132,7 +132,7 @@ def remove_leftovers_of(path: Path) -> None:
 
 def _stem(path: Path) -> str:
     """The name, cut so that a temporary name made of it isn't too long."""
-    return path.name.encode()[:120].decode(errors="ignore")
+    return os.fsencode(path.name)[:120].decode(errors="ignore")
 
 
 def _remove_leftover(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 #: Byte-order marks with the encodings that they stand for. UTF-32's comes first, since it begins as UTF-16's does.
@@ -19,22 +20,22 @@ def decode_text(data: bytes, *, errors: str = "strict") -> str:
     return data.decode(_encoding_of(data), errors)
 
 
-def read_lines(path: Path, what: str, *, hint: str = "save it as UTF-8") -> Iterator[str]:
+def read_lines(path: Path, what: str, *, hint: str = "save it as UTF-8", errors: str = "strict") -> Iterator[str]:
     """The lines of a text file that are not blank, without the white space behind them.
 
     Args:
         path: UTF-8, or UTF-16 or UTF-32 with a byte-order mark; lines end in any way. ``~`` is the home folder.
         what: What messages call the file.
         hint: What to do about a file in another encoding.
+        errors: As in ``bytes.decode``.
 
     Raises:
         ValueError: When the file can't be read or decoded; it names the file.
     """
     path = path.expanduser()
     try:
-        with path.open("rb") as file:
-            encoding = _encoding_of(file.read(4))
-        with path.open(encoding=encoding) as lines:
+        # Opened once: what a shell's <(command) stands for can be read only once.
+        with path.open("rb") as file, TextIOWrapper(file, _encoding_of(file.peek(4)), errors) as lines:
             yield from filter(None, map(str.rstrip, lines))
     except UnicodeError as error:
         raise ValueError(f"{what} {str(path)!r} is no text: {error}; {hint}") from None

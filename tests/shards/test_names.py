@@ -21,6 +21,15 @@ from clipfilter_wds.shards.names import output_names, public_url, shard_name
         ("s3://b/x/00000.tar.gz?v=1", "00000"),
         ("https://user:secret@host/x/00000.tar?token=secret#part", "00000"),
         ("what?.tar", "what?"),
+        ("a\\b.tar", "a\\b"),
+        ("a\udcff.tar", "a\\udcff"),
+        ("s3://b/a#1.tar", "a#1"),
+        ("s3://b/a?1.tar", "a?1"),
+        ("s3://b/a::b.tar", "a::b"),
+        ("simplecache::s3://b/a.tar", "a"),
+        ("file:///x/a?b#c.tar", "a?b#c"),
+        ("x/a::b.tar", "a::b"),
+        ("x" * 237 + ".tar", "x" * 237),
         ("pipe:cat /data/000.tar", "000"),
     ],
 )
@@ -28,10 +37,16 @@ def test_a_shard_is_named_after_its_file(url, name):
     assert shard_name(url) == name
 
 
-@pytest.mark.parametrize("url", ["", "a/", "..", "a/..", "/", ".tar", "a/.tar.gz", "...tar", "a\\b.tar", "a\0.tar"])
+@pytest.mark.parametrize("url", ["", "a/", "..", "a/..", "/", ".tar", "a/.tar.gz", "...tar", "a\0.tar"])
 def test_a_shard_without_a_base_name_is_refused(url):
     with pytest.raises(ValueError, match="no base name"):
         shard_name(url)
+
+
+@pytest.mark.parametrize("name", ["x" * 238, "ü" * 119])
+def test_a_shard_whose_outputs_would_have_too_long_a_name_is_refused(name):
+    with pytest.raises(ValueError, match="has a name of 238 bytes, and outputs are named after it; give it one of 237"):
+        shard_name(f"/data/{name}.tar")
 
 
 @pytest.mark.parametrize(

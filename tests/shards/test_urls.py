@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,6 +31,11 @@ def names_of(urls: list[str]) -> list[str]:
         ("{sub/{a,b},000}.tar", ["sub/a.tar", "sub/b.tar", "000.tar"]),
         ("{000,sub/{a,b}}.tar,001.tar", ["000.tar", "sub/a.tar", "sub/b.tar", "001.tar"]),
         ("000.tar,00{1,2}.tar, 003.tar,", ["000.tar", "001.tar", "002.tar", "003.tar"]),
+        ("000.tar::sub/a.tar", ["000.tar", "sub/a.tar"]),
+        ("00{1,0}.tar::sub/*.tar::002.tar", ["001.tar", "000.tar", "sub/a.tar", "sub/b.tar", "002.tar"]),
+        ("000.tar, 001.tar :: 002.tar,", ["000.tar", "001.tar", "002.tar"]),
+        ("{000.tar::001,sub/a}.tar", ["000.tar", "001.tar", "sub/a.tar"]),
+        ("::000.tar::", ["000.tar"]),
         ("01?.tar", ["010.tar", "011.tar"]),
         ("00[13].tar", ["001.tar", "003.tar"]),
         ("sub/*.tar,000.tar", ["sub/a.tar", "sub/b.tar", "000.tar"]),
@@ -55,6 +61,8 @@ def test_every_way_to_name_shards_gives_them_in_order(folder, shards, expected):
         ["000.tar", "./000.tar"],
         ["000.tar", "sub/../000.tar"],
         ["000.tar", Path("000.tar").absolute],
+        ["000.tar", lambda: Path("000.tar").absolute().as_uri()],
+        "000.tar::000.tar",
     ],
     ids=str,
 )
@@ -65,7 +73,12 @@ def test_a_shard_that_is_named_twice_in_any_way_is_read_once(folder, shards):
 
 
 @pytest.mark.parametrize(
-    "name", ["a,b.tar", "x[1].tar", "a{b.tar", "{0..3}.tar", "w*.tar", "w?.tar", "@x.tar", "ü ñ.tar", "#.tar"]
+    "name",
+    [
+        *("a,b.tar", "x[1].tar", "a{b.tar", "{0..3}.tar", "w*.tar", "w?.tar", "@x.tar", "ü ñ.tar", "#.tar"),
+        *("a::b.tar", "::.tar", "simplecache::x.tar", "file:x.tar", "local:x.tar", "s3:x.tar", "~x.tar"),
+        *("a\\b.tar", "\udcff.tar", "a\nb.tar", " .tar", "\x1b[31m.tar", "x" * 251 + ".tar"),
+    ],
 )
 @pytest.mark.parametrize("spell", [str, Path, lambda name: [name], lambda name: str(Path(name).absolute())])
 def test_a_file_that_is_there_is_meant_as_it_is_written(tmp_path, monkeypatch, name, spell):
@@ -83,6 +96,14 @@ def test_a_list_file_names_one_pattern_per_line(folder):
     assert names_of(expand_shards("@list.txt")) == expected
     assert names_of(expand_shards(["011.tar", "@list.txt"])) == ["011.tar", *expected]
     assert names_of(expand_shards("@" + str(folder / "list.txt"))) == expected
+    for pattern in ("@list.txt,011.tar", "@list.txt::011.tar", "{@list.txt,011.tar}", "@{list.txt,second.txt}"):
+        Path("second.txt").write_text("011.tar")
+        assert names_of(expand_shards(pattern)) == [*expected, "011.tar"]
+
+
+def test_a_list_may_come_from_another_command(folder):
+    with subprocess.Popen(["echo", "00[01].tar"], stdout=subprocess.PIPE) as process:
+        assert names_of(expand_shards(f"@/dev/fd/{process.stdout.fileno()}")) == ["000.tar", "001.tar"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -96,6 +117,17 @@ def test_a_list_file_in_another_encoding_is_refused_with_its_name(folder):
     (folder / "list.txt").write_bytes(b"na\xefve.tar\n")
     with pytest.raises(ValueError, match=r"list of shards '.*list\.txt' is no text: .*; save it as UTF-8"):
         expand_shards(f"@{folder / 'list.txt'}")
+
+
+def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
+    names = [b"000.tar", b"caf\xe9.tar", "ü.tar".encode()]
+    for name in names[1:]:
+        (folder / os.fsdecode(name)).touch()
+    (folder / "list.txt").write_bytes(b"\n".join(names))
+    assert [os.fsencode(url) for url in expand_shards("@list.txt")] == names
+    (folder / "list.txt").write_bytes(b"\n".join([*names, b"na\xefve.tar"]))
+    with pytest.raises(ValueError, match="is no text"):
+        expand_shards("@list.txt")
 
 
 @pytest.mark.parametrize(
@@ -113,17 +145,31 @@ def test_a_list_file_in_another_encoding_is_refused_with_its_name(folder):
         ("sub/", r"'sub/' is a folder; name its shards, for example 'sub/\*.tar'"),
         (Path("sub"), "is a folder"),
         ("000.tar,sub", "'sub' is a folder"),
+        ("000.tar::missing.tar", "'missing.tar': there is no such file"),
+        ("000.tar::missing*.tar", "no shard matches 'missing[*].tar'"),
+        ("000.tar::sub", "'sub' is a folder"),
+        ("zip://000.tar::archive.zip", "'zip://000.tar' is a file within an archive; unpack that"),
+        ("000.tar::zip://000.tar::archive.zip", "'zip://000.tar' is a file within an archive"),
+        ("simplecache::zip://000.tar::archive.zip", "'zip://000.tar' is a file within an archive"),
+        ("tar://000.tar", "'tar://000.tar' is a file within an archive"),
+        ("simplecache::000.tar", "'simplecache::000.tar' is on this machine already; name it without simplecache::"),
+        ("000::001.tar", "there is no such file"),
+        ("data::001.tar", "'data::001.tar': data:: is not known; the cache that is, is simplecache::"),
+        ("filecache::000.tar", "may deliver wrong bytes; use simplecache::"),
+        ("simplecache::data::memory://x/0.tar", "simplecache::data:: is not known"),
         ("{000..", "is not a brace range like {00000..00999}"),
         ("{000..003.tar", "is not a brace range like {00000..00999}"),
         ("000}.tar", "is not a brace range like {00000..00999}"),
         ("{a,{b,c}.tar", "is not a brace range like {00000..00999}"),
         ("@missing.txt", "can't read the list of shards 'missing.txt': No such file"),
         ("@sub", "can't read the list of shards 'sub': Is a directory"),
+        ("@itself.txt", "the list of shards 'itself.txt' names itself"),
         ("@empty.txt", "no shard matches '@empty.txt'"),
     ],
 )
 def test_what_names_no_shard_is_an_error_that_says_so(folder, shards, message):
     Path("empty.txt").write_text("# nothing\n\n")
+    Path("itself.txt").write_text("000.tar\n@itself.txt\n")
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):
         expand_shards(shards)
 
@@ -170,6 +216,30 @@ def test_shards_in_another_storage_are_expanded_and_read(memory):
     assert shard_num_bytes(urls[0]) == len(data)
     for url in [*urls, *expand_shards("memory://x/**/2.tar")]:
         assert read_whole(url) == data
+
+
+def test_sources_on_other_storages_are_joined_too(memory):
+    for name in ("0.tar", "1.tar"):
+        memory.pipe(f"/x/{name}", b"")
+    assert expand_shards("simplecache::memory:///x/*.tar::http://[::1]:9/0.tar::memory://y/{0..1}.tar") == [
+        "simplecache::memory:///x/0.tar",
+        "simplecache::memory:///x/1.tar",
+        "http://[::1]:9/0.tar",
+        "memory://y/0.tar",
+        "memory://y/1.tar",
+    ]
+    assert expand_shards("memory:///x/0.tar::pipe:curl http://[::1]/a.tar::b", allow_pipe=True)[1:] == [
+        "pipe:curl http://[::1]/a.tar::b"
+    ]
+    with pytest.raises(ValueError, match="would run a shell command"):
+        expand_shards("memory:///x/0.tar::pipe:cat 0.tar")
+
+
+def test_brackets_of_the_working_folder_are_no_glob(folder, monkeypatch):
+    (folder / "set[1]").mkdir()
+    (folder / "set[1]" / "0.tar").touch()
+    monkeypatch.chdir(folder / "set[1]")
+    assert names_of(expand_shards("*.tar")) == ["0.tar"]
 
 
 def test_a_missing_shard_of_another_storage_is_an_error_when_it_is_opened(memory):

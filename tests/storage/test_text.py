@@ -1,4 +1,6 @@
 import codecs
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -36,9 +38,16 @@ def test_what_is_in_no_such_encoding_is_refused_with_its_name(tmp_path, data):
         list(read_lines(tmp_path / "keys.txt", "list"))
 
 
+@pytest.mark.parametrize("num_lines", [1, 5000])
+def test_what_can_be_read_only_once_is_read_whole(num_lines):
+    lines = [f"{number:05d}.tar" for number in range(num_lines)]
+    with subprocess.Popen(["printf", "%s\\n", *lines], stdout=subprocess.PIPE) as process:
+        assert list(read_lines(Path(f"/dev/fd/{process.stdout.fileno()}"), "list")) == lines
+
+
 def test_the_home_folder_is_found_and_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "list.txt").write_text("a\n\n  b  \n")
-    assert list(read_lines(type(tmp_path)("~/list.txt"), "list")) == ["a", "  b"]
+    assert list(read_lines(Path("~/list.txt"), "list")) == ["a", "  b"]
     with pytest.raises(ValueError, match=r"can't read list '.*none\.txt': No such file"):
         list(read_lines(tmp_path / "none.txt", "list"))
