@@ -23,7 +23,7 @@ class ParquetReader:
         wanted: What to read and add.
 
     Raises:
-        ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no text.
+        ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no images or text.
     """
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
@@ -32,8 +32,13 @@ class ParquetReader:
         self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         self._wanted, self._num_read = wanted, 0
         wanted.check(self._file.schema_arrow.names)
-        for key in (wanted.image_key, wanted.caption_key):
-            _check_type(key, self._file.schema_arrow.types[self._index(key)])
+        for key, holds, what in (
+            (wanted.image_key, _holds_images, "images are paths, URLs, bytes, or structs of bytes and path"),
+            (wanted.caption_key, _holds_text, "captions are text"),
+        ):
+            found = self._file.schema_arrow.types[self._index(key)]
+            if not holds(found):
+                raise ValueError(f"column {key!r} holds {found}; {what}, or lists of one of these")
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
@@ -57,9 +62,24 @@ class ParquetReader:
         return index
 
 
-def _check_type(key: str, found: pa.DataType) -> None:
-    if pa.types.is_nested(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found):
-        raise ValueError(f"column {key!r} holds {found}; paths or URLs of images and captions are text")
+def _holds_images(found: pa.DataType) -> bool:
+    if pa.types.is_struct(found):
+        return any(field.name in ("bytes", "path") for field in found)
+    return _is_binary(found) or _holds_text(found) or (_is_list(found) and _holds_images(found.value_type))
+
+
+def _holds_text(found: pa.DataType) -> bool:
+    if _is_list(found):
+        return _holds_text(found.value_type)
+    return not pa.types.is_nested(found) and not _is_binary(found)
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found))
+
+
+def _is_binary(found: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_fixed_size_binary(found))
 
 
 class _ParquetWriter:
