@@ -1,14 +1,15 @@
 """Reads and writes parquet tables."""
 
+import math
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter_wds.tables.formats.json_lines import BadLines
-from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted
+from clipfilter_wds.tables.formats.rows import Record, Rows, TableWriter, Wanted, duplicate_column
 
 _READ_BYTES = 1 << 20
 #: A row group is written when it has this many rows or bytes.
@@ -31,7 +32,8 @@ class ParquetReader:
         # Read piece by piece of a column, as it is needed: a row group may be larger than memory.
         self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         self._wanted, self._num_read = wanted, 0
-        wanted.check(self._file.schema_arrow.names)
+        self.columns = self._file.schema_arrow.names
+        wanted.check(self.columns)
         for key, holds, what in (
             (wanted.image_key, _holds_images, "images are paths, URLs, bytes, or structs of bytes and path"),
             (wanted.caption_key, _holds_text, "captions are text"),
@@ -50,6 +52,18 @@ class ParquetReader:
     def done(self) -> float:
         """See :class:`TableReader`."""
         return float(self._num_read / max(1, self._file.metadata.num_rows))
+
+    def obstacle(self) -> str | None:
+        """See :class:`TableReader`."""
+        for field in self._file.schema_arrow:
+            if _holds_bytes(field.type):
+                return f"column {field.name!r} holds {field.type}, and only parquet holds bytes"
+        return duplicate_column(self.columns)
+
+    def records(self, rows: Rows) -> list[Record]:
+        """See :class:`TableReader`."""
+        records: list[Record] = rows.stored.to_pylist()
+        return [{column: _plain(value) for column, value in record.items()} for record in records]
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
@@ -80,6 +94,26 @@ def _is_list(found: pa.DataType) -> bool:
 
 def _is_binary(found: pa.DataType) -> bool:
     return bool(pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_fixed_size_binary(found))
+
+
+def _holds_bytes(found: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        return _holds_bytes(found.value_type)
+    children = [found.field(index).type for index in range(found.num_fields)]
+    return _is_binary(found) or any(map(_holds_bytes, children))
+
+
+def _plain(value: Any) -> Any:
+    """The value in what JSON has: numbers that it lacks are None, dates ISO text, and the rest text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 class _ParquetWriter:
