@@ -47,7 +47,7 @@ def run_with_progress(
             _rows(tally, kept_as),
             seconds=tally.seconds,
             samples_per_second=tally.samples_per_second,
-            notes=_failures(tally),
+            notes=_notes(tally),
         )
     return tally
 
@@ -82,6 +82,12 @@ def _rows(tally: Tally, kept_as: str) -> list[Row]:
     if stats.rechecked:
         rows.append(("rechecked in float32", stats.rechecked, counts.seen))
     return rows
+
+
+def _notes(tally: Tally) -> Iterator[str]:
+    if tally.cut is not None:
+        yield f"cut: {tally.cut.describe()}"
+    yield from _failures(tally)
 
 
 def _failures(tally: Tally) -> Iterator[str]:

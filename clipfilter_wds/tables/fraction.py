@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from clipfilter_wds.scores.fraction import Cutoff, find_cutoffs
+from clipfilter_wds.scores.fraction import Cut, Cutoff, find_cutoffs
 from clipfilter_wds.tables.scoring import PairScores
 from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason
 
@@ -62,5 +62,5 @@ class DecidedTable:
     def describe(self, fraction: float) -> str:
         """Which scores are kept."""
         num_kept, num_scored = int(self.keep.sum()), int((self.reasons == NO_REASON).sum())
-        lowest = f"; the lowest is {np.float32(self.cutoff.score)}" if num_kept else ""
-        return f"kept the {num_kept:,} highest scores of {num_scored:,} (keep_fraction {fraction:g}){lowest}"
+        cut = Cut.of([self.cutoff]).describe()
+        return f"cut: {cut} ({num_kept:,} of {num_scored:,} scores, keep_fraction {fraction:g})"

@@ -30,10 +30,12 @@ def test_the_rows_with_the_highest_scores_are_kept_as_they_are(
     assert re.search(rf"seen +{NUM_ROWS}\b", shown)
     assert re.search(rf"kept +{num_kept}\b", shown)
     assert re.search(r"dropped: unreadable_image +1\b", shown)
-    assert f"kept the {num_kept} highest scores of {num_scored} (keep_fraction {fraction:g})" in shown
+    assert f"({num_kept} of {num_scored} scores, keep_fraction {fraction:g})" in shown
     if num_kept:
-        lowest = float(re.search(r"the lowest is ([\d.e-]+)", shown)[1])
+        lowest = float(re.search(r"cut: scores of at least ([\d.e-]+) are kept", shown)[1])
         assert lowest == pytest.approx(expected[ranked[num_kept - 1]], abs=1e-5)
+    else:
+        assert "cut: no score is kept" in shown
 
 
 def test_it_can_be_written_as_another_type_with_its_scores(command, folder, clip_folder, tmp_path):
