@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from clipfilter_wds.models.dual_encoder import ModelError, ModelSource
-from clipfilter_wds.models.naming import hub_id_of
+from clipfilter_wds.models.naming import adapter_error, hub_id_of
 
 _TOKENIZER_CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 
@@ -101,13 +101,15 @@ def check_weights(checkpoint: Checkpoint) -> None:
         ModelError: When one is missing, or the weights are pickled.
     """
     place = checkpoint.source.place
+    if checkpoint.has(_WEIGHTS):
+        return
     if checkpoint.has(_WEIGHTS_INDEX):
         parts = sorted(set(checkpoint.read(_WEIGHTS_INDEX).get("weight_map", {}).values()))
         for part in parts:
             if not checkpoint.has(part):
                 raise checkpoint.lacks(part, f"one of the {len(parts)} files of its weights")
     # The hub converts pickled weights by itself, and transformers finds what it has made.
-    elif isinstance(place, Path) and not checkpoint.has(_WEIGHTS):
+    elif isinstance(place, Path):
         if any(place.glob("model-*-of-*.safetensors")):
             raise checkpoint.lacks(_WEIGHTS_INDEX, "which says what is in each of the files of its weights")
         if not any(place.glob("*.bin")):
@@ -137,6 +139,22 @@ def check_loaded_weights(source: ModelSource, file: str, missing: Iterable[str],
                 f"can't load {source.name!r}: {len(wrong)} of its weights {fault} {file} (such as {wrong[0]!r}), so "
                 "scores would be random; take config and weights of one model, and all of them"
             )
+
+
+def check_towers(checkpoint: Checkpoint) -> None:
+    """Check that the config says what both towers are like, and that nothing but it does.
+
+    Raises:
+        ModelError: When it leaves out a tower, whose sizes would be a library's, or there is an adapter.
+    """
+    name, config = checkpoint.source.name, checkpoint.read("config.json")
+    for tower in ("text_config", "vision_config"):
+        if not (config.get(tower) or config.get(f"{tower}_dict")):
+            raise ModelError(
+                f"config.json of {name!r} has no {tower}; copy it again from where the checkpoint comes from"
+            )
+    if checkpoint.has("adapter_config.json"):
+        raise adapter_error(name)
 
 
 def check_image_settings(checkpoint: Checkpoint) -> None:

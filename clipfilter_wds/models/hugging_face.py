@@ -26,6 +26,7 @@ from clipfilter_wds.models.checkpoint import (
     check_image_settings,
     check_loaded_weights,
     check_tokenizer_files,
+    check_towers,
     check_vocabulary,
     check_weights,
 )
@@ -133,6 +134,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
 
 
 def _check_files(checkpoint: Checkpoint) -> None:
+    check_towers(checkpoint)
     check_weights(checkpoint)
     check_image_settings(checkpoint)
     check_tokenizer_files(checkpoint)
@@ -229,7 +231,7 @@ class _IdsOf:
 
 
 def _check_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         check_folder(folder)
         hint = ""
         if (folder / "open_clip_config.json").exists():

@@ -74,12 +74,17 @@ def check_folder(folder: Path, prefix: str = "") -> None:
         inside = f", or the folder {str(snapshots[-1])!r}" if snapshots else ""
         raise ModelError(f"{str(folder)!r} is where the hub cache keeps {hub_id!r}: give {prefix + hub_id!r}{inside}")
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{str(folder)!r} holds an adapter (adapter_config.json, such as LoRA's), and no adapter is ever applied: "
-            "merge it into its model with PeftModel.merge_and_unload(), and save that with save_pretrained(folder)"
-        )
+        raise adapter_error(str(folder))
     if (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is a folder of sentence-transformers{_clip_within(folder)}")
+
+
+def adapter_error(name: str) -> ModelError:
+    """What to tell the user of a checkpoint with an adapter."""
+    return ModelError(
+        f"{name!r} holds an adapter (adapter_config.json, such as LoRA's), and no adapter is ever applied: merge it "
+        "into its model with PeftModel.merge_and_unload(), and save that with save_pretrained(folder)"
+    )
 
 
 def hub_id_of(folder: Path) -> str | None:

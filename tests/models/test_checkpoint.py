@@ -137,6 +137,14 @@ class TestWeights:
         assert "open_clip_config.json" in message
 
 
+@pytest.mark.parametrize("tower", ["text_config", "vision_config"])
+def test_a_config_that_leaves_out_a_tower(clip, tower):
+    change_json(clip / "config.json", lambda config: config.pop(tower))
+    message = refusal(clip)
+    assert "config.json" in message
+    assert tower in message
+
+
 class TestImages:
     @pytest.mark.parametrize("setting", ["size", "resample", "image_mean", "image_std"])
     @pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json"])
