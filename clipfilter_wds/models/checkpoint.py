@@ -115,8 +115,8 @@ def check_weights(checkpoint: Checkpoint) -> None:
         if not any(place.glob("*.bin")):
             raise checkpoint.lacks(_WEIGHTS, "its weights")
         raise ModelError(
-            f"{str(place)!r} holds no {_WEIGHTS}. Pickled weights (pytorch_model.bin) can run any code and are never "
-            "loaded; save them again with model.save_pretrained(folder), which writes safetensors"
+            f"{str(place)!r} holds no *.safetensors weights ({_WEIGHTS}). Pickled ones (pytorch_model.bin) can run any "
+            "code and are never loaded; save them again with model.save_pretrained(folder), which writes safetensors"
         )
 
 

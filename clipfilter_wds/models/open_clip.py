@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_PICKLED = (".bin", ".pt", ".pth")
 _POSITIONS = "positional_embedding"
 
 
@@ -136,6 +137,9 @@ def _check_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if config.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
         check_tokenizer_files(checkpoint)
     if not any(map(checkpoint.has, _WEIGHTS)):
+        place = checkpoint.source.place
+        if isinstance(place, Path) and not any(path.suffix in _PICKLED for path in place.iterdir()):
+            raise checkpoint.lacks(_WEIGHTS[0], "its weights")
         raise ModelError(
             f"{name!r} holds no {_WEIGHTS[0]}. Pickled weights (open_clip_pytorch_model.bin) can run any code and are "
             f"never loaded; save them again with safetensors.torch.save_file(model.state_dict(), {_WEIGHTS[0]!r})"
