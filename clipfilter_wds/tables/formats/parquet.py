@@ -12,6 +12,8 @@ from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.formats.rows import Record, Rows, TableWriter, Wanted, duplicate_column
 
 _READ_BYTES = 1 << 20
+#: A run of rows that hold images is shorter, so that it is hardly larger.
+_RUN_BYTES = 1 << 24
 #: A row group is written when it has this many rows or bytes.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 26
 
@@ -46,8 +48,9 @@ class ParquetReader:
         """See :class:`TableReader`."""
         image, caption = self._index(self._wanted.image_key), self._index(self._wanted.caption_key)
         for batch in self._file.iter_batches(batch_size=self._wanted.num_rows):
-            self._num_read += batch.num_rows
-            yield Rows(stored=batch, images=batch.column(image).to_pylist(), captions=batch.column(caption).to_pylist())
+            for run in _runs_of(batch):
+                self._num_read += run.num_rows
+                yield Rows(stored=run, images=run.column(image).to_pylist(), captions=run.column(caption).to_pylist())
 
     def done(self) -> float:
         """See :class:`TableReader`."""
@@ -74,6 +77,13 @@ class ParquetReader:
     def _index(self, key: str) -> int:
         index: int = self._file.schema_arrow.names.index(key)  # the first, if several have this name
         return index
+
+
+def _runs_of(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in runs of about so many bytes, since some of them are on their way to workers at a time."""
+    num_runs = min(-(-batch.nbytes // _RUN_BYTES), batch.num_rows) or 1
+    num_rows = -(-batch.num_rows // num_runs) or 1
+    return (batch.slice(start, num_rows) for start in range(0, batch.num_rows, num_rows))
 
 
 def _holds_images(found: pa.DataType) -> bool:

@@ -4,6 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clipfilter_wds.tables.formats.parquet import ParquetReader
+from clipfilter_wds.tables.formats.rows import Wanted
 from tests.support.pair_tables import NUM_ROWS, read_records
 
 
@@ -70,3 +72,14 @@ def test_columns_of_other_types_are_refused(call, tmp_path, image, caption, mess
     code, _, err = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", model="/none")
     assert code == 2
     assert message in err
+
+
+def test_runs_of_large_images_are_short(tmp_path):
+    images = [bytes([number]) * 1_000_000 for number in range(40)] + [b"small"] * 40
+    pq.write_table(pa.table({"image": images, "caption": ["a"] * 80}), tmp_path / "in.parquet", row_group_size=25)
+    wanted = Wanted(image_key="image", caption_key="caption", score_key=None, num_rows=32)
+    with (tmp_path / "in.parquet").open("rb") as file:
+        runs = list(ParquetReader(file, wanted).read())
+    assert [image for run in runs for image in run.images] == images
+    assert max(sum(map(len, run.images)) for run in runs) <= 18_000_000
+    assert len(runs) < 8
