@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clipfilter_wds.models.dual_encoder import DualEncoder, ModelSource
+from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
@@ -27,7 +27,16 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         check_name(name)
     if _is_folder(place):
         place = Path(place).expanduser()
-    return load(ModelSource(name=name, place=place, revision=revision))
+    try:
+        return load(ModelSource(name=name, place=place, revision=revision))
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # what a library makes of settings that can't be is anything
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ModelError(
+            f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _is_folder(model: str | Path) -> bool:

@@ -4,8 +4,10 @@ import itertools
 import json
 import shutil
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from clipfilter_wds import ClipScorer
@@ -228,3 +230,36 @@ class TestTokenizers:
         if (file, content) != ("tokenizer_config.json", '{"model": 1}'):  # which is one that gives little
             (clip / file).write_text(content)
             assert file in refusal(clip)
+
+
+#: What can't be the value of most settings.
+ODD_VALUES = st.sampled_from([None, "abc", -1, 0, 1000, [1, 2], {}])
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_settings_that_cannot_be_are_refused_in_one_line(clip_folder, tmp_path_factory, data):
+    folder = shutil.copytree(clip_folder, tmp_path_factory.mktemp("odd") / "clip")
+    file = folder / data.draw(st.sampled_from(["config.json", "processor_config.json", "tokenizer_config.json"]))
+    content = json.loads(file.read_bytes())
+    part = data.draw(st.sampled_from([content, *(value for value in content.values() if isinstance(value, dict))]))
+    part[data.draw(st.sampled_from(sorted(part)))] = data.draw(ODD_VALUES)
+    file.write_text(json.dumps(content))
+    try:
+        ClipScorer(folder, device="cpu")
+    except ModelError as error:
+        message = str(error)
+        assert "\n" not in message and str(folder) in message  # noqa: PT018
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_means_may_be_whole_numbers(kind, tmp_path):
+    make, prefix = FOLDERS[kind]
+    folder = make(tmp_path / "model")
+    if kind == "clip":
+        whole = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+        change_json(folder / "processor_config.json", lambda config: config["image_processor"].update(whole))
+    else:
+        whole = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+        change_json(folder / "open_clip_config.json", lambda config: config["preprocess_cfg"].update(whole))
+    assert scores(f"{prefix}{folder}").isfinite().all()

@@ -201,6 +201,13 @@ def other_end(folder):
     is_refused(folder / "m", "token 513", "looks for 7")
 
 
+@line("a setting that can't be")
+def odd_setting(folder):
+    settings = json.loads((make_clip(folder / "m") / "processor_config.json").read_bytes())["image_processor"]
+    change_json(folder / "m" / "processor_config.json", image_processor={**settings, "image_mean": [0.5, 0.5]})
+    is_refused(folder / "m", "mean", "three numbers")
+
+
 @line("pickled weights")
 def pickled(folder):
     (make_clip(folder / "m") / "model.safetensors").rename(folder / "m" / "pytorch_model.bin")
