@@ -97,7 +97,7 @@ def check_page_of_a_fraction(run: Run, folder, fraction: float) -> tuple[dict, s
     return summary, text
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0]))
 def test_the_page_of_a_fraction_starts_at_the_cut_and_counts_as_the_run_did(run, tmp_path_factory, fraction):
     summary, text = check_page_of_a_fraction(run, tmp_path_factory.mktemp("fraction"), fraction)
@@ -106,7 +106,7 @@ def test_the_page_of_a_fraction_starts_at_the_cut_and_counts_as_the_run_did(run,
     assert summary["cut_ties_dropped"] == 0
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(0, 200))
 def test_where_the_fraction_ends_among_equal_scores_the_page_says_how_many_were_dropped(
     equal_scores, tmp_path_factory, num_kept
