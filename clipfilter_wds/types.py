@@ -20,6 +20,7 @@ class DropReason(StrEnum):
     NOT_FINITE = "not_finite"
     DECODER_CRASH = "decoder_crash"
     NOT_IN_SUBSET = "not_in_subset"
+    SEVERAL_IMAGES = "several_images"
 
 
 #: What stands for a reason in an int8 array, and for none.

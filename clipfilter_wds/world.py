@@ -37,20 +37,24 @@ class World:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "World":
-        """The world that ``torchrun``, Lightning or ``srun`` describe in the environment, or a world of one."""
-        if "RANK" in environ and "WORLD_SIZE" in environ:
+        """The world that ``torchrun``, Lightning or ``srun`` describe in the environment, or a world of one.
+
+        Raises:
+            ValueError: When a variable holds no number, or a rank is empty where there are several.
+        """
+        if "RANK" in environ and "WORLD_SIZE" in environ and _is_one_of_several(environ):
             return cls(
-                rank=int(environ["RANK"]),
-                world_size=int(environ["WORLD_SIZE"]),
-                local_rank=int(environ.get("LOCAL_RANK", 0)),
-                local_world_size=int(environ.get("LOCAL_WORLD_SIZE", 1)),
+                rank=_number(environ, "RANK"),
+                world_size=_number(environ, "WORLD_SIZE"),
+                local_rank=_number(environ, "LOCAL_RANK", 0),
+                local_world_size=_number(environ, "LOCAL_WORLD_SIZE", 1),
             )
         # Only srun sets the size of a step; a batch script that runs a command without srun is one process.
-        if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        if environ.get("SLURM_PROCID") and environ.get("SLURM_STEP_NUM_TASKS"):
             return cls(
-                rank=int(environ["SLURM_PROCID"]),
-                world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-                local_rank=int(environ.get("SLURM_LOCALID", 0)),
+                rank=_number(environ, "SLURM_PROCID"),
+                world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+                local_rank=_number(environ, "SLURM_LOCALID", 0),
             )
         return cls()
 
@@ -69,6 +73,25 @@ class World:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return cls(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
         return cls.from_env()
+
+
+def _is_one_of_several(environ: Mapping[str, str]) -> bool:
+    """Whether rank and size are said; a script that exports both, or the rank of one process, as empty says neither."""
+    return bool(environ["RANK"].strip()) or environ["WORLD_SIZE"].strip() not in ("", "1")
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        pair = (f"{key}={environ[key]!r}" for key in ("RANK", "WORLD_SIZE") if key in environ and key != name)
+        raise ValueError(
+            f"the environment has {' beside '.join([f'{name}={environ.get(name)!r}', *pair])}; a launcher sets it to a "
+            f"whole number. Set it to this process's, or `unset {name}`"
+        ) from None
 
 
 class Agreement:

@@ -37,6 +37,12 @@ def test_rank_lies_in_the_world_or_is_refused_with_both_values(rank, world_size)
         ),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "1"}, World()),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World()),
+        # What a script exports that found none.
+        ({"RANK": "", "WORLD_SIZE": ""}, World()),
+        ({"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, World()),
+        ({"RANK": " ", "WORLD_SIZE": "", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": ""}, World()),
+        ({"RANK": "", "WORLD_SIZE": "", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, World(rank=1, world_size=2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, World(rank=1, world_size=2)),
         # What a DataLoader worker may see: never a guess at a rank.
         ({"WORLD_SIZE": "4"}, World()),
         ({"RANK": "1"}, World()),
@@ -62,3 +68,19 @@ def test_a_process_reads_its_own_environment():
     environ = {**os.environ, "RANK": "1", "WORLD_SIZE": "3"}
     run = subprocess.run([sys.executable, "-c", READ_WORLD], env=environ, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"RANK": "", "WORLD_SIZE": "4"}, "RANK=''"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK='zero'"),
+        ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK='a'"),
+        ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID='x'"),
+    ],
+)
+def test_a_variable_without_a_number_is_named(environ, name):
+    with pytest.raises(ValueError, match=f"the environment has {name}.*`unset {name.partition('=')[0]}`"):
+        World.from_env(environ)

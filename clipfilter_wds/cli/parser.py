@@ -1,5 +1,6 @@
 """Reads a command's options from its arguments and YAML files; what is typed always wins."""
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class _FilesConfig:
 
 
 [_CONFIG] = options_of(_FilesConfig)
+
+#: A key, or the dash of a list, before a text that begins with a sign of YAML's own.
+_UNQUOTED = re.compile(r"\s*((?:- |[\w-]+:)\s*)([@*{&%!`|>].*?)\s*$")
 
 
 class CommandParser:
@@ -98,12 +102,15 @@ class CommandParser:
             with Path(file).expanduser().open("rb") as lines:
                 values = yaml.safe_load(lines) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}") from None
+            hint = _hint_on_quotes(Path(file).expanduser()) if isinstance(error, yaml.YAMLError) else ""
+            raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}{hint}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {file} holds no options; write them as `batch_size: 64`, one per line")
         checked = {}
         for key, value in values.items():
             option = _find(str(key), self._in_yaml, f" in {file}")
+            if isinstance(value, dict):
+                raise ValueError(f"{option.name} is {value} in {file}; a text that begins with {{ needs quotes")
             checked[option.name] = option.check(value, self._parser, f" in {file}")
         return checked
 
@@ -153,6 +160,15 @@ class CommandParser:
         if len(unnamed) > 1 and not option.is_list:
             raise ValueError(f"{option.label} is {' and '.join(map(repr, unnamed))}; give one of them")
         named[option.name] = unnamed
+
+
+def _hint_on_quotes(file: Path) -> str:
+    """That texts which begin with a sign of YAML's own need quotes, if there is one without."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if found := _UNQUOTED.match(line):
+            return f"; line {number}: texts that begin with @, * or {{ need quotes, as in {found[1]}'{found[2]}'"
+    return ""
 
 
 def _find(label: str, options: dict[str, Option], where: str = "") -> Option:

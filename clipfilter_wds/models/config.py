@@ -15,9 +15,9 @@ class ScorerConfig:
     """The model, and how :class:`ClipScorer` runs it.
 
     Attributes:
-        model: A Hugging Face hub id or a local folder, of a CLIP, SigLIP, SigLIP 2 (fixed resolution), AltCLIP or
-            ChineseCLIP; open_clip: before the hub id or folder of an open_clip model; or demo-tiny, the bundled CLIP,
-            which knows nothing but drawn scenes.
+        model: A Hugging Face hub id or a local folder, of a CLIP, MetaCLIP 2, SigLIP, SigLIP 2 (fixed resolution),
+            AltCLIP or ChineseCLIP; open_clip: before the hub id or folder of an open_clip model; or demo-tiny, the
+            bundled CLIP, which knows nothing but drawn scenes.
         revision: Branch, tag or commit of a hub model.
         device: auto (CUDA if there is one), or any torch device: cpu, cuda, cuda:1.
         precision: fp32, or the type that matrices are multiplied in: bf16, fp16. Scores near the threshold are then

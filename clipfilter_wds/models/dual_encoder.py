@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 
+_NUM_CHANNELS = 3
+
 
 class ModelError(ValueError):
     """A model that can't be used; the message says why and what to do."""
@@ -91,6 +93,9 @@ class DualEncoder:
         std: Per channel, of pixels in [0, 1].
         rescale: What pixels in 0..255 are multiplied by.
         width: Of the wider tower.
+
+    Raises:
+        ValueError: When pixels can't be normalised so.
     """
 
     family: str
@@ -100,3 +105,11 @@ class DualEncoder:
     std: Sequence[float]
     rescale: float = 1 / 255
     width: int
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            is_list = isinstance(values, list | tuple) and len(values) == _NUM_CHANNELS
+            if not is_list or not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"the {name} of pixels is {values!r}; it must be three numbers")
+        if not all(self.std) or not self.rescale > 0:
+            raise ValueError(f"pixels can't be divided by std {self.std!r} or multiplied by {self.rescale!r}")

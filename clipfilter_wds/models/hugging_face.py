@@ -3,6 +3,7 @@
 import json
 import operator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from clipfilter_wds.models.checkpoint import (
+    Checkpoint,
+    check_image_settings,
+    check_loaded_weights,
+    check_tokenizer_files,
+    check_towers,
+    check_vocabulary,
+    check_weights,
+)
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
+from clipfilter_wds.models.naming import check_folder
+from clipfilter_wds.models.probe import TokenIds, check_tokenizer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Encoder, PythonEncoder, RustEncoder, last_places
-
-_EXAMPLE = "openai/clip-vit-base-patch32"
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,19 @@ class _Family:
         masks: Whether padding is hidden by an attention mask. (CLIP hides it by the causal mask.)
         pads_to_max: Whether padding is seen, so that every caption needs the length that the tower was trained on.
         reserved: Positions that no token of a caption can have.
+        pools_at_end: Whether a caption's features are those at its end token.
     """
 
     masks: bool = False
     pads_to_max: bool = False
     reserved: int = 0
+    pools_at_end: bool = False
 
 
 #: By ``model_type``, which of a SigLIP 2 of fixed resolution is ``siglip``.
 _FAMILIES = {
-    "clip": _Family(),
+    "clip": _Family(pools_at_end=True),
+    "metaclip_2": _Family(pools_at_end=True),
     "altclip": _Family(masks=True, reserved=2),  # RoBERTa counts from after its padding token
     "chinese_clip": _Family(masks=True),
     "siglip": _Family(pads_to_max=True),
@@ -83,44 +96,61 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
     """Load a model from the hub or a folder.
 
     Raises:
-        ModelError: When there is none, it is no dual encoder, has no safetensors weights, or the hub can't be reached.
+        ModelError: When there is none, it is no dual encoder, it lacks a part, or the hub can't be reached.
     """
     name, place = source.name, source.place
     if isinstance(place, Path):
         _check_folder(place)
+    checkpoint = Checkpoint(source)
     at: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(place, **at)
         family = _family_of(name, config)
+        _check_files(checkpoint)
         model, info = AutoModel.from_pretrained(
-            place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **at
-        )
+            place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **at
+        )  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(place, **at)
-        tokenizer = AutoTokenizer.from_pretrained(place, **at)
+        tokenizer = _load_tokenizer(checkpoint, at)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if "sentencepiece" in str(error).lower():
-            needed = f"the tokenizer of {name!r} needs sentencepiece: pip install 'clipfilter-wds[siglip]'"
-            raise ModelError(needed) from error
         raise source.error(error) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ModelError(
-            f"{name!r} lacks {len(info['missing_keys'])} of the weights that its config.json asks for "
-            f"(such as {next(iter(info['missing_keys'] or info['mismatched_keys']))!r}); its scores would be random"
-        )
+    reshaped = [weight for weight, *_ in info["mismatched_keys"]]
+    check_loaded_weights(source, "model.safetensors", info["missing_keys"], reshaped)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return DualEncoder(
         family=config.model_type,
         towers=HuggingFaceTowers(model, pad_id=pad_id if family.masks else None),
         preprocess=ClipPreprocess(
-            view=_view_of(name, processor), tokenize=_captions_of(name, tokenizer, pad_id, config, family)
+            view=_view_of(name, processor, config), tokenize=_captions_of(name, tokenizer, pad_id, config, family)
         ),
         mean=processor.image_mean,
         std=processor.image_std,
         rescale=processor.rescale_factor,
         width=max(config.vision_config.hidden_size, config.text_config.hidden_size),
     )
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    check_towers(checkpoint)
+    check_weights(checkpoint)
+    check_image_settings(checkpoint)
+    check_tokenizer_files(checkpoint)
+
+
+def _load_tokenizer(checkpoint: Checkpoint, at: dict[str, Any]) -> PreTrainedTokenizerBase:
+    name = checkpoint.source.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source.place, **at)
+    except Exception as error:  # files that don't fit each other raise anything
+        if find_spec("sentencepiece") is None and "sentencepiece" in str(error).lower():
+            needed = f"the tokenizer of {name!r} needs sentencepiece: pip install 'clipfilter-wds[siglip]'"
+            raise ModelError(needed) from error
+        raise checkpoint.unusable_tokenizer(error) from error
+    check_vocabulary(checkpoint, tokenizer.vocab_files_names)
+    return tokenizer
 
 
 def _family_of(name: str, config: PreTrainedConfig) -> _Family:
@@ -132,7 +162,7 @@ def _family_of(name: str, config: PreTrainedConfig) -> _Family:
     return _FAMILIES[config.model_type]
 
 
-def _view_of(name: str, processor: BaseImageProcessor) -> ImageView:
+def _view_of(name: str, processor: BaseImageProcessor, config: PreTrainedConfig) -> ImageView:
     """How the checkpoint's own image processor prepares images."""
     settings = processor.to_dict()
     size = settings["size"]
@@ -147,6 +177,12 @@ def _view_of(name: str, processor: BaseImageProcessor) -> ImageView:
             f"{name!r} neither resizes the shortest edge and crops the centre, nor resizes to a height and width; "
             "its images can't be prepared"
         )
+    taken = config.vision_config.image_size
+    if crop != (tuple(taken) if isinstance(taken, list | tuple) else (taken, taken)):
+        raise ModelError(
+            f"preprocessor_config.json of {name!r} makes images of {crop[0]} x {crop[1]} pixels, and config.json asks "
+            f"for {taken}; take both from one checkpoint"
+        )
     return ImageView(resize=resize, crop=crop, interpolation=Resampling(settings["resample"]).name.lower())
 
 
@@ -155,6 +191,8 @@ def _captions_of(
 ) -> CaptionTokenizer:
     if tokenizer.padding_side != "right":
         raise ModelError(f"the tokenizer of {name!r} pads on the {tokenizer.padding_side}; the right is expected")
+    if pad_id is None:
+        raise ModelError(f"the tokenizer_config.json of {name!r} names neither pad_token nor eos_token")
     max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings - family.reserved)
     encode: Encoder
     if backend := getattr(tokenizer, "backend_tokenizer", None):
@@ -163,7 +201,22 @@ def _captions_of(
         vocabulary = [type(tokenizer).__name__, getattr(tokenizer, "do_lower_case", None), tokenizer.get_vocab()]
         identity = json.dumps(vocabulary, sort_keys=True).encode()
         encode = PythonEncoder(_IdsOf(tokenizer), max_length=max_length, identity=identity)
+    check_tokenizer(name, encode, _ids_of(tokenizer, config, family))
     return CaptionTokenizer(encode, max_length=max_length, pad_id=pad_id, pads_to_max=family.pads_to_max)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, family: _Family) -> TokenIds:
+    eos_id = config.text_config.eos_token_id
+    # In configs older than the library's rule the id is 2, and CLIP takes the largest.
+    takes_largest = eos_id == 2 and config.model_type == "clip"
+    end = max if takes_largest else lambda _: eos_id
+    return TokenIds(
+        vocabulary=tokenizer.get_vocab().values(),
+        num_embeddings=config.text_config.vocab_size,
+        special=tokenizer.all_special_ids,
+        unknown=tokenizer.unk_token_id,
+        end=end if family.pools_at_end else None,
+    )
 
 
 class _IdsOf:
@@ -178,20 +231,9 @@ class _IdsOf:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(
-            f"there is no model folder {str(folder)!r}; give a folder with config.json and model.safetensors, "
-            f"a hub id such as {_EXAMPLE!r}, or 'demo-tiny'"
-        )
     if not (folder / "config.json").is_file():
-        hint = (
-            f"; for a model of open_clip write open_clip:{folder}"
-            if (folder / "open_clip_config.json").exists()
-            else ""
-        )
+        check_folder(folder)
+        hint = ""
+        if (folder / "open_clip_config.json").exists():
+            hint = f"; for a model of open_clip write open_clip:{folder}"
         raise ModelError(f"{str(folder)!r} holds no config.json, so it is no Hugging Face model folder{hint}")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{str(folder)!r} holds no *.safetensors weights. Pickled weights (pytorch_model.bin) can run any code and "
-            "are never loaded; save them again with model.save_pretrained(folder), which writes safetensors"
-        )

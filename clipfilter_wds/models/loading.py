@@ -2,32 +2,41 @@
 
 from pathlib import Path
 
-from clipfilter_wds.models.dual_encoder import DualEncoder, ModelSource
+from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
 from clipfilter_wds.models.hugging_face import load_hugging_face
+from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
 
 #: Models that come with the package, and their folders.
 BUNDLED_MODELS = {"demo-tiny": Path(__file__).parents[1] / "demo" / "tiny_clip"}
-
-#: In front of the hub id or folder of an open_clip model.
-_OPEN_CLIP = "open_clip:"
 
 
 def load_model(model: str | Path, revision: str | None) -> DualEncoder:
     """Load a model with the library that its name says.
 
     Raises:
-        ModelError: When there is no such model, or it can't be used.
+        ModelError: When there is no such model, it lacks a part, or it can't be used.
     """
     name, place = str(model), model
     load = load_hugging_face
-    if name.startswith(_OPEN_CLIP):
-        load, place = load_open_clip, name.removeprefix(_OPEN_CLIP)
+    if name.startswith(OPEN_CLIP):
+        load, place = load_open_clip, name.removeprefix(OPEN_CLIP)
     if name in BUNDLED_MODELS:
         place = BUNDLED_MODELS[name]
-    elif _is_folder(place):
+    else:
+        check_name(name)
+    if _is_folder(place):
         place = Path(place).expanduser()
-    return load(ModelSource(name=name, place=place, revision=revision))
+    try:
+        return load(ModelSource(name=name, place=place, revision=revision))
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # what a library makes of settings that can't be is anything
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ModelError(
+            f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _is_folder(model: str | Path) -> bool:

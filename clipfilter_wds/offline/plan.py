@@ -13,7 +13,7 @@ from clipfilter_wds.offline.duplicate_keys import find_suffixes
 from clipfilter_wds.offline.packing import AnyCopyTask, PackTask, Source, check_covered, left_over
 from clipfilter_wds.offline.scoring import ScoreTask
 from clipfilter_wds.scores.fingerprint import Fingerprint
-from clipfilter_wds.scores.fraction import Cutoff, find_cutoffs
+from clipfilter_wds.scores.fraction import Cut, Cutoff, find_cutoffs
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import ShardScores, check_table
 from clipfilter_wds.shards.names import public_url
@@ -40,11 +40,13 @@ class CopyPlan:
         tasks: One per output shard.
         failed: Shards that can't be copied from, and why.
         superseded: Outputs of an earlier plan, which are deleted when those of this one are there.
+        cut: Where the scores that are kept end, when a fraction of them is.
     """
 
     tasks: Sequence[AnyCopyTask]
     failed: Mapping[str, str] = field(default_factory=dict)
     superseded: Sequence[OutputFiles] = ()
+    cut: Cut | None = None
 
 
 def plan_copying(config: RewriteConfig, fingerprint: Fingerprint, tables: Mapping[str, AnyPath | None]) -> CopyPlan:
@@ -63,13 +65,14 @@ def plan_copying(config: RewriteConfig, fingerprint: Fingerprint, tables: Mappin
         return CopyPlan(tasks=[_copy_task(config, options, url, table) for url, table in tables.items()])
     whole, failed = _check_tables(config.choice, tables)
     cutoffs = _cutoffs_of(config.choice, whole)
+    cut = None if config.choice.keep_fraction is None else Cut.of([cutoff for cutoff in cutoffs if cutoff])
     if config.samples_per_shard is None:
         shards = zip(whole.items(), cutoffs, strict=True)
         tasks = [_copy_task(config, options, url, table, cutoff) for (url, table), cutoff in shards]
-        return CopyPlan(tasks=tasks, failed=failed)
+        return CopyPlan(tasks=tasks, failed=failed, cut=cut)
     packed = _plan_packing(config, options, whole, cutoffs)
     superseded = left_over(config.folder, packed, config.samples_per_shard)
-    return CopyPlan(tasks=packed, failed=failed, superseded=superseded)
+    return CopyPlan(tasks=packed, failed=failed, superseded=superseded, cut=cut)
 
 
 def _copy_task(

@@ -91,6 +91,12 @@ def _notes(tally: Tally) -> Iterator[str]:
         more = len(tally.missing) - _MAX_SHOWN_MISSING
         named = ", ".join(map(plain, tally.missing[:_MAX_SHOWN_MISSING]))
         yield f"[yellow]missing[/] {named}{f' and {more} more; summary.json names them all' if more > 0 else ''}"
+    if tally.cut is not None:
+        yield f"cut: {tally.cut.describe()}"
+    yield from _failures(tally)
+
+
+def _failures(tally: Tally) -> Iterator[str]:
     for url, why in list(tally.failed.items())[:_MAX_SHOWN_FAILURES]:
         yield f"[red]failed[/] {plain(url)}: {plain(why)}"
     if len(tally.failed) > _MAX_SHOWN_FAILURES:

@@ -97,6 +97,7 @@ def _copy(config: RewriteConfig, run: "_Run", tables: Mapping[str, AnyPath | Non
     if run.ranks.world.rank == 0:
         for files in plan.superseded:
             files.remove()
+    tally.cut = plan.cut
     tally.num_shards += len(plan.failed)
     tally.failed = {**plan.failed, **tally.failed}
     return tally

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
+from clipfilter_wds.scores.fraction import Cut
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.types import DropReason, FilterStats
 from clipfilter_wds.version import __version__
@@ -78,6 +79,7 @@ class Tally:
         stats: Of the shards that are done.
         failed: Per shard that could not be used, why.
         missing: Shards that are named and not there, and left out.
+        cut: Where the scores that are kept end, when a fraction of them is.
         started: When the run began, in seconds of ``time.perf_counter``.
     """
 
@@ -90,6 +92,7 @@ class Tally:
     stats: ShardStats = field(default_factory=ShardStats)
     failed: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    cut: Cut | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -126,6 +129,7 @@ class Tally:
             "torn_shards": counted.pop("torn"),
             "resumed_shards": self.resumed,
             **counted,
+            **({} if self.cut is None else {"cut": self.cut.score, "cut_ties_dropped": self.cut.num_ties_dropped}),
             "scored": self.num_scored,
             "samples_per_second": round(self.samples_per_second, 1),
             "seconds": round(self.seconds, 3),

@@ -24,7 +24,7 @@ class ReportConfig:
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
             has none, and of those that are not there neither.
         run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
-        threshold: Where the slider starts; by default at the run's own threshold.
+        threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut.
         thumbnails: How many samples to show, at most 200.
 
     Raises:

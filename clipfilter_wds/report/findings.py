@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from clipfilter_wds.report.picks import Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.fraction import Cut
 from clipfilter_wds.scores.selection import passes
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath, any_path
@@ -102,7 +103,24 @@ class Findings:
         return int(self.fingerprint["max_tokens"])
 
 
-def gather(run: ScoredRun, threshold: float, num_picks: int) -> Findings:
+@dataclass(frozen=True)
+class Start:
+    """Where the page starts.
+
+    Attributes:
+        threshold: What the slider begins at.
+        cut: Where the run's own fraction of the scores ends; None where the threshold alone decides.
+    """
+
+    threshold: float
+    cut: Cut | None = None
+
+    def keeps(self, scores: np.ndarray) -> np.ndarray:
+        """Whether each raw cosine, float32 ``[N]``, is kept: bool ``[N]``."""
+        return passes(scores, self.threshold) if self.cut is None else self.cut.keeps(scores)
+
+
+def gather(run: ScoredRun, start: Start, num_picks: int) -> Findings:
     """Read the tables one at a time. Memory grows with the number of tables (a line for each), not of samples.
 
     Raises:
@@ -110,18 +128,32 @@ def gather(run: ScoredRun, threshold: float, num_picks: int) -> Findings:
     """
     findings = Findings(fingerprint=run.table.fingerprint)
     findings.num_tokens = np.zeros(_TOKEN_LIMITS * findings.max_tokens + 2, dtype=np.int64)
-    picker = Picker(threshold, num_picks)
+    picker = Picker(start.threshold, num_picks, keeps=start.keeps)
     for number, path in enumerate(run.table.paths):
         scores = ShardScores.read(path)
-        _count(findings, scores, run.name(path), threshold)
+        _count(findings, scores, run.name(path), start)
         picker.add(number, scores.scores, scores.usable)
     findings.picks = picker.finish()
+    if start.cut is not None:
+        _leave_out_ties(findings, start.cut)
     return findings
 
 
-def _count(findings: Findings, table: ShardScores, name: str, threshold: float) -> None:
+def _leave_out_ties(findings: Findings, cut: Cut) -> None:
+    """Count the ties that the run dropped as dropped: those of the last shards."""
+    left = cut.num_ties_dropped
+    for number, shard in reversed([*enumerate(findings.shards)]):
+        num_dropped = min(left, shard.num_ties)
+        findings.shards[number] = replace(shard, kept=shard.kept - num_dropped)
+        findings.kept -= num_dropped
+        left -= num_dropped
+
+
+def _count(findings: Findings, table: ShardScores, name: str, start: Start) -> None:
     scores, usable = table.scores, table.usable
-    kept = int((usable & passes(scores, threshold)).sum())
+    kept = int((usable & start.keeps(scores)).sum())
+    has_cut = start.cut is not None and start.cut.score is not None
+    num_ties = int((usable & (scores == np.float32(start.threshold))).sum()) if has_cut else 0
     longest = len(findings.num_tokens) - 1
     tokens = np.minimum(table.table["num_tokens"].to_numpy()[usable], longest)
     findings.seen += len(scores)
@@ -132,4 +164,6 @@ def _count(findings: Findings, table: ShardScores, name: str, threshold: float) 
     findings.truncated += table.num_truncated
     findings.band = max(findings.band, table.metadata.band)
     findings.rechecked += table.metadata.rechecked
-    findings.shards.append(ShardRate(name=name, seen=len(scores), kept=kept, torn=table.metadata.torn))
+    findings.shards.append(
+        ShardRate(name=name, seen=len(scores), kept=kept, torn=table.metadata.torn, num_ties=num_ties)
+    )

@@ -17,9 +17,12 @@ function atLeast(step) {
   return index < data.at_least.length ? data.at_least[index] : 0;
 }
 
+/** Whether this is where the run cut its scores: there raw cosines decide, and of equal ones maybe some only. */
+const isCut = (threshold) => data.is_cut && threshold === data.threshold;
+
 /** The least step that is not below the threshold. What is clipped to 0 passes a threshold of 0 or less. */
 function firstStepKept(threshold) {
-  return threshold <= 0 ? data.first_step : Math.ceil(threshold * data.steps - 1e-7);
+  return threshold <= 0 && !isCut(threshold) ? data.first_step : Math.ceil(threshold * data.steps - 1e-7);
 }
 
 function numKept(threshold) {
@@ -30,7 +33,9 @@ function numWithin(threshold, band) {
   return atLeast(Math.floor((threshold - band) * data.steps)) - atLeast(Math.ceil((threshold + band) * data.steps) + 1);
 }
 
-const passes = (score, threshold) => Math.min(Math.max(score, 0), 1) >= threshold;
+const passes = (score, threshold) => isCut(threshold)
+  ? data.cut !== null && score >= data.cut
+  : Math.min(Math.max(score, 0), 1) >= threshold;
 
 // --- charts ---
 
@@ -65,9 +70,11 @@ function drawScores(threshold) {
   const kept = [], dropped = [], middles = [], ranges = [];
   const begin = Math.floor(data.lowest * data.steps / barSteps) * barSteps;
   const boundary = firstStepKept(threshold);
+  const withinStep = numKept(threshold) - atLeast(boundary);  // kept between a threshold and the step above it
   for (let low = begin; low <= data.highest * data.steps; low += barSteps) {
     const high = low + barSteps, above = atLeast(high);
-    const keptHere = atLeast(Math.min(Math.max(low, boundary), high)) - above;
+    const holdsCut = low <= threshold * data.steps && threshold * data.steps < high;
+    const keptHere = atLeast(Math.min(Math.max(low, boundary), high)) - above + (holdsCut ? withinStep : 0);
     kept.push(keptHere);
     dropped.push(atLeast(low) - above - keptHere);
     middles.push((low + barSteps / 2) / data.steps);

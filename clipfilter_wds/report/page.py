@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from clipfilter_wds.report.findings import Findings
+from clipfilter_wds.report.findings import Findings, Start
 from clipfilter_wds.report.histogram import STEPS
 from clipfilter_wds.report.pictures import Card
 from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
@@ -23,7 +23,7 @@ _MAX_FAILED_LINES = 20
 
 
 def render(
-    findings: Findings, cards: Sequence[Card], summary: Mapping[str, Any], threshold: float, *, has_shards: bool
+    findings: Findings, cards: Sequence[Card], summary: Mapping[str, Any], start: Start, *, has_shards: bool
 ) -> str:
     """The page's HTML.
 
@@ -34,7 +34,7 @@ def render(
         findings: What the tables say.
         cards: The gallery, lowest score first.
         summary: The run's ``summary.json``, or empty.
-        threshold: Where the slider begins.
+        start: Where the slider begins.
         has_shards: Whether there were shards to take pictures from.
     """
     from plotly.offline import get_plotlyjs  # takes 0.3 s, and no other command needs it
@@ -49,7 +49,7 @@ def render(
         style=(folder / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
         data={
-            **_scores(findings, threshold),
+            **_scores(findings, start),
             "band": findings.band,
             "seen": findings.seen,
             "unusable": {reason: findings.unusable[reason] for reason in DropReason if findings.unusable[reason]},
@@ -67,6 +67,7 @@ def render(
         not_in_subset=summary.get("dropped", {}).get("not_in_subset", 0),
         keep_fraction=summary.get("keep_fraction"),
         run_kept=summary.get("kept"),
+        run_cut=start.cut,
         has_shards=has_shards,
         version=__version__,
     )
@@ -81,19 +82,21 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
-def _scores(findings: Findings, threshold: float) -> dict[str, Any]:
+def _scores(findings: Findings, start: Start) -> dict[str, Any]:
     """Counts of scores, from a step below the lowest or 0 to a step above the highest or the threshold."""
     counts = findings.scores
     lowest, highest = (counts.lowest, counts.highest) if counts.total else (0.0, 0.0)
     first = max(-STEPS, min(0, math.floor(lowest * STEPS) - 1))
-    last = min(STEPS, max(math.ceil(max(highest, threshold) * STEPS) + 1, 0))
+    last = min(STEPS, max(math.ceil(max(highest, start.threshold) * STEPS) + 1, 0))
     return {
         "steps": STEPS,
         "first_step": first,
         "at_least": counts.at_least(first, last),
         "lowest": lowest,
         "highest": highest,
-        "threshold": threshold,
+        "threshold": start.threshold,
+        "is_cut": start.cut is not None,
+        "cut": None if start.cut is None else start.cut.score,
         "kept": findings.kept,
     }
 

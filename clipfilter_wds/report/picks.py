@@ -1,12 +1,17 @@
 """Chooses the samples to show: around the threshold, at both ends, and at every score between."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from clipfilter_wds.scores.selection import passes
 
 _SPREAD_WIDTH = 0.001
+
+#: float32 ``[N]`` -> bool ``[N]``.
+Keeps = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, order=True)
@@ -28,10 +33,12 @@ class Picker:
     Args:
         threshold: What a score must reach to be kept.
         num_picks: How many samples to choose, if there are that many.
+        keeps: Whether each raw cosine, float32 ``[N]``, is kept; by default when it passes the threshold.
     """
 
-    def __init__(self, threshold: float, num_picks: int) -> None:
+    def __init__(self, threshold: float, num_picks: int, *, keeps: Keeps | None = None) -> None:
         self._threshold, self._num_picks = threshold, num_picks
+        self._keeps = keeps or partial(passes, threshold=threshold)
         self._lowest, self._highest, self._below, self._above = (_Least(num_picks) for _ in range(4))
         self._spread: dict[int, Pick] = {}
 
@@ -39,7 +46,7 @@ class Picker:
         """Add a table: raw cosines, float32 ``[N]``, and which of them are usable, bool ``[N]``."""
         indices = np.nonzero(usable & np.isfinite(scores))[0]
         found = scores[indices].astype(np.float64)
-        above = passes(found, self._threshold)
+        above = self._keeps(scores[indices])
         self._lowest.add(table, indices, found, costs=found)
         self._highest.add(table, indices, found, costs=-found)
         self._above.add(table, indices[above], found[above], costs=found[above])

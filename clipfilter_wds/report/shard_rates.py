@@ -14,12 +14,13 @@ _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRate:
-    """How much of a shard the report's threshold keeps."""
+    """How much of a shard the report's threshold keeps, and how many of its scores equal the run's cut."""
 
     name: str
     seen: int
     kept: int
     torn: bool
+    num_ties: int = 0
 
     @property
     def rate(self) -> float:

@@ -1,6 +1,6 @@
 """Finds the lowest score that a fraction of a run's samples reaches, exactly and in little memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +19,52 @@ class Cutoff:
     Attributes:
         score: Higher ones are kept. Infinite when nothing is.
         num_ties: How many of the shard's scores that equal ``score`` are kept as well, those of the lowest index.
+        num_ties_dropped: How many of them are not.
     """
 
     score: float
     num_ties: int
+    num_ties_dropped: int = 0
 
     def keeps(self, scores: np.ndarray) -> np.ndarray:
         """Whether each score of the shard is kept, bool ``[N]``; never one that is not a number."""
         ties = scores == np.float32(self.score)
         kept: np.ndarray = (scores > np.float32(self.score)) | (ties & (np.cumsum(ties) <= self.num_ties))
         return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Where the scores that a run keeps end.
+
+    Attributes:
+        score: The lowest one that is kept; None when none is.
+        num_ties_dropped: How many that equal it are dropped, since the fraction ends among them.
+    """
+
+    score: float | None
+    num_ties_dropped: int = 0
+
+    @classmethod
+    def of(cls, cutoffs: Sequence[Cutoff]) -> "Cut":
+        """The cut of a run by the cutoffs of its shards."""
+        found = [cutoff for cutoff in cutoffs if np.isfinite(cutoff.score)]
+        score = found[0].score if found else None
+        return cls(score=score, num_ties_dropped=sum(cutoff.num_ties_dropped for cutoff in found))
+
+    def keeps(self, scores: np.ndarray) -> np.ndarray:
+        """Whether each score, float32 ``[N]``, is kept or equals the lowest that is: bool ``[N]``."""
+        if self.score is None:
+            return np.zeros(len(scores), dtype=bool)
+        reached: np.ndarray = scores >= np.float32(self.score)
+        return reached
+
+    def describe(self) -> str:
+        """Which scores are kept, in a few words."""
+        if self.score is None:
+            return "no score is kept"
+        ties = f"; of those that equal it, {self.num_ties_dropped:,} are not" if self.num_ties_dropped else ""
+        return f"scores of at least {self.score!r} are kept{ties}"
 
 
 def check_fraction(fraction: float) -> float:
@@ -68,9 +104,10 @@ def find_cutoffs(read: ReadScores, fraction: float) -> list[Cutoff]:
 
     num_ties_left, cutoffs = num_kept - num_above - num_above_in_bin, []
     for scores in read():
-        num_ties = min(int(np.count_nonzero(scores == cutoff)), num_ties_left)
+        num_equal = int(np.count_nonzero(scores == cutoff))
+        num_ties = min(num_equal, num_ties_left)
         num_ties_left -= num_ties
-        cutoffs.append(Cutoff(score=float(cutoff), num_ties=num_ties))
+        cutoffs.append(Cutoff(score=float(cutoff), num_ties=num_ties, num_ties_dropped=num_equal - num_ties))
     return cutoffs
 
 

@@ -1,9 +1,10 @@
 """Checks the options of a run over a table. Imports neither torch nor pyarrow."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.tables.formats.open import SUFFIXES
 from clipfilter_wds.workers.config import WorkerConfig
@@ -16,11 +17,13 @@ class TableConfig(WorkerConfig):
     Creating a config checks all that can be checked without reading the table, and creates the output's folder.
 
     Attributes:
-        input: A .jsonl, .csv, .parquet or .json file on this machine. Relative image paths start from its folder.
-        output: File to write, of the same type as ``input``. One that exists is replaced when the run is done.
-        image_key: Column of the images: paths, or ``http(s)://`` and other fsspec URLs.
+        input: A .jsonl, .csv, .tsv, .parquet or .json file on this machine. Relative image paths start from its folder.
+        output: File to write, of any of these types. One that exists is replaced when the run is done.
+        image_key: Column of the images: paths, ``http(s)://`` and other fsspec URLs, or the bytes of image files.
         caption_key: Column of the captions.
-        threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this.
+        threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this (default: 0.25); not with
+            ``keep_fraction``.
+        keep_fraction: Keep this share of all rows that can be scored, those with the highest scores.
         score_key: Name of a column to add for the similarity, such as ``clip_score``; by default none is added.
 
     Raises:
@@ -31,11 +34,12 @@ class TableConfig(WorkerConfig):
     output: str | Path
     image_key: str = "image"
     caption_key: str = "caption"
-    threshold: float = DEFAULT_THRESHOLD
+    threshold: float | None = None
+    keep_fraction: float | None = None
     score_key: str | None = None
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        _ = self.choice  # checks itself
         super().__post_init__()
         if self.score_key is not None and not self.score_key:
             raise ValueError("score_key is empty; name the column that the score is written to, such as clip_score")
@@ -46,6 +50,18 @@ class TableConfig(WorkerConfig):
         check_writable(self.target, as_file=True)
         if self.target.exists() and self.target.samefile(self.source):
             raise ValueError(f"output {str(self.target)!r} is the input itself; choose another")
+
+    @cached_property
+    def choice(self) -> Choice:
+        """What is kept."""
+        is_default = self.threshold is None and self.keep_fraction is None
+        threshold = DEFAULT_THRESHOLD if is_default else self.threshold
+        return Choice(threshold=threshold, keep_fraction=self.keep_fraction)
+
+    @property
+    def converts(self) -> bool:
+        """Whether the output is of another type than the input."""
+        return self.source.suffix.lower() != self.target.suffix.lower()
 
     @property
     def source(self) -> Path:
@@ -65,7 +81,6 @@ def _check_local(**paths: str | Path) -> None:
 
 
 def _check_types(source: Path, target: Path) -> None:
-    if source.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"input {str(source)!r} is no {', '.join(SUFFIXES)} file")
-    if target.suffix.lower() != source.suffix.lower():
-        raise ValueError(f"output {str(target)!r} gets the input's format; name it {target.stem + source.suffix!r}")
+    for name, path in (("input", source), ("output", target)):
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{name} {str(path)!r} is no {', '.join(SUFFIXES)} file")

@@ -159,6 +159,8 @@ def _may_hold_surrogates(text: bytes) -> bool:
 
 
 def _write(dataframe: "pd.DataFrame", file: BinaryIO, file_type: CacheType) -> None:
+    if file_type != "parquet":
+        _check_no_bytes(dataframe, file_type)
     if file_type == "parquet":
         dataframe.to_parquet(file, index=False)
     elif file_type == "csv":
@@ -175,6 +177,22 @@ def _json_rows(dataframe: "pd.DataFrame") -> Iterator[bytes]:
         rows = dataframe.iloc[start : start + _ROWS_AT_A_TIME].astype(object)
         for record in rows.where(rows.notna(), None).to_dict(orient="records"):
             yield dump_record({str(column): value for column, value in record.items()}, default=_json_value)
+
+
+def _check_no_bytes(dataframe: "pd.DataFrame", file_type: CacheType) -> None:
+    for name, column in dataframe.items():
+        if column.dtype.kind == "O" and any(map(_holds_bytes, column)):
+            raise ValueError(
+                f"column {name!r} holds bytes, which {file_type} can't; give FileStorage cache_type='parquet'"
+            )
+
+
+def _holds_bytes(cell: Any) -> bool:
+    if isinstance(cell, dict):
+        return any(map(_holds_bytes, cell.values()))
+    if isinstance(cell, list | tuple) or hasattr(cell, "dtype"):
+        return hasattr(cell, "__iter__") and any(map(_holds_bytes, cell))
+    return isinstance(cell, bytes | bytearray | memoryview)
 
 
 def _json_value(value: Any) -> Any:

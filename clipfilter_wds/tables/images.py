@@ -1,7 +1,7 @@
 """Reads an image file from a path or URL."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from clipfilter_wds.storage.filesystem import check_installed
 from clipfilter_wds.storage.open import open_once
@@ -14,9 +14,36 @@ _WEB_SECONDS = 30.0
 _READ_BYTES = 1 << 20
 
 
+class StoredImage(str):
+    """The name of an image whose bytes the table itself holds.
+
+    Pickled alone it is only the name, so that what comes back from a worker does not carry the image.
+
+    Attributes:
+        data: The bytes of the image file.
+    """
+
+    data: bytes
+
+    def __new__(cls, name: str, data: bytes) -> Self:
+        """Name the image."""
+        image = super().__new__(cls, name)
+        image.data = data
+        return image
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+class SeveralImages(str):
+    """The names of several images, where a row should have one."""
+
+    __slots__ = ()
+
+
 def is_remote(image: str) -> bool:
     """Whether this is the URL of something other than a file on this machine."""
-    return "://" in image and not image.startswith("file://")
+    return not isinstance(image, StoredImage | SeveralImages) and "://" in image and not image.startswith("file://")
 
 
 def check_protocol(image: str) -> None:
@@ -33,19 +60,29 @@ def read_image(image: str, folder: Path) -> bytes:
     """Read an image file. What comes over a network is requested once, without retries: many links are dead.
 
     Args:
-        image: A path, relative to ``folder`` if it is not absolute, or an ``http(s)://`` or other fsspec URL.
+        image: A path, relative to ``folder`` if it is not absolute, an ``http(s)://`` or other fsspec URL, or one whose
+            bytes are there already.
         folder: Where relative paths begin.
 
     Raises:
-        UnusableError: ``unreadable_image`` when it can't be opened or fetched for any reason, or ``member_too_large``.
+        UnusableError: ``unreadable_image`` when it can't be opened or fetched for any reason, ``member_too_large``, or
+            ``several_images``.
     """
+    if isinstance(image, SeveralImages):
+        raise UnusableError(DropReason.SEVERAL_IMAGES)
     try:
-        data = _fetch(image) if is_remote(image) else _read_file(folder / image.removeprefix("file://"))
+        data = _read(image, folder)
     except Exception as error:  # each storage has errors of its own
         raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
     if len(data) > MAX_IMAGE_BYTES:
         raise UnusableError(DropReason.MEMBER_TOO_LARGE)
     return data
+
+
+def _read(image: str, folder: Path) -> bytes:
+    if isinstance(image, StoredImage):
+        return image.data
+    return _fetch(image) if is_remote(image) else _read_file(folder / image.removeprefix("file://"))
 
 
 def _read_file(path: Path) -> bytes:

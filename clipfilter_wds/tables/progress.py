@@ -7,10 +7,10 @@ from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.tally import PairTally
 
 
-def shown(tally: PairTally, share: float) -> Shown:
-    """What is shown while a table is scored, of which ``share`` is done, 0 to 1."""
+def shown(tally: PairTally, share: float, *, decides: bool = True) -> Shown:
+    """What is shown while a table is scored, of which ``share`` is done, 0 to 1, and maybe decided at once."""
     seconds_left = tally.seconds / share * (1 - share) if share else None
-    how_fast = pace(_samples_per_second(tally), tally.counts.keep_rate, seconds_left)
+    how_fast = pace(_samples_per_second(tally), tally.counts.keep_rate if decides else None, seconds_left)
     return Shown(
         phase="scoring",
         share=share,
@@ -27,7 +27,8 @@ def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) 
         ("captions truncated", tally.truncated_captions, counts.seen),
         ("lines passed over", bad_lines.count, ""),
     ]
-    notes = [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
+    notes = [] if tally.cutoff is None else [tally.cutoff]
+    notes += [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
     if bad_lines.count:
         notes.append(f"passed over {bad_lines}")
     print_summary(

@@ -1,14 +1,11 @@
 """Scores the image-caption pairs of a table, in order: opened in worker processes, scored in batches."""
 
-import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +20,8 @@ from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.selection import passes
-from clipfilter_wds.tables.images import check_protocol, is_remote, read_image
+from clipfilter_wds.tables.cells import caption_of, image_of
+from clipfilter_wds.tables.images import StoredImage, is_remote, read_image
 from clipfilter_wds.types import DropReason, UnusableError
 from clipfilter_wds.workers.config import DEFAULT_WORKER_TIMEOUT
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
@@ -46,23 +44,22 @@ class Pair:
 
     @classmethod
     def of_cells(cls, image: object, caption: object) -> "Pair":
-        """Read two cells. Numbers are taken as they print; what is no text, number or path (NaN, None) is missing.
+        """Read two cells.
 
         Raises:
             ValueError: When the image's storage needs a package that is not installed.
         """
-        path = _text(os.fsdecode(image) if isinstance(image, os.PathLike) else image)
-        if path is not None:
-            check_protocol(path)
-        text = _text(caption)
-        # JSON can hold half a surrogate pair, which no tokenizer takes.
-        return cls(path, None if text is None else text.encode("utf-8", errors="replace").decode())
+        return cls(image_of(image), caption_of(caption))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A stored image alone pickles as its name; on the way to a worker its bytes are needed.
+        if isinstance(self.image, StoredImage):
+            return _with_bytes, (str(self.image), self.image.data, self.caption)
+        return Pair, (self.image, self.caption)
 
 
-def _text(cell: object) -> str | None:
-    if isinstance(cell, Real) and not math.isnan(cell):
-        return str(cell)
-    return cell if isinstance(cell, str) and cell.strip() else None
+def _with_bytes(name: str, data: bytes, caption: str | None) -> Pair:
+    return Pair(StoredImage(name, data), caption)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,6 +20,7 @@ class PairTally:
         unusable: Per reason, how many pairs could not be scored and got similarity 0.0, kept ones included.
         first: Per such reason, the first pair that has it: row number, counting from 0, and image.
         truncated_captions: How many captions were longer than the text tower takes.
+        cutoff: Where a fraction of the scores is kept, a line that says which.
         started: When scoring began, by ``time.perf_counter``.
     """
 
@@ -27,6 +28,7 @@ class PairTally:
     unusable: dict[DropReason, int] = field(default_factory=dict)
     first: dict[DropReason, tuple[int, str | None]] = field(default_factory=dict)
     truncated_captions: int = 0
+    cutoff: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property

@@ -168,6 +168,31 @@ class TestYaml:
         Path("broken.yaml").write_text("a: [\n")
         assert re.match(r"can't read --config broken.yaml: .* line 2", fails("rewrite", "--config", "broken.yaml"))
 
+    @pytest.mark.parametrize(
+        ("line", "cure"),
+        [
+            ("shards: @list.txt", "shards: '@list.txt'"),
+            ("shards: *.tar", "shards: '*.tar'"),
+            ("shards: {0..3}/*.tar ", "shards: '{0..3}/*.tar'"),
+            ("shards:\n  - data/0.tar\n  - @more.txt", "- '@more.txt'"),
+            ("shards: {a,b}.tar", "shards: '{a,b}.tar'"),
+        ],
+    )
+    def test_texts_that_need_quotes(self, fails, configs, line, cure):
+        Path("x.yaml").write_text(f"output: o\n{line}\nflip: true\n")
+        message = fails("rewrite", "--config", "x.yaml")
+        assert "can't read --config x.yaml" in message
+        assert message.endswith(f"texts that begin with @, * or {{ need quotes, as in {cure}")
+
+    def test_a_text_that_yaml_takes_for_an_object(self, fails):
+        Path("x.yaml").write_text("shards: {a}\n")
+        message = fails("rewrite", "--output", "o", "--config", "x.yaml")
+        assert message == "shards is {'a': None} in x.yaml; a text that begins with { needs quotes"
+
+    def test_other_mistakes_get_no_advice_on_quotes(self, fails):
+        Path("x.yaml").write_text("output: '{a}'\nshards: '*.tar'\na: b: c\n")
+        assert "quotes" not in fails("rewrite", "--config", "x.yaml")
+
     def test_an_empty_file(self, configs):
         Path("empty.yaml").write_text("# nothing yet\n")
         assert configs("rewrite", "data/0.tar", "--output", "o", "--config", "empty.yaml")[0].shards == ["data/0.tar"]

@@ -84,7 +84,7 @@ def test_low_precision_is_near(family):
 def test_the_fingerprint_names_the_family_and_how_captions_are_padded(family):
     scorer, _ = family
     fingerprint = json.loads(json.dumps(scorer.fingerprint))
-    assert fingerprint["family"] in ("chinese_clip", "altclip", "siglip", "open_clip")
+    assert fingerprint["family"] in ("chinese_clip", "altclip", "metaclip_2", "siglip", "open_clip")
     assert fingerprint["pads_to_max"] == (fingerprint["family"] in ("siglip", "open_clip"))
     assert fingerprint["resampler"] == ("pillow" if fingerprint["family"] == "open_clip" else "torchvision")
 

@@ -70,6 +70,7 @@ def test_a_fraction_keeps_the_highest_scores_of_the_whole_run(scorer, shards, sc
         assert kept_keys(tmp_path / output) == sorted(wanted)
         assert (summary["seen"], summary["kept"]) == (NUM_SHARDS * PER_SHARD, len(wanted))
         assert (summary["threshold"], summary["keep_fraction"]) == (None, fraction)
+        assert summary["cut"] == (by_key[wanted[-1]] if wanted else None)
         assert summary["dropped"].get("unreadable_image") == NUM_SHARDS
     assert summary["scored"] == 0
 
@@ -81,7 +82,8 @@ def test_ties_at_the_cut_are_told_apart_by_shard_and_index(shards, scores, tmp_p
     num_above = sum(score > by_key[ties[0]] for score in by_key.values())
     for num_ties in range(1, 9):
         output = tmp_path / str(num_ties)
-        rewrite(shards, output, scores=scores, keep_fraction=(num_above + num_ties) / len(by_key))
+        summary = rewrite(shards, output, scores=scores, keep_fraction=(num_above + num_ties) / len(by_key))
+        assert (summary["cut"], summary["cut_ties_dropped"]) == (by_key[ties[0]], len(ties) - num_ties)
         assert [key for key in kept_keys(output) if key in ties] == ties[:num_ties]
 
 

@@ -15,6 +15,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.run import write_report
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
 from tests.support.pace import FOREVER
 
@@ -33,12 +37,12 @@ class Browser:
     def __init__(self, driver: webdriver.Chrome, url: str, requests: list[str]) -> None:
         self.driver, self.url, self.requests = driver, url, requests
 
-    def open(self, size: tuple[int, int] = DESKTOP, *, dark: bool = False) -> None:
+    def open(self, size: tuple[int, int] = DESKTOP, *, dark: bool = False, page: str | None = None) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(self.url)
+        self.driver.get(self.url if page is None else f"{self.url.rpartition('/')[0]}/{page}")
         self.settle()
 
     def settle(self) -> None:
@@ -135,6 +139,32 @@ def test_numbers_follow_the_slider_the_keyboard_and_the_box(browser, run):
     browser.find("reset").click()
     browser.settle()
     check_numbers(browser, run, THRESHOLD)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_the_page_of_a_fraction_shows_what_the_run_kept(browser, run, tmp_path, fraction):
+    config = RewriteConfig(
+        shards=f"{run.shards}/*.tar", output=tmp_path, scores=run.output / "_scores", keep_fraction=fraction
+    )
+    kept, num_scored = process_shards(config).counts.kept, len(run.all_scores())
+    page = run.report.with_name(f"{fraction}.html")
+    write_report(ReportConfig(scores=config.scores, run=tmp_path, output=page))
+    browser.open(page=page.name)
+    for threshold in (None, 0.05):
+        if threshold is not None:
+            browser.type_threshold(threshold)
+            check_numbers(browser, run, threshold)
+            browser.find("reset").click()
+            browser.settle()
+        assert browser.number("kept") == kept
+        assert browser.number("below") == num_scored - kept
+        bars = browser.run("return document.getElementById('scores').data.map(({name, y}) => [name, y])")
+        assert {name: sum(y) for name, y in bars} == {"kept": kept, "dropped": num_scored - kept}
+        assert all(number >= 0 for _, y in bars for number in y)
+        if kept:
+            assert all(card["kept"] for card in _cards(browser, "above-cards"))
+        if kept < num_scored:
+            assert not any(card["kept"] for card in _cards(browser, "below-cards"))
 
 
 def test_gallery_shows_pictures_around_the_threshold_and_at_both_ends(browser, run):

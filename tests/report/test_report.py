@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from PIL import Image
 
 from clipfilter_wds.cli import main
@@ -70,16 +72,74 @@ def test_a_run_that_only_scored_is_shown_at_the_default_threshold(run, scorer, t
     assert page_data(tmp_path / "r.html")["kept"] == run.kept(0.25)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_a_run_that_kept_a_fraction_is_shown_where_it_was_cut(run, clip_folder, tmp_path, fraction):
-    shards, tables = f"{run.shards}/*.tar", run.output / "_scores"
-    options = ("--keep_fraction", fraction, "--scores", tables, "--report", tmp_path / "r.html")
-    assert call("rewrite", shards, "--output", tmp_path / "out", *options) == 0
-    kept = json.loads((tmp_path / "out" / "summary.json").read_bytes())["kept"]
-    data = page_data(tmp_path / "r.html")
-    assert data["kept"] == run.kept(data["threshold"]) >= kept
-    assert data["threshold"] == 1.0 or run.kept(data["threshold"] + 1e-4) < kept
-    assert f"{kept} samples. Of equal scores" in (tmp_path / "r.html").read_text()
+def reported(run: Run, folder, fraction: float, **options) -> tuple[dict, dict, str]:
+    """A rewrite that keeps a fraction: its summary, and its page's data and text."""
+    config = RewriteConfig(
+        shards=f"{run.shards}/*.tar", output=folder / "out", scores=run.output / "_scores", keep_fraction=fraction,
+        **options,
+    )  # fmt: skip
+    process_shards(config)
+    write_report(ReportConfig(scores=config.scores, run=config.output, output=folder / "r.html"))
+    summary = json.loads((folder / "out" / "summary.json").read_bytes())
+    return summary, page_data(folder / "r.html"), " ".join((folder / "r.html").read_text().split())
+
+
+def check_page_of_a_fraction(run: Run, folder, fraction: float) -> tuple[dict, str]:
+    summary, data, text = reported(run, folder, fraction)
+    scores = run.all_scores()
+    assert summary["kept"] == data["kept"] == round(fraction * len(scores))
+    assert sum(point["kept"] for point in data["shards"]["points"]) == summary["kept"]
+    num_scored = data["seen"] - sum(data["unusable"].values())
+    assert num_scored - data["kept"] == summary["dropped"].get("below_threshold", 0)
+    lowest = float(scores[len(scores) - summary["kept"]]) if summary["kept"] else None
+    assert summary["cut"] == data["cut"] == lowest
+    assert data["threshold"] == (1.0 if lowest is None else lowest)
+    return summary, text
+
+
+@settings(max_examples=6)
+@given(st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_page_of_a_fraction_starts_at_the_cut_and_counts_as_the_run_did(run, tmp_path_factory, fraction):
+    summary, text = check_page_of_a_fraction(run, tmp_path_factory.mktemp("fraction"), fraction)
+    assert f"{summary['kept']} samples" in text
+    assert "exactly this score" not in text  # no two scores are equal
+    assert summary["cut_ties_dropped"] == 0
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 200))
+def test_where_the_fraction_ends_among_equal_scores_the_page_says_how_many_were_dropped(
+    equal_scores, tmp_path_factory, num_kept
+):
+    num_scores = len(equal_scores.all_scores())
+    fraction = min(num_kept, num_scores) / num_scores
+    summary, text = check_page_of_a_fraction(equal_scores, tmp_path_factory.mktemp("ties"), fraction)
+    scores = equal_scores.all_scores()
+    num_reached = int((scores >= summary["cut"]).sum()) if summary["kept"] else 0
+    assert summary["cut_ties_dropped"] == num_reached - summary["kept"]
+    assert ("exactly this score" in text) == (num_reached > summary["kept"])
+
+
+@pytest.fixture(scope="module")
+def equal_scores(scorer, tmp_path_factory) -> Run:
+    """Shards of a few pairs, again and again."""
+    folder = tmp_path_factory.mktemp("equal")
+    for shard in range(3):
+        write_shard(folder / "shards" / f"{shard}.tar", [pair(index % 5) for index in range(30)])
+    config = ScoreConfig(shards=f"{folder}/shards/*.tar", output=folder / "out" / "_scores", num_workers=0)
+    process_shards(config, scorer)
+    return Run(output=folder / "out", shards=folder / "shards", report=folder / "r.html")
+
+
+def test_the_cut_is_in_the_closing_summary_and_is_a_threshold_that_keeps_the_same(run, tmp_path, capsys):
+    shards, scores = f"{run.shards}/*.tar", run.output / "_scores"
+    options = ("--keep_fraction", 0.3, "--report", tmp_path / "r.html")
+    assert call("rewrite", shards, "--output", tmp_path / "out", "--scores", scores, *options) == 0
+    shown = re.search(r"cut: scores of at least ([\d.e-]+) are kept", capsys.readouterr().out)[1]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
+    assert float(shown) == summary["cut"] == page_data(tmp_path / "r.html")["threshold"]
+    assert call("rewrite", shards, "--output", tmp_path / "same", "--scores", scores, "--threshold", shown) == 0
+    assert json.loads((tmp_path / "same" / "summary.json").read_bytes())["kept"] == summary["kept"]
 
 
 def test_without_shards_the_gallery_has_scores_only(run, tmp_path):

@@ -19,7 +19,10 @@ from transformers import (
     ChineseCLIPModel,
     ChineseCLIPProcessor,
     CLIPImageProcessor,
+    CLIPProcessor,
     GemmaTokenizer,
+    MetaClip2Config,
+    MetaClip2Model,
     PreTrainedModel,
     ProcessorMixin,
     SiglipConfig,
@@ -52,10 +55,9 @@ def make_chinese_clip(folder: Path) -> Path:
 
 def make_altclip(folder: Path) -> Path:
     """Crops images, and hides padding by a mask; two of the positions are not for tokens."""
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *_LETTERS, *("▁" + letter for letter in _LETTERS), "<mask>"]
-    tokenizer = XLMRobertaTokenizer(vocab=[(piece, -1.0 - number / 100) for number, piece in enumerate(pieces)])
+    tokenizer = XLMRobertaTokenizer(vocab=_unigrams())
     config = AltCLIPConfig(
-        text_config={**_TOWER, "vocab_size": len(pieces) + 8, "max_position_embeddings": 42, "project_dim": 24},
+        text_config={**_TOWER, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 42, "project_dim": 24},
         vision_config={**_VISION, "projection_dim": 24},
         projection_dim=24,
     )
@@ -65,18 +67,41 @@ def make_altclip(folder: Path) -> Path:
     return _save(folder, AltCLIPModel(config), AltCLIPProcessor(images, tokenizer))
 
 
+def make_metaclip2(folder: Path) -> Path:
+    """As CLIP, with the tokenizer of XLM-RoBERTa."""
+    tokenizer = XLMRobertaTokenizer(vocab=_unigrams(), model_max_length=24)
+    config = MetaClip2Config(
+        text_config={**_TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "eos_token_id": 2},
+        vision_config=_VISION,
+        projection_dim=24,
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return _save(folder, MetaClip2Model(config), CLIPProcessor(images, tokenizer))
+
+
+def _unigrams() -> list[tuple[str, float]]:
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *_LETTERS, *("▁" + letter for letter in _LETTERS), "<mask>"]
+    return [(piece, -1.0 - number / 100) for number, piece in enumerate(pieces)]
+
+
 def make_siglip(folder: Path) -> Path:
     """Squares images to another size, and pads all captions to 16 tokens, which the text tower sees."""
     folder.mkdir()
-    corpus, prefix = folder / "corpus", folder / "letters"
-    corpus.write_text("\n".join(" ".join(_LETTERS[start:] + _LETTERS[:start]) for start in range(len(_LETTERS))))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(prefix), vocab_size=110, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+    vocabulary = train_sentencepiece(folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     # Published tokenizers give no attention mask, and the towers were trained without one.
-    tokenizer = SiglipTokenizer(f"{prefix}.model", model_max_length=16, model_input_names=["input_ids"])
+    tokenizer = SiglipTokenizer(str(vocabulary), model_max_length=16, model_input_names=["input_ids"])
     return _save_siglip(folder, tokenizer, len(tokenizer), pad_id=tokenizer.pad_token_id)
+
+
+def train_sentencepiece(path: Path, *, vocab_size: int = 110, **options: int) -> Path:
+    """A vocabulary of letters."""
+    sentences = [" ".join(_LETTERS[start:] + _LETTERS[:start]) for start in range(len(_LETTERS))]
+    with path.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
+            minloglevel=2, **options,
+        )  # fmt: skip
+    return path
 
 
 def make_siglip2(folder: Path) -> Path:
@@ -175,6 +200,7 @@ class OpenClipReference:
 FAMILIES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Reference], str]] = {
     "chinese_clip": (make_chinese_clip, HuggingFaceReference, ""),
     "altclip": (make_altclip, HuggingFaceReference, ""),
+    "metaclip_2": (make_metaclip2, HuggingFaceReference, ""),
     "siglip": (make_siglip, HuggingFaceReference, ""),
     "siglip2": (make_siglip2, HuggingFaceReference, ""),
     "open_clip": (make_open_clip, OpenClipReference, "open_clip:"),

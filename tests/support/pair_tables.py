@@ -16,6 +16,6 @@ def read_records(path: Path) -> list[dict[str, object]]:
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     text = path.read_text()
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+    if path.suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(io.StringIO(text), delimiter="," if path.suffix == ".csv" else "\t"))
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]

@@ -155,6 +155,17 @@ class TestWriting:
         assert found == {**record, "missing": None, "time": "2024-01-01T00:00:00"}
         assert type(found["yes"]) is bool
 
+    @pytest.mark.parametrize("cache_type", ["json", "jsonl", "csv"])
+    @pytest.mark.parametrize("cell", [b"a", {"bytes": b"a", "path": "a.jpg"}, [b"a"]])
+    def test_bytes_go_to_parquet_only(self, tmp_path, cache_type, cell):
+        rows = pd.DataFrame({"image": pd.Series([None, cell], dtype=object), "caption": ["a", "b"]})
+        storage = FileStorage("none.jsonl", cache_path=str(tmp_path), cache_type=cache_type).step()
+        with pytest.raises(ValueError, match=r"column 'image' holds bytes, .* cache_type='parquet'"):
+            storage.write(rows)
+        assert list(tmp_path.iterdir()) == []
+        FileStorage("none.jsonl", cache_path=str(tmp_path), cache_type="parquet").step().write(rows)
+        assert len(list(tmp_path.iterdir())) == 1
+
     def test_lists_from_parquet_become_json(self, storage, tmp_path):
         root = storage("in.parquet")
         pd.DataFrame({"boxes": [[[1, 2], [3]]]}).to_parquet(tmp_path / "in.parquet")

@@ -110,8 +110,9 @@ class TestUnusableArguments:
     @pytest.mark.parametrize(
         ("name", "output", "options", "message"),
         [
-            ("pairs.jsonl", "out.csv", (), "gets the input's format; name it 'out.jsonl'"),
-            ("pairs.xlsx", "out.xlsx", (), "is no .jsonl, .csv, .parquet, .json file"),
+            ("pairs.jsonl", "out.xlsx", (), "output 'out.xlsx' is no .jsonl, .csv, .tsv, .parquet, .json file"),
+            ("pairs.xlsx", "out.xlsx", (), "is no .jsonl, .csv, .tsv, .parquet, .json file"),
+            ("pairs.jsonl", "out.jsonl", ("--keep_fraction", "0.5"), "give one"),
             ("none.jsonl", "out.jsonl", (), "is no file"),
             ("pairs.jsonl", "out.jsonl", ("--score_key", "n"), "but there is such a column"),
             ("pairs.jsonl", "out.jsonl", ("--batch_size", "0"), "batch_size is 0"),

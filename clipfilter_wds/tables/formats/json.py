@@ -30,11 +30,19 @@ class JsonLinesReader:
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
         self.bad_lines = BadLines()
         self._file, self._wanted, self._size = file, wanted, max(1, os.fstat(file.fileno()).st_size)
-        self._records = _peek(read_json_lines(file, self.bad_lines), wanted, self.bad_lines)
+        self.columns, self._records = _peek(read_json_lines(file, self.bad_lines), wanted, self.bad_lines)
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
         return _rows_of(self._records, self._wanted)
+
+    def obstacle(self) -> str | None:
+        """See :class:`TableReader`."""
+        return None
+
+    def records(self, rows: Rows) -> list[Record]:
+        """See :class:`TableReader`."""
+        return [record for _, record in rows.stored]
 
     def done(self) -> float:
         """See :class:`TableReader`."""
@@ -42,7 +50,7 @@ class JsonLinesReader:
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
-        return _JsonWriter(file, self._wanted.score_key, begin=b"", between=b"\n", end=b"\n", empty=b"")
+        return json_lines_writer(file, self._wanted.score_key)
 
 
 class JsonArrayReader:
@@ -64,7 +72,7 @@ class JsonArrayReader:
                 f"it holds a {type(array).__name__}, not an array of objects; for JSON lines, name it .jsonl"
             )
         self._wanted, self._num_read, self._num_records = wanted, 0, max(1, len(array))
-        self._records = _peek(self._objects(array), wanted, self.bad_lines)
+        self.columns, self._records = _peek(self._objects(array), wanted, self.bad_lines)
 
     def _objects(self, array: list[object]) -> Iterator[tuple[bytes, Record]]:
         for self._num_read, record in enumerate(array, 1):
@@ -77,19 +85,27 @@ class JsonArrayReader:
         """See :class:`TableReader`."""
         return _rows_of(self._records, self._wanted)
 
+    def obstacle(self) -> str | None:
+        """See :class:`TableReader`."""
+        return None
+
+    def records(self, rows: Rows) -> list[Record]:
+        """See :class:`TableReader`."""
+        return [record for _, record in rows.stored]
+
     def done(self) -> float:
         """See :class:`TableReader`."""
         return self._num_read / self._num_records
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
-        return _JsonWriter(file, self._wanted.score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
+        return json_array_writer(file, self._wanted.score_key)
 
 
 def _peek(
     records: Iterator[tuple[bytes, Record]], wanted: Wanted, bad_lines: BadLines
-) -> Iterable[tuple[bytes, Record]]:
-    """Check a table's columns by its first records; all its records, those included."""
+) -> tuple[list[str], Iterable[tuple[bytes, Record]]]:
+    """Check a table's columns by its first records; those columns, and all its records, the first ones included."""
     head: list[tuple[bytes, Record]] = []
     columns: dict[str, None] = {}
     for line, record in records:
@@ -101,16 +117,25 @@ def _peek(
         wanted.check(list(columns))
     elif bad_lines.count:
         raise ValueError(f"there is no JSON object in it ({bad_lines})")
-    return chain(head, records)
+    return list(columns), chain(head, records)
 
 
 def _rows_of(records: Iterable[tuple[bytes, Record]], wanted: Wanted) -> Iterator[Rows]:
     """Gather records into runs; a cell is None where a record lacks the column."""
     stored_and_cells = (
-        (line if wanted.score_key is None else record, record.get(wanted.image_key), record.get(wanted.caption_key))
-        for line, record in records
+        ((line, record), record.get(wanted.image_key), record.get(wanted.caption_key)) for line, record in records
     )
     return in_runs(stored_and_cells, wanted.num_rows)
+
+
+def json_lines_writer(file: BinaryIO, score_key: str | None) -> "_JsonWriter":
+    """Writes an object per line."""
+    return _JsonWriter(file, score_key, begin=b"", between=b"\n", end=b"\n", empty=b"")
+
+
+def json_array_writer(file: BinaryIO, score_key: str | None) -> "_JsonWriter":
+    """Writes an array of objects, one per line."""
+    return _JsonWriter(file, score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
 
 
 class _JsonWriter:
@@ -123,13 +148,16 @@ class _JsonWriter:
 
     def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
         for row in np.flatnonzero(keep):
-            self._file.write(self._before + self._line(rows.stored[row], float(similarity[row])))
-            self._before, self._is_empty = self._between, False
+            line, record = rows.stored[row]
+            if self._score_key is not None:
+                score = float(similarity[row])
+                line = dump_record({**record, self._score_key: None if math.isnan(score) else score})
+            self.write_line(line)
 
-    def _line(self, stored: bytes | Record, score: float) -> bytes:
-        if isinstance(stored, bytes):
-            return stored
-        return dump_record({**stored, self._score_key or "": None if math.isnan(score) else score})
+    def write_line(self, line: bytes) -> None:
+        """Write an object."""
+        self._file.write(self._before + line)
+        self._before, self._is_empty = self._between, False
 
     def finish(self) -> None:
         self._file.write(self._empty if self._is_empty else self._end)

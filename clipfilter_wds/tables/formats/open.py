@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from clipfilter_wds.tables.formats.csv import CsvReader
+from clipfilter_wds.tables.formats.csv import TAB_FIRST, CsvReader
 from clipfilter_wds.tables.formats.json import JsonArrayReader, JsonLinesReader
 from clipfilter_wds.tables.formats.rows import TableReader, Wanted
 
@@ -19,6 +20,7 @@ def _open_parquet(file: BinaryIO, wanted: Wanted) -> TableReader:
 _READERS: dict[str, Callable[[BinaryIO, Wanted], TableReader]] = {
     ".jsonl": JsonLinesReader,
     ".csv": CsvReader,
+    ".tsv": partial(CsvReader, delimiters=TAB_FIRST),
     ".parquet": _open_parquet,
     ".json": JsonArrayReader,
 }

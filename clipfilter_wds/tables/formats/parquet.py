@@ -1,16 +1,19 @@
 """Reads and writes parquet tables."""
 
+import math
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter_wds.tables.formats.json_lines import BadLines
-from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted
+from clipfilter_wds.tables.formats.rows import Record, Rows, TableWriter, Wanted, duplicate_column
 
 _READ_BYTES = 1 << 20
+#: A run of rows that hold images is shorter, so that it is hardly larger.
+_RUN_BYTES = 1 << 24
 #: A row group is written when it has this many rows or bytes.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 26
 
@@ -23,7 +26,7 @@ class ParquetReader:
         wanted: What to read and add.
 
     Raises:
-        ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no text.
+        ValueError: When it is no parquet file, lacks a wanted column, or has it in a type that holds no images or text.
     """
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
@@ -31,20 +34,39 @@ class ParquetReader:
         # Read piece by piece of a column, as it is needed: a row group may be larger than memory.
         self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         self._wanted, self._num_read = wanted, 0
-        wanted.check(self._file.schema_arrow.names)
-        for key in (wanted.image_key, wanted.caption_key):
-            _check_type(key, self._file.schema_arrow.types[self._index(key)])
+        self.columns = self._file.schema_arrow.names
+        wanted.check(self.columns)
+        for key, holds, what in (
+            (wanted.image_key, _holds_images, "images are paths, URLs, bytes, or structs of bytes and path"),
+            (wanted.caption_key, _holds_text, "captions are text"),
+        ):
+            found = self._file.schema_arrow.types[self._index(key)]
+            if not holds(found):
+                raise ValueError(f"column {key!r} holds {found}; {what}, or lists of one of these")
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
         image, caption = self._index(self._wanted.image_key), self._index(self._wanted.caption_key)
         for batch in self._file.iter_batches(batch_size=self._wanted.num_rows):
-            self._num_read += batch.num_rows
-            yield Rows(stored=batch, images=batch.column(image).to_pylist(), captions=batch.column(caption).to_pylist())
+            for run in _runs_of(batch):
+                self._num_read += run.num_rows
+                yield Rows(stored=run, images=run.column(image).to_pylist(), captions=run.column(caption).to_pylist())
 
     def done(self) -> float:
         """See :class:`TableReader`."""
         return float(self._num_read / max(1, self._file.metadata.num_rows))
+
+    def obstacle(self) -> str | None:
+        """See :class:`TableReader`."""
+        for field in self._file.schema_arrow:
+            if _holds_bytes(field.type):
+                return f"column {field.name!r} holds {field.type}, and only parquet holds bytes"
+        return duplicate_column(self.columns)
+
+    def records(self, rows: Rows) -> list[Record]:
+        """See :class:`TableReader`."""
+        records: list[Record] = rows.stored.to_pylist()
+        return [{column: _plain(value) for column, value in record.items()} for record in records]
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
@@ -57,9 +79,51 @@ class ParquetReader:
         return index
 
 
-def _check_type(key: str, found: pa.DataType) -> None:
-    if pa.types.is_nested(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found):
-        raise ValueError(f"column {key!r} holds {found}; paths or URLs of images and captions are text")
+def _runs_of(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in runs of about so many bytes, since some of them are on their way to workers at a time."""
+    num_runs = min(-(-batch.nbytes // _RUN_BYTES), batch.num_rows) or 1
+    num_rows = -(-batch.num_rows // num_runs) or 1
+    return (batch.slice(start, num_rows) for start in range(0, batch.num_rows, num_rows))
+
+
+def _holds_images(found: pa.DataType) -> bool:
+    if pa.types.is_struct(found):
+        return any(field.name in ("bytes", "path") for field in found)
+    return _is_binary(found) or _holds_text(found) or (_is_list(found) and _holds_images(found.value_type))
+
+
+def _holds_text(found: pa.DataType) -> bool:
+    if _is_list(found):
+        return _holds_text(found.value_type)
+    return not pa.types.is_nested(found) and not _is_binary(found)
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found))
+
+
+def _is_binary(found: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_fixed_size_binary(found))
+
+
+def _holds_bytes(found: pa.DataType) -> bool:
+    if pa.types.is_dictionary(found):
+        return _holds_bytes(found.value_type)
+    children = [found.field(index).type for index in range(found.num_fields)]
+    return _is_binary(found) or any(map(_holds_bytes, children))
+
+
+def _plain(value: Any) -> Any:
+    """The value in what JSON has: numbers that it lacks are None, dates ISO text, and the rest text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 class _ParquetWriter:

@@ -65,17 +65,30 @@ class TableWriter(Protocol):
         """Write what follows the last row."""
 
 
+#: A row with its columns by name, ready for JSON.
+Record = dict[str, Any]
+
+
 class TableReader(Protocol):
     """An open table file."""
 
     #: The lines that were passed over so far.
     bad_lines: BadLines
 
+    #: The columns; of JSON, those that were seen so far.
+    columns: list[str]
+
     def read(self) -> Iterator[Rows]:
         """Yield all rows in order, in runs."""
 
     def done(self) -> float:
         """The share of the file that has been read, 0 to 1."""
+
+    def obstacle(self) -> str | None:
+        """Why its rows can't be in a table of another type; None when they can."""
+
+    def records(self, rows: Rows) -> list[Record]:
+        """The rows for a table of another type."""
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """A writer of tables with the same columns, plus that of the score if it is wanted."""
@@ -87,3 +100,9 @@ def in_runs(records: Iterable[tuple[Any, object, object]], num_rows: int) -> Ite
     while run := list(islice(records, num_rows)):
         stored, images, captions = zip(*run, strict=True)
         yield Rows(stored=stored, images=images, captions=captions)
+
+
+def duplicate_column(columns: Sequence[str]) -> str | None:
+    """That several columns have one name, for :meth:`TableReader.obstacle`."""
+    repeated = [column for column in dict.fromkeys(columns) if columns.count(column) > 1]
+    return f"{columns.count(repeated[0])} columns are called {repeated[0]!r}" if repeated else None

@@ -4,9 +4,10 @@ import re
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
-from clipfilter_wds.tables.formats.csv import CsvReader
+from clipfilter_wds.tables.formats.csv import COMMA_FIRST, CsvReader
 from clipfilter_wds.tables.formats.rows import Wanted
 
 
@@ -36,18 +37,51 @@ def test_a_csv_of_odd_lines(call, folder, tmp_path):
     assert "line 6: it has 5 cells; the header names 3 columns; line 8: its quote is never closed" in out
 
 
+@pytest.mark.parametrize("kind", ["csv ;", "csv |", "csv \t", "tsv \t", "tsv ,"])
+def test_what_is_between_the_cells_is_seen_in_the_header(call, folder, expected, threshold, tmp_path, kind):
+    suffix, _, delimiter = kind.partition(" ")
+    source, target = (tmp_path / f"{name}.{suffix}" for name in ("in", "out"))
+    with (folder / "pairs.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    with source.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    (tmp_path / "images").symlink_to(folder / "images")
+    assert call(source, "--output", target, "--score_key", "s", threshold=threshold)[0] == 0
+    with target.open(newline="") as file:
+        found_header, *found = csv.reader(file, delimiter=delimiter)
+    assert found_header == [*header, "s"]
+    assert [row[:-1] for row in found] == [row for row, s in zip(rows, expected, strict=True) if s >= threshold]
+    before, after = (path.read_bytes().splitlines() for path in (source, target))
+    assert {line.rpartition(delimiter.encode())[0] for line in after} <= set(before)
+
+
+def test_a_header_without_the_columns_is_named_as_it_was_read(call, tmp_path):
+    (tmp_path / "in.tsv").write_text("a caption, with a comma\thttp://images/1.jpg\nanother\thttp://images/2.jpg\n")
+    code, _, err = call(tmp_path / "in.tsv", "--output", tmp_path / "out.tsv", model="/none")
+    assert code == 2
+    assert "the table's columns are 'a caption, with a comma', 'http://images/1.jpg'" in err
+
+
+def test_a_table_in_utf16_is_named(call, tmp_path):
+    (tmp_path / "in.csv").write_text("image,caption\na.jpg,a\n", encoding="utf-16")
+    code, _, err = call(tmp_path / "in.csv", "--output", tmp_path / "out.csv", model="/none")
+    assert code == 2
+    assert "UTF-16" in err
+
+
 @settings(max_examples=50)
 @given(
     st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=3, max_size=3)),
     st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
     st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(COMMA_FIRST),
 )
-def test_whatever_the_cells_hold_csv_rows_come_back_with_a_score(tmp_path_factory, rows, quoting, line_end):
+def test_whatever_the_cells_hold_csv_rows_come_back_with_a_score(tmp_path_factory, rows, quoting, line_end, delimiter):
     if quoting == csv.QUOTE_MINIMAL:  # the csv module writes a carriage return without quotes, and ends a row there
         rows = [[cell.replace("\r", "") for cell in row] for row in rows]
     path = tmp_path_factory.mktemp("csv") / "in.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, quoting=quoting, lineterminator=line_end)
+        writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=line_end)
         writer.writerows([["image", "caption", "x"], *rows])
     out = io.BytesIO()
     with path.open("rb") as file:
@@ -57,5 +91,5 @@ def test_whatever_the_cells_hold_csv_rows_come_back_with_a_score(tmp_path_factor
             num_rows = len(run.images)
             writer.write(run, np.ones(num_rows, dtype=bool), np.full(num_rows, 0.5, dtype=np.float32))
     assert reader.bad_lines.count == 0
-    found = list(csv.reader(io.StringIO(out.getvalue().decode(), newline="")))
+    found = list(csv.reader(io.StringIO(out.getvalue().decode(), newline=""), delimiter=delimiter))
     assert found == [["image", "caption", "x", "s"], *([*row, "0.5"] for row in rows)]

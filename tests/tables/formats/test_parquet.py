@@ -1,5 +1,12 @@
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from clipfilter_wds.tables.formats.parquet import ParquetReader
+from clipfilter_wds.tables.formats.rows import Wanted
+from tests.support.pair_tables import NUM_ROWS, read_records
 
 
 def test_parquet_keeps_schema_metadata_and_compression(call, folder, tmp_path):
@@ -10,8 +17,69 @@ def test_parquet_keeps_schema_metadata_and_compression(call, folder, tmp_path):
     assert after.metadata.num_row_groups == 1
 
 
-def test_parquet_with_image_bytes_is_refused(call, tmp_path):
-    pq.write_table(pa.table({"image": [{"bytes": b"", "path": ""}], "caption": ["a"]}), tmp_path / "in.parquet")
+#: As Hugging Face's tables have images: as struct, with features in the metadata.
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_METADATA = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
+
+
+#: Forms of image cells: path, bytes (None for the row without a file) -> cell; and their type.
+_FORMS = {
+    "struct": (lambda path, data: {"bytes": data, "path": path.name}, _IMAGE),
+    "struct of bytes": (lambda _, data: {"bytes": data}, pa.struct([("bytes", pa.binary())])),
+    "struct of paths": (lambda path, _: {"bytes": None, "path": str(path)}, _IMAGE),
+    "binary": (lambda _, data: data, pa.binary()),
+    "large binary": (lambda _, data: data, pa.large_binary()),
+    "list of structs": (lambda path, data: [{"bytes": data, "path": path.name}], pa.list_(_IMAGE)),
+    "list of paths": (lambda path, _: [str(path)], pa.large_list(pa.string())),
+    "fixed list": (lambda path, _: [str(path)], pa.list_(pa.string(), 1)),
+}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_images_in_any_form_are_scored_and_their_rows_kept(call, folder, expected, threshold, tmp_path, form):
+    rows = read_records(folder / "pairs.json")
+    paths = [folder / row["image"] for row in rows]
+    cell, cell_type = _FORMS[form]
+    images = [cell(path, path.read_bytes() if path.exists() else None) for path in paths]
+    columns = {"image": pa.array(images, cell_type), "caption": [row["caption"] for row in rows], "n": range(NUM_ROWS)}
+    pq.write_table(pa.table(columns).replace_schema_metadata(_METADATA), tmp_path / "in.parquet", row_group_size=30)
+    options = ("--num_workers", 2 if form == "struct" else 0)
+    code, _, _ = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", *options, threshold=threshold)
+    assert code == 0
+    before, after = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("in", "out"))
+    assert after.equals(before.filter(pa.array(expected >= threshold)), check_metadata=True)
+
+
+def test_a_row_of_several_images_is_dropped_for_that(call, folder, tmp_path):
+    images = [["images/0.jpg", "images/1.jpg"], ["images/2.jpg"], []]
+    pq.write_table(pa.table({"image": images, "caption": ["a"] * 3}), tmp_path / "in.parquet")
+    code, out, _ = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", threshold=0.0001)
+    assert code == 0
+    assert "scored 0.0 as several_images: 1, the first in row 0 (image 'images/0.jpg, images/1.jpg')" in out
+    assert "scored 0.0 as missing_image: 1, the first in row 2 (image None)" in out
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "message"),
+    [
+        ({"url": "a.jpg"}, "a", "column 'image' holds struct<url: string>; images are paths"),
+        ("a.jpg", b"a", "column 'caption' holds binary; captions are text"),
+        ("a.jpg", {"en": "a"}, "column 'caption' holds struct<en: string>; captions are text"),
+    ],
+)
+def test_columns_of_other_types_are_refused(call, tmp_path, image, caption, message):
+    pq.write_table(pa.table({"image": [image], "caption": [caption]}), tmp_path / "in.parquet")
     code, _, err = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", model="/none")
     assert code == 2
-    assert "column 'image' holds struct<bytes: binary, path: string>" in err
+    assert message in err
+
+
+def test_runs_of_large_images_are_short(tmp_path):
+    images = [bytes([number]) * 1_000_000 for number in range(40)] + [b"small"] * 40
+    pq.write_table(pa.table({"image": images, "caption": ["a"] * 80}), tmp_path / "in.parquet", row_group_size=25)
+    wanted = Wanted(image_key="image", caption_key="caption", score_key=None, num_rows=32)
+    with (tmp_path / "in.parquet").open("rb") as file:
+        runs = list(ParquetReader(file, wanted).read())
+    assert [image for run in runs for image in run.images] == images
+    assert max(sum(map(len, run.images)) for run in runs) <= 18_000_000
+    assert len(runs) < 8
