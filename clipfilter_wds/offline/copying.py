@@ -41,7 +41,7 @@ class CopyOptions:
         """What a run copies, from scores that depend on what the fingerprint says."""
         return cls(
             choice=config.choice,
-            layout=config.layout,
+            layout=SampleLayout.from_fingerprint(fingerprint),
             fingerprint=fingerprint,
             samples_per_shard=config.samples_per_shard,
         )
@@ -121,6 +121,7 @@ def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> S
         band=scores.metadata.band,
         rechecked=scores.metadata.rechecked,
         in_band=in_band,
+        members=scores.metadata.members,
     )
 
 

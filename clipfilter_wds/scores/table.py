@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
+from clipfilter_wds.shards.found import LINK
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
@@ -53,6 +54,8 @@ class ScoreMetadata:
             their scores lay within the band of the run's threshold.
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
+        members: What the shard's members are called, and how many are, where most samples lack an image or a caption;
+            and what links are called, where any does. See ``shards/found.py``.
     """
 
     version: int = _FORMAT_VERSION
@@ -64,6 +67,7 @@ class ScoreMetadata:
     band: float = 0.0
     rechecked: int = 0
     rechecked_at: float | None = None
+    members: Mapping[str, int] = field(default_factory=dict)
 
     def to_schema(self) -> dict[bytes, str]:
         """As a parquet schema holds it."""
@@ -75,6 +79,7 @@ class ScoreMetadata:
         found = json.loads((metadata or {})[_METADATA_KEY])
         if found["version"] != _FORMAT_VERSION:
             raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
+        found.setdefault("members", {})  # which came later
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
@@ -107,7 +112,7 @@ class ShardScores:
             rows: Of all samples.
             scores: Of the rows without a reason, in the same order: raw cosines, float32 ``[N]``. One that is NaN or
                 infinite is none: its sample gets the reason ``not_finite``.
-            metadata: What the table says of itself.
+            metadata: What the table says of itself; of the members of a shard, only what tells why samples lack one.
 
         Raises:
             ValueError: When there are more or fewer scores than rows without a reason.
@@ -118,6 +123,7 @@ class ShardScores:
             [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
         )
+        metadata = replace(metadata, members=_telling(metadata.members, rows))
         return cls(table=table.sort_by("index").combine_chunks(), metadata=metadata)
 
     def write(self, file: BinaryIO) -> None:
@@ -176,6 +182,13 @@ class ShardScores:
         """Per reason, how many samples could not be scored."""
         counts = Counter(self.table["reason"].drop_null().to_pylist())
         return {reason: counts[reason] for reason in DropReason if counts[reason]}
+
+
+def _telling(members: Mapping[str, int], rows: Sequence[SampleRow]) -> dict[str, int]:
+    """Of what a shard's members are called, what tells why samples lack an image or a caption."""
+    num_lacking = sum(row.reason in (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION) for row in rows)
+    lack_most = 2 * num_lacking > len(rows)
+    return {name: count for name, count in members.items() if lack_most or (num_lacking and name.startswith(LINK))}
 
 
 def no_rows() -> pa.Table:

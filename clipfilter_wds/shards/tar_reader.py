@@ -2,7 +2,7 @@
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from io import BufferedIOBase
 from typing import NamedTuple
@@ -63,10 +63,14 @@ class TarStream:
     Args:
         stream: The archive, from its beginning.
         max_member_bytes: No larger member is read.
+        on_link: Called with the name of each link that is passed over.
     """
 
-    def __init__(self, stream: BufferedIOBase, max_member_bytes: int) -> None:
+    def __init__(
+        self, stream: BufferedIOBase, max_member_bytes: int, on_link: Callable[[str], None] = lambda name: None
+    ) -> None:
         self._reader = _ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
+        self._on_link = on_link
         self._archive: tarfile.TarFile | None = None
         self._time_header, self._time_size = b"", 0
 
@@ -90,6 +94,8 @@ class TarStream:
                     sparse=info if info.issparse() else None,
                     is_alone=not archive.pax_headers,
                 )
+            elif info.islnk() or info.issym():
+                self._on_link(info.name)
             reader.seek(archive.offset)
             while not archive.pax_headers and (entry := self._read_plain()) is not None:
                 yield entry
@@ -129,21 +135,23 @@ class TarStream:
             return False
         return window[time.end() : at + _BLOCK] == _END_MARK[self._time_size :]
 
-    def read(self, entry: TarEntry) -> bytes:
-        """Read the data of the member that was yielded last.
+    def read(self, entry: TarEntry, max_bytes: int | None = None) -> bytes:
+        """Read the data of the member that was yielded last, or its beginning, where a number of bytes is given.
 
         Raises:
             tarfile.ReadError: When it is cut, or larger than ``max_member_bytes``.
         """
-        if entry.sparse is None:
-            self._reader.seek(entry.data)
-            data = self._reader.read(entry.size)
-        else:
+        if entry.sparse is not None:
             assert self._archive is not None
             data = self._archive.extractfile(entry.sparse).read(entry.size)  # type: ignore[union-attr]  # it is regular
-        if len(data) < entry.size:
+            size = entry.size
+        else:
+            size = entry.size if max_bytes is None else min(entry.size, max_bytes)
+            self._reader.seek(entry.data)
+            data = self._reader.read(size)
+        if len(data) < size:
             raise tarfile.ReadError(f"{entry.name!r} is cut")
-        return data
+        return data[:max_bytes]
 
     def read_stored(self, entry: TarEntry) -> StoredMember:
         """Read the member that was yielded last, with its headers; or a new one, where they need the rest of the tar.

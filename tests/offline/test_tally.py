@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import hypothesis.strategies as st
 from hypothesis import given
@@ -21,6 +22,7 @@ def all_stats(draw) -> ShardStats:
         rechecked=draw(numbers),
         in_band=draw(numbers),
         renamed_keys=draw(numbers),
+        members=draw(st.dictionaries(st.text(max_size=5), st.integers(1, 1000), max_size=5)),
     )
 
 
@@ -44,6 +46,8 @@ def test_a_tally_sums_up_all_that_is_counted_and_takes_the_widest_band(shards):
     assert summary["band"] == max((record["band"] for record in records), default=0.0)
     for reason in DropReason:
         assert summary["dropped"].get(reason, 0) == sum(record["dropped"].get(reason, 0) for record in records)
+    names = sum((Counter(stats.members) for stats in shards), Counter())
+    assert summary.get("members", {}) == names
 
 
 def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():

@@ -52,6 +52,41 @@ def test_a_json_field_is_the_caption(record, caption):
 
 
 @pytest.mark.parametrize(
+    ("record", "field", "captions"),
+    [
+        ({"meta": {"caption": "a cat"}}, "meta.caption", ["a cat"]),
+        ({"a": {"b": {"c": ["one", 5, "two"]}}}, "a.b.c", ["one", "two"]),
+        ({"captions": [{"text": "one"}, {"other": "x"}, {"text": "two"}]}, "captions.text", ["one", "two"]),
+        ([{"caption": "one"}, {"caption": "two"}], "caption", ["one", "two"]),
+        ({"meta.caption": "flat", "meta": {"caption": "nested"}}, "meta.caption", ["flat"]),
+        ({"a": {"b.c": "x"}}, "a.b.c", ["x"]),
+        ({"": {"": "x"}}, ".", ["x"]),
+    ],
+)
+def test_a_field_may_lie_in_other_fields_and_in_lists(record, field, captions):
+    assert read_captions({"json": json.dumps(record).encode()}, SampleLayout(caption=f"json:{field}")) == captions
+
+
+@pytest.mark.parametrize("record", [{}, {"meta": "caption"}, {"meta": {}}, {"meta": [["caption"]]}, {"caption": "x"}])
+def test_a_field_that_does_not_lie_there_is_missing(record):
+    layout = SampleLayout(caption="json:meta.caption")
+    assert reason_of(read_captions, {"json": json.dumps(record).encode()}, layout) is DropReason.MISSING_CAPTION
+
+
+field_names = st.text(st.characters(exclude_characters=",")).filter(lambda name: name and name == name.strip())
+
+
+@settings(max_examples=100)
+@given(st.lists(field_names, min_size=1, max_size=5), st.text(), st.booleans())
+def test_any_path_of_fields_leads_to_the_text(names, text, as_list):
+    record: object = [text] if as_list else text
+    for name in reversed(names):
+        record = {name: record}
+    layout = SampleLayout(caption="json:" + ".".join(names))
+    assert read_captions({"json": json.dumps(record).encode()}, layout) == [text]
+
+
+@pytest.mark.parametrize(
     "record",
     [
         "{}",
