@@ -149,6 +149,7 @@ class TarStream:
             size = entry.size if max_bytes is None else min(entry.size, max_bytes)
             self._reader.seek(entry.data)
             data = self._reader.read(size)
+            self._reader.let_go()
         if len(data) < size:
             raise tarfile.ReadError(f"{entry.name!r} is cut")
         return data[:max_bytes]
@@ -281,12 +282,21 @@ class _ForwardReader:
         if self.at + size <= len(self.window):
             return
         # A header may declare far more bytes than there are, so memory is allocated only for what arrives.
-        pieces = [self.window[self._held :]]
         size -= len(self.window) - self.at
+        self._forget(self._held)
+        pieces = [self.window]
         while size > 0 and (piece := self._stream.read1(_READ_BYTES)):
             pieces.append(piece)
             size -= len(piece)
-        self._base += self._held
-        self.at -= self._held
-        self._held = 0
         self.window = b"".join(pieces)
+
+    def let_go(self) -> None:
+        """Keep nothing of what was read, if that is much."""
+        if self.at > _READ_BYTES:
+            self._forget(self.at)
+
+    def _forget(self, num_bytes: int) -> None:
+        self._base += num_bytes
+        self.at -= num_bytes
+        self._held = 0
+        self.window = self.window[num_bytes:]
