@@ -12,6 +12,7 @@ from torch.utils.data import get_worker_info
 
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.types import DropReason, Sample, ShardError
+from clipfilter_wds.workers.stderr import QuietStderr, quiet_stderr
 
 _log = logging.getLogger(__name__)
 
@@ -111,19 +112,26 @@ class CrashTracker:
     def for_worker(self) -> "WorkerTracker":
         """The tracker of the process that calls it."""
         info = get_worker_info()
-        worker, timeout = (info.id, self._timeout) if info and self._num_workers else (0, 0.0)
         numbers = {url: number for number, url in enumerate(self._urls, start=1)}
-        return WorkerTracker(self._cells, worker, numbers, timeout, self._left_out)
+        if info is None or not self._num_workers:
+            return WorkerTracker(self._cells, 0, numbers, 0.0, self._left_out)
+        return WorkerTracker(self._cells, info.id, numbers, self._timeout, self._left_out, quiet_stderr())
 
 
 class WorkerTracker:
-    """Notes which sample one worker is at."""
+    """Notes which sample one worker is at, and keeps what C libraries write of it off the terminal."""
 
     def __init__(
-        self, cells: Any, worker: int, numbers: dict[str, int], timeout: float, left_out: frozenset[SampleRef]
+        self,
+        cells: Any,
+        worker: int,
+        numbers: dict[str, int],
+        timeout: float,
+        left_out: frozenset[SampleRef],
+        quiet: QuietStderr | None = None,
     ) -> None:
         self._cells, self._at, self._numbers, self._timeout = cells, 2 * worker, numbers, timeout
-        self._left_out = left_out
+        self._left_out, self._quiet = left_out, quiet
         self._reading = 0
 
     def begin_shard(self, url: str) -> None:
@@ -155,9 +163,12 @@ class WorkerTracker:
         return self
 
     def __enter__(self) -> None:
-        pass
+        if self._quiet is not None:
+            self._quiet.begin()
 
     def __exit__(self, *_: object) -> None:
+        if self._quiet is not None:
+            self._quiet.end()
         if self._timeout:
             signal.setitimer(signal.ITIMER_REAL, 0)
         self._cells[self._at + 1] = 0
