@@ -19,6 +19,12 @@ _log = logging.getLogger(__name__)
 #: Deaths with no batch in between after which no sample can be at fault.
 _MAX_DEATHS_IN_A_ROW = 32
 
+#: What is said where a worker ended with an error before it had begun, most likely because it imported the script.
+_AT_START = (
+    "; its own error is above. Where processes are spawned (by default from Python 3.14), workers import the script "
+    'that starts them: put what it does under `if __name__ == "__main__":`'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
@@ -40,7 +46,8 @@ class WorkerDiedError(RuntimeError):
         self.sample, self.exit_code = sample, exit_code
 
     def __str__(self) -> str:
-        return f"a worker process died ({_cause(self.exit_code)}) at {self.sample or 'its start'}"
+        hint = _AT_START if self.sample is None and self.exit_code == 1 else ""
+        return f"a worker process died ({_cause(self.exit_code)}) at {self.sample or 'its start'}{hint}"
 
 
 def _cause(exit_code: int | None) -> str:
