@@ -1,6 +1,6 @@
 """Says why a run kept nothing, and what to do where samples lack an image or a caption."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.tally import ShardStats, Tally
@@ -37,29 +37,39 @@ def advice(tally: Tally, config: ScoreConfig) -> Iterator[str]:
 
 
 def _lacking(stats: ShardStats, layout: SampleLayout) -> str:
+    num_samples = stats.counts.seen
     members = {name: count for name, count in stats.members.items() if not name.startswith(LINK)}
     fields = [name for name in members if ":" in name]
-    lacks_image, lacks_caption = _what_lacks(stats, members, layout)
-    cures = {}
-    if lacks_image:
-        cures["an image"] = f"--image {_likely_image(members, layout) or 'EXTENSION'}"
-    if lacks_caption:
-        cures["a caption"] = f"--caption {_likely_caption(members, layout) or 'EXTENSION'}"
-    found = _listed({name: count for name, count in members.items() if name not in fields})
-    if fields:
-        found += f"; fields {', '.join(fields[:_MAX_NAMED])}"
+    extensions = {name: count for name, count in members.items() if name not in fields}
+    lacking = {}
+    if not _is_there(layout.image_extensions, members, num_samples):
+        lacking["an image"] = f"--image {_likely_image(members, layout) or 'EXTENSION'}"
+    if not _is_there(_caption_names(layout), members, num_samples):
+        lacking["a caption"] = f"--caption {_likely_caption(members, layout) or 'EXTENSION'}"
+    if len(extensions) > max(_MAX_NAMED, num_samples):
+        cure = "A key ends at a name's first dot: replace the dots in the keys"
+    elif any(LINK + name in stats.members for name in (*layout.image_extensions, *layout.caption_extensions)):
+        cure = "The others are links"
+    elif lacking:
+        cure = f"Name the right ones: {' '.join(lacking.values())}"
+    else:
+        cure = "An image and its caption have the same name, folders included, up to the first dot"
     return (
-        f"{stats.num_lacking:,} of {stats.counts.seen:,} samples lack {' and '.join(cures)}. "
-        f"Their members' extensions are {found}. Name the right ones: {' '.join(cures.values())}"
+        f"{stats.num_lacking:,} of {num_samples:,} samples lack {' and '.join(lacking) or 'an image or a caption'}. "
+        f"Their members' extensions are {_listed(extensions)}"
+        + (f"; fields {', '.join(fields[:_MAX_NAMED])}" if fields else "")
+        + f". {cure}"
     )
 
 
-def _what_lacks(stats: ShardStats, members: Mapping[str, int], layout: SampleLayout) -> tuple[bool, bool]:
-    """Whether images lack, and captions: a sample that lacks both counts as one without image only."""
-    num_without_image = stats.counts.dropped.get(DropReason.MISSING_IMAGE, 0)
-    lacks_image = 2 * num_without_image >= stats.num_lacking
-    has_caption_member = any(extension in members for extension in layout.caption_extensions)
-    return lacks_image, not lacks_image or not has_caption_member
+def _is_there(names: Iterable[str], members: Mapping[str, int], num_samples: int) -> bool:
+    """Whether members, or fields, of these names were found, in more than a few samples."""
+    found = [name for name in names if name in members]
+    return any(":" in name for name in found) or sum(members[name] for name in found) > 0.1 * num_samples
+
+
+def _caption_names(layout: SampleLayout) -> list[str]:
+    return [extension if field is None else f"{extension}:{field}" for extension, field in layout.caption_sources]
 
 
 def _likely_image(members: Mapping[str, int], layout: SampleLayout) -> str | None:
@@ -68,8 +78,8 @@ def _likely_image(members: Mapping[str, int], layout: SampleLayout) -> str | Non
 
 
 def _likely_caption(members: Mapping[str, int], layout: SampleLayout) -> str | None:
-    tried = [source.strip().lower() for source in layout.caption.split(",")]
-    alike = [name for name in members if _last(name) in _CAPTION_NAMES and name.lower() not in tried]
+    tried = _caption_names(layout)
+    alike = [name for name in members if _last(name) in _CAPTION_NAMES and name not in tried]
     in_json = ":" in layout.caption
     return min(alike, key=lambda name: ((":" in name) != in_json, _CAPTION_NAMES.index(_last(name))), default=None)
 
@@ -102,4 +112,4 @@ def _listed(counts: Mapping[str, int]) -> str:
     """Names with their counts, the most frequent first."""
     by_count = sorted(counts.items(), key=lambda item: -item[1])
     more = [f"and {len(by_count) - _MAX_NAMED} others"] if len(by_count) > _MAX_NAMED else []
-    return ", ".join([*(f"{name} ({count:,})" for name, count in by_count[:_MAX_NAMED]), *more]) or "nothing"
+    return ", ".join([*(f"{name or 'none'} ({count:,})" for name, count in by_count[:_MAX_NAMED]), *more]) or "nothing"

@@ -20,8 +20,9 @@ _MAX_DEPTH = 3
 class FoundMembers:
     """How often each extension came by in a shard, in the order in which they did.
 
-    Links are counted too, as ``link:jpg``, and of the first json member the fields that hold text, as ``json:caption``.
-    However many there are and however long, only the first few names are kept, by their beginnings.
+    A name without one counts as "". Links are counted too, as ``link:jpg``, and of the first json member the fields
+    that hold text, as ``json:caption``. However many there are and however long, only the first few names are kept, by
+    their beginnings.
     """
 
     def __init__(self) -> None:

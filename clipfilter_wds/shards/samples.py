@@ -153,6 +153,8 @@ def read_samples(
                 if (done := groups.begin_member(name[1], name[2].lower())) is not None:
                     yield done
                 groups.read_member(tar, entry, name[2].lower())
+            elif "." not in entry.name:
+                groups.found.add("")
         torn = not tar.has_ended()
     except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.

@@ -13,7 +13,8 @@ from clipfilter_wds.types import StoredMember
 _BLOCK = tarfile.BLOCKSIZE
 _END_MARK = bytes(_BLOCK)
 _READ_BYTES = 1 << 18
-_MIN_LIMIT_BYTES = 1 << 20
+#: What headers hold beside 512 bytes (a long name, times, holes) is no longer.
+_MAX_HEADER_BYTES = 1 << 20
 
 # What follows the name in nearly all headers: numbers in octal, no prefix. Groups: size, checksum, kind.
 _NUMBER = rb"[0-7]{6}[0-7\0 ][\0 ]"
@@ -69,7 +70,8 @@ class TarStream:
     def __init__(
         self, stream: BufferedIOBase, max_member_bytes: int, on_link: Callable[[str], None] = lambda name: None
     ) -> None:
-        self._reader = _ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
+        self._reader = _ForwardReader(stream)
+        self._max_member_bytes = max_member_bytes
         self._on_link = on_link
         self._archive: tarfile.TarFile | None = None
         self._time_header, self._time_size = b"", 0
@@ -141,6 +143,7 @@ class TarStream:
         Raises:
             tarfile.ReadError: When it is cut, or larger than ``max_member_bytes``.
         """
+        self._reader.limit = max(self._max_member_bytes, _MAX_HEADER_BYTES)
         if entry.sparse is not None:
             assert self._archive is not None
             data = self._archive.extractfile(entry.sparse).read(entry.size)  # type: ignore[union-attr]  # it is regular
@@ -150,6 +153,7 @@ class TarStream:
             self._reader.seek(entry.data)
             data = self._reader.read(size)
             self._reader.let_go()
+        self._reader.limit = _MAX_HEADER_BYTES
         if len(data) < size:
             raise tarfile.ReadError(f"{entry.name!r} is cut")
         return data[:max_bytes]
@@ -228,8 +232,8 @@ class _ForwardReader:
     Keeps what was read since the last seek, so that headers can be read once more.
     """
 
-    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
-        self._stream, self._limit = stream, limit
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream, self.limit = stream, _MAX_HEADER_BYTES
         # A part of the stream, its position in the stream, and positions within it.
         self.window, self._base, self._held, self.at = b"", 0, 0, 0
         self.at_end_mark = self.was_short = False
@@ -260,7 +264,7 @@ class _ForwardReader:
         return self.window, start - self._base
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= self._limit - (self.at - self._held):
+        if not 0 <= size <= self.limit - (self.at - self._held):
             raise tarfile.ReadError(f"a header declares {size} bytes")
         self.have(size)
         data = self.window[self.at : self.at + size]

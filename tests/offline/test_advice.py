@@ -52,6 +52,26 @@ def test_two_images_and_no_text_ask_for_a_caption_too(command, clip_folder, tmp_
     assert "--image 0.jpg --caption EXTENSION" in said
 
 
+def test_images_and_captions_in_folders_of_their_own_are_told_to_have_the_same_name(command, clip_folder, tmp_path):
+    members = [(f"{folder}/{key}.{ext}", b"") for folder, ext in (("a", "jpg"), ("b", "txt")) for key in range(3)]
+    _, said = rewrite(command, clip_folder, write_tar(tmp_path / "0.tar", members), tmp_path / "out")
+    assert "6 of 6 samples lack an image or a caption. Their members' extensions are jpg (3), txt (3). " in said
+    assert "An image and its caption have the same name, folders included, up to the first dot" in said
+
+
+def test_keys_with_dots_are_told_to_have_none(command, clip_folder, tmp_path):
+    members = [(f"a.{key:04d}.{ext}", b"") for key in range(20) for ext in ("jpg", "txt")]
+    _, said = rewrite(command, clip_folder, write_tar(tmp_path / "0.tar", members), tmp_path / "out")
+    assert "0000.jpg (1), 0000.txt (1), 0001.jpg (1), " in said
+    assert "and 22 others. A key ends at a name's first dot: replace the dots in the keys" in said
+
+
+def test_images_without_an_extension_are_told_of(command, clip_folder, tmp_path):
+    members = [(f"{key}{ext}", b"") for key in range(3) for ext in ("", ".txt")]
+    _, said = rewrite(command, clip_folder, write_tar(tmp_path / "0.tar", members), tmp_path / "out")
+    assert "lack an image. Their members' extensions are none (3), txt (3). Name the right ones: --image EXT" in said
+
+
 def test_one_shard_that_is_named_differently_is_told_of_and_again_when_the_run_is_resumed(
     command, clip_folder, tmp_path
 ):
@@ -94,6 +114,19 @@ def test_hard_links_as_tar_writes_them_are_named(command, clip_folder, tmp_path)
     _, said = rewrite(command, clip_folder, tmp_path / "1.tar", tmp_path / "cured")
     assert re.search(r"^kept +3\b", said, re.MULTILINE)
     assert "links" not in said
+
+
+def test_where_all_images_are_links_no_option_is_named(command, clip_folder, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    (tmp_path / "image").write_bytes(IMAGE)
+    for key in range(2):
+        (files / f"{key}.txt").write_bytes(TEXT)
+        (files / f"{key}.jpg").symlink_to("../image")
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "0.tar", "-C", files, "."], check=True)
+    _, said = rewrite(command, clip_folder, tmp_path / "0.tar", tmp_path / "out")
+    assert "2 of 2 samples lack an image. Their members' extensions are txt (2). The others are links\n" in said
+    assert "links are passed over: jpg (2)" in said
 
 
 def test_names_from_a_tar_are_harmless_on_a_terminal(command, clip_folder, tmp_path):

@@ -17,7 +17,7 @@ def members_of(data: bytes, **options: object) -> dict[str, int]:
 def test_a_shard_tells_how_often_each_extension_came_whoever_reads_it(wanted):
     members = [(f"a/{key}.{extension}", b"x") for key in range(3) for extension in ("input.JPG", "0.txt")]
     data = tar_bytes([*members, ("a/3.input.jpg", b""), ("no_extension", b""), (".hidden", b"")])
-    assert members_of(data, wanted=lambda index: wanted) == {"input.jpg": 4, "0.txt": 3}
+    assert members_of(data, wanted=lambda index: wanted) == {"input.jpg": 4, "0.txt": 3, "": 1}
 
 
 @pytest.mark.parametrize("wanted", [True, False])
