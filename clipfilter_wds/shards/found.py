@@ -1,7 +1,6 @@
 """Counts what the members of a shard are called, to say so where samples lack an image or a caption."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,29 +25,23 @@ class FoundMembers:
     """
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        #: Extensions of json members that were looked into.
-        self.opened: set[str] = set()
+        #: Name -> how many.
+        self.counts: dict[str, int] = {}
 
     def add(self, name: str) -> None:
         """Count a member."""
-        if name not in self._counts:
+        if name not in self.counts:
             name = name[:_MAX_NAME_CHARS]
-            if name not in self._counts and len(self._counts) >= _MAX_NAMES:
+            if name not in self.counts and len(self.counts) >= _MAX_NAMES:
                 return
-        self._counts[name] += 1
+            self.counts.setdefault(name, 0)
+        self.counts[name] += 1
 
     def add_fields(self, extension: str, data: bytes) -> None:
-        """Note what fields the first json member with this extension has."""
-        self.opened.add(extension)
+        """Note what fields a json member with this extension has."""
         if len(data) <= _MAX_JSON_BYTES:
             for field in _text_fields(data):
                 self.add(f"{extension}:{field}")
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Name -> how many."""
-        return dict(self._counts)
 
 
 def _text_fields(data: bytes) -> Iterator[str]:

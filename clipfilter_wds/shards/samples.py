@@ -174,8 +174,11 @@ class _Groups:
 
     def __init__(self, layout: SampleLayout, wanted: Callable[[int], bool], pair_only: bool, to_copy: bool) -> None:
         self._layout, self._wanted, self._pair_only, self._to_copy = layout, wanted, pair_only, to_copy
-        self._caption_extensions, self._text_extensions = layout.caption_extensions, layout.text_extensions
-        self._with_fields = {"json", *(extension for extension, field in layout.caption_sources if field is not None)}
+        self._caption_extensions = layout.caption_extensions
+        # Of text members, how much is read; and the json members of which the first is looked into, whoever wants it.
+        self._max_bytes = dict.fromkeys(layout.text_extensions if pair_only else (), layout.max_text_bytes + 1)
+        self._to_open = {extension for extension, field in layout.caption_sources if field is not None} | {"json"}
+        self._to_open &= self._max_bytes.keys()
         self._image_ranks = {extension: rank for rank, extension in enumerate(layout.image_extensions)}
         self._whole_by_key: dict[str, bool] = {}
         self._key: str | None = None
@@ -184,6 +187,7 @@ class _Groups:
         self._stored: list[StoredMember] = []
         self._problem: DropReason | None = None
         self._is_wanted = False
+        self._best_rank = 0
         self.found = FoundMembers()
         self.num_samples = 0
 
@@ -200,7 +204,7 @@ class _Groups:
             return None
         done = self._close()
         self._key, self._extensions, self._problem = key, {extension}, None
-        self._members, self._stored = [], []
+        self._members, self._stored, self._best_rank = [], [], len(self._image_ranks)
         self._is_wanted = self._wanted(self.num_samples)
         self.num_samples += 1
         return done
@@ -221,28 +225,26 @@ class _Groups:
         elif self._is_wanted and (not self._pair_only or self._makes_pair(extension)):
             data = self._read(tar, entry, extension)
             self._members.append(Member(name=entry.name, extension=extension, data=data))
-        elif entry.sparse is not None or self._is_to_be_opened(extension):
+        elif entry.sparse is not None or extension in self._to_open:
             self._read(tar, entry, extension)
 
     def _read(self, tar: TarStream, entry: TarEntry, extension: str) -> bytes:
-        is_text = self._pair_only and extension in self._text_extensions
-        data = tar.read(entry, self._layout.max_text_bytes + 1 if is_text else None)
-        if self._is_to_be_opened(extension):
+        data = tar.read(entry, self._max_bytes.get(extension))
+        if extension in self._to_open:
+            self._to_open.remove(extension)
             self.found.add_fields(extension, data)
         return data
 
-    def _is_to_be_opened(self, extension: str) -> bool:
-        """Whether this is the first json of the shard, whose fields are noted whoever wants it."""
-        return extension in self._with_fields and self._pair_only and extension not in self.found.opened
-
     def _makes_pair(self, extension: str) -> bool:
         """Whether a member is needed to score the sample, or to know it by its uid. Worse images are let go."""
-        if extension in self._text_extensions:
+        if extension in self._max_bytes:
             return True
-        rank = self._image_ranks.get(extension)
-        if rank is None or any(self._image_ranks.get(member.extension, rank) < rank for member in self._members):
+        rank = self._image_ranks.get(extension, self._best_rank)
+        if rank >= self._best_rank:
             return False
-        self._members = [member for member in self._members if member.extension not in self._image_ranks]
+        if self._best_rank < len(self._image_ranks):
+            self._members = [member for member in self._members if member.extension in self._max_bytes]
+        self._best_rank = rank
         return True
 
     def finish(self, torn: bool) -> Sample | None:

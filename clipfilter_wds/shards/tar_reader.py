@@ -143,17 +143,19 @@ class TarStream:
         Raises:
             tarfile.ReadError: When it is cut, or larger than ``max_member_bytes``.
         """
-        self._reader.limit = max(self._max_member_bytes, _MAX_HEADER_BYTES)
-        if entry.sparse is not None:
-            assert self._archive is not None
-            data = self._archive.extractfile(entry.sparse).read(entry.size)  # type: ignore[union-attr]  # it is regular
-            size = entry.size
-        else:
-            size = entry.size if max_bytes is None else min(entry.size, max_bytes)
+        size = entry.size if max_bytes is None or entry.sparse is not None else min(entry.size, max_bytes)
+        is_large = size > _READ_BYTES
+        if is_large:
+            self._reader.limit = max(self._max_member_bytes, _MAX_HEADER_BYTES)
+        if entry.sparse is None:
             self._reader.seek(entry.data)
             data = self._reader.read(size)
+        else:
+            assert self._archive is not None
+            data = self._archive.extractfile(entry.sparse).read(size)  # type: ignore[union-attr]  # it is regular
+        if is_large:
+            self._reader.limit = _MAX_HEADER_BYTES
             self._reader.let_go()
-        self._reader.limit = _MAX_HEADER_BYTES
         if len(data) < size:
             raise tarfile.ReadError(f"{entry.name!r} is cut")
         return data[:max_bytes]
@@ -295,9 +297,8 @@ class _ForwardReader:
         self.window = b"".join(pieces)
 
     def let_go(self) -> None:
-        """Keep nothing of what was read, if that is much."""
-        if self.at > _READ_BYTES:
-            self._forget(self.at)
+        """Keep nothing of what was read."""
+        self._forget(self.at)
 
     def _forget(self, num_bytes: int) -> None:
         self._base += num_bytes
