@@ -54,12 +54,12 @@ def _lacking(stats: ShardStats, layout: SampleLayout) -> str:
         cure = f"Name the right ones: {' '.join(lacking.values())}"
     else:
         cure = "An image and its caption have the same name, folders included, up to the first dot"
-    return (
-        f"{stats.num_lacking:,} of {num_samples:,} samples lack {' and '.join(lacking) or 'an image or a caption'}. "
-        f"Their members' extensions are {_listed(extensions)}"
-        + (f"; fields {', '.join(fields[:_MAX_NAMED])}" if fields else "")
-        + f". {cure}"
-    )
+    found = "Their score tables don't tell the names of members: score them again"
+    if members:
+        found = f"Their members' extensions are {_listed(extensions)}"
+        found += f"; fields {', '.join(fields[:_MAX_NAMED])}" if fields else ""
+    lack = " and ".join(lacking) or "an image or a caption"
+    return f"{stats.num_lacking:,} of {num_samples:,} samples lack {lack}. {found}. {cure}"
 
 
 def _is_there(names: Iterable[str], members: Mapping[str, int], num_samples: int) -> bool:
@@ -112,4 +112,4 @@ def _listed(counts: Mapping[str, int]) -> str:
     """Names with their counts, the most frequent first."""
     by_count = sorted(counts.items(), key=lambda item: -item[1])
     more = [f"and {len(by_count) - _MAX_NAMED} others"] if len(by_count) > _MAX_NAMED else []
-    return ", ".join([*(f"{name or 'none'} ({count:,})" for name, count in by_count[:_MAX_NAMED]), *more]) or "nothing"
+    return ", ".join([*(f"{name or 'none'} ({count:,})" for name, count in by_count[:_MAX_NAMED]), *more])

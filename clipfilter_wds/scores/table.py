@@ -54,8 +54,8 @@ class ScoreMetadata:
             their scores lay within the band of the run's threshold.
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
-        members: What the shard's members are called, and how many are, where most samples lack an image or a caption;
-            and what links are called, where any does. See ``shards/found.py``.
+        members: What the shard's members are called, and how many are, where most samples lack an image or a caption,
+            or there is none; and what links are called, where any lacks one. See ``shards/found.py``.
     """
 
     version: int = _FORMAT_VERSION
@@ -187,8 +187,9 @@ class ShardScores:
 def _telling(members: Mapping[str, int], rows: Sequence[SampleRow]) -> dict[str, int]:
     """Of what a shard's members are called, what tells why samples lack an image or a caption."""
     num_lacking = sum(row.reason in (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION) for row in rows)
-    lack_most = 2 * num_lacking > len(rows)
-    return {name: count for name, count in members.items() if lack_most or (num_lacking and name.startswith(LINK))}
+    if 2 * num_lacking > len(rows) or not rows:
+        return dict(members)
+    return {name: count for name, count in members.items() if num_lacking and name.startswith(LINK)}
 
 
 def no_rows() -> pa.Table:

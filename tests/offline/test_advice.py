@@ -3,12 +3,21 @@
 import json
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 
+from clipfilter_wds.offline.advice import advice
+from clipfilter_wds.offline.config import ScoreConfig
+from clipfilter_wds.offline.tally import ShardStats, Tally
+from clipfilter_wds.preprocess.members import first_image, read_captions
+from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
+from clipfilter_wds.types import DropReason, FilterStats, Sample, UnusableError
 from tests.support.outputs import rewrite
-from tests.support.toys import encoded, pair, photo, write_shard, write_tar
+from tests.support.toys import encoded, pair, photo, read_shard, tar_bytes, write_shard, write_tar
 
 IMAGE, TEXT = encoded(photo(1)), b"a photo"
 JSON = json.dumps({"url": "x", "meta": {"caption": "a photo"}}).encode()
@@ -50,6 +59,55 @@ def test_two_images_and_no_text_ask_for_a_caption_too(command, clip_folder, tmp_
     _, said = rewrite(command, clip_folder, shard, tmp_path / "out")
     assert "lack an image and a caption. Their members' extensions are 0.jpg (3), 1.jpg (3)." in said
     assert "--image 0.jpg --caption EXTENSION" in said
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> ScoreConfig:
+    folder = tmp_path_factory.mktemp("config")
+    return ScoreConfig(shards=write_tar(folder / "in" / "0.tar", []), output=folder / "out")
+
+
+words = st.text("abcxyz01_-", min_size=1, max_size=6)
+
+
+@st.composite
+def namings(draw) -> tuple[str, str | None, dict]:
+    """The extensions of an image and a caption, or a field for it in a json, and its record."""
+    image = draw(st.lists(words, max_size=2).map(lambda parts: [*parts, draw(st.sampled_from(IMAGE_EXTENSIONS))]))
+    if draw(st.booleans()):
+        text = draw(st.lists(words, max_size=2).map(lambda parts: [*parts, "txt"]))
+        return ".".join(image), ".".join(text), {}
+    record: object = "a photo"
+    for name in reversed([*draw(st.lists(words, max_size=2)), draw(st.sampled_from(["caption", "text"]))]):
+        record = {name: record}
+    return ".".join(image), None, record
+
+
+@settings(max_examples=100)
+@given(namings())
+def test_for_any_names_the_options_that_are_named_find_image_and_caption(config, naming):
+    image, text, record = naming
+    members = {image: b"image", **({text: b"a photo"} if text else {"json": json.dumps(record).encode()})}
+    data = tar_bytes([(f"{key}.{ext}", content) for key in range(3) for ext, content in members.items()])
+    samples, end = read_shard(data, config.layout, pair_only=True)
+    reasons = Counter(filter(None, (lacks(sample, config.layout) for sample in samples)))
+    stats = ShardStats(counts=FilterStats(seen=3, kept=3 - reasons.total(), dropped=reasons), members=end.members)
+    tally = Tally(num_shards=1)
+    tally.add(stats)
+    options = dict(re.findall(r"--(image|caption) (\S+)", next(advice(tally, config), "")))
+    assert bool(options) == bool(reasons)
+    layout = SampleLayout(**options)
+    assert not any(lacks(sample, layout) for sample in read_shard(data, layout, pair_only=True)[0])
+
+
+def lacks(sample: Sample, layout: SampleLayout) -> DropReason | None:
+    members = {member.extension: member.data for member in sample.members}
+    try:
+        first_image(members, layout)
+        read_captions(members, layout)
+    except UnusableError as unusable:
+        return unusable.reason
+    return None
 
 
 def test_images_and_captions_in_folders_of_their_own_are_told_to_have_the_same_name(command, clip_folder, tmp_path):
@@ -128,12 +186,24 @@ def test_where_all_images_are_links_no_option_is_named(command, clip_folder, tmp
     assert "2 of 2 samples lack an image. Their members' extensions are txt (2). The others are links\n" in said
     assert "links are passed over: jpg (2)" in said
 
+    subprocess.run(["tar", "-cf", tmp_path / "1.tar", "-C", files, "0.jpg", "1.jpg"], check=True)
+    _, said = rewrite(command, clip_folder, tmp_path / "1.tar", tmp_path / "none")
+    assert "links are passed over: jpg (2)" in said
+    assert "the shards hold no sample" in said
+
 
 def test_names_from_a_tar_are_harmless_on_a_terminal(command, clip_folder, tmp_path):
     shard = write_samples(tmp_path / "0.tar", {"\x1b[2Jx.jpg": IMAGE, "[red]y": TEXT})
     _, said = rewrite(command, clip_folder, shard, tmp_path / "out")
     assert "\x1b" not in said
     assert r"\x1b[2jx.jpg (3), [red]y (3)" in said
+
+
+def test_tables_that_do_not_tell_the_names_of_members_are_told_of(config):
+    tally = Tally(num_shards=1)
+    tally.add(ShardStats(counts=FilterStats(seen=2, dropped={DropReason.MISSING_IMAGE: 2})))
+    line, _ = advice(tally, config)
+    assert "2 of 2 samples lack an image and a caption. Their score tables don't tell the names of members" in line
 
 
 # --- nothing kept ---

@@ -185,6 +185,7 @@ def test_a_damaged_table_is_refused_or_read_and_never_another_exception(tmp_path
         (["unreadable_image", "blank_caption"], {}),
         ([None, "missing_image", "missing_caption"], {"input.jpg": 3, "link:jpg": 1}),
         (["missing_image"], {"input.jpg": 3, "link:jpg": 1}),
+        ([], {"input.jpg": 3, "link:jpg": 1}),
     ],
 )
 def test_what_members_are_called_is_told_where_most_samples_lack_one_and_of_links_where_any_does(
