@@ -25,8 +25,8 @@ class ShardStats:
         in_band: Samples whose score was made before, for no threshold or another one, and lies within the band of this
             one: float32 might decide some of them otherwise.
         renamed_keys: Samples whose key got a suffix, since it came before in the output.
-        members: What the members are called of shards where samples lack an image or a caption, as their score tables
-            tell it; see ``ScoreMetadata``.
+        members: What the members are called, and how many are, of shards where most samples lack an image or a caption,
+            or there is none; and what links are called, where any lacks one. See ``shards/found.py``.
     """
 
     counts: FilterStats = field(default_factory=FilterStats)

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
-from clipfilter_wds.shards.found import LINK
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import NO_REASON, DropReason, SampleRow, ShardError
@@ -54,8 +53,7 @@ class ScoreMetadata:
             their scores lay within the band of the run's threshold.
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
-        members: What the shard's members are called, and how many are, where most samples lack an image or a caption,
-            or there is none; and what links are called, where any lacks one. See ``shards/found.py``.
+        members: What the shard's members are called, and how many are; see ``shards/found.py``.
     """
 
     version: int = _FORMAT_VERSION
@@ -112,7 +110,7 @@ class ShardScores:
             rows: Of all samples.
             scores: Of the rows without a reason, in the same order: raw cosines, float32 ``[N]``. One that is NaN or
                 infinite is none: its sample gets the reason ``not_finite``.
-            metadata: What the table says of itself; of the members of a shard, only what tells why samples lack one.
+            metadata: What the table says of itself.
 
         Raises:
             ValueError: When there are more or fewer scores than rows without a reason.
@@ -123,7 +121,6 @@ class ShardScores:
             [computed[name] if name in computed else [getattr(row, name) for row in rows] for name in _SCHEMA.names],
             schema=_SCHEMA,
         )
-        metadata = replace(metadata, members=_telling(metadata.members, rows))
         return cls(table=table.sort_by("index").combine_chunks(), metadata=metadata)
 
     def write(self, file: BinaryIO) -> None:
@@ -182,14 +179,6 @@ class ShardScores:
         """Per reason, how many samples could not be scored."""
         counts = Counter(self.table["reason"].drop_null().to_pylist())
         return {reason: counts[reason] for reason in DropReason if counts[reason]}
-
-
-def _telling(members: Mapping[str, int], rows: Sequence[SampleRow]) -> dict[str, int]:
-    """Of what a shard's members are called, what tells why samples lack an image or a caption."""
-    num_lacking = sum(row.reason in (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION) for row in rows)
-    if 2 * num_lacking > len(rows) or not rows:
-        return dict(members)
-    return {name: count for name, count in members.items() if num_lacking and name.startswith(LINK)}
 
 
 def no_rows() -> pa.Table:

@@ -2,10 +2,13 @@ import json
 from collections import Counter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
+from clipfilter_wds.offline.copying import shard_stats
 from clipfilter_wds.offline.tally import ShardStats, Tally
-from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.types import DropReason, FilterStats, SampleRow
+from tests.support.score_tables import shard_scores
 
 numbers = st.integers(0, 1000)
 
@@ -57,3 +60,20 @@ def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
     summary += ["truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
     summary += ["scored", "samples_per_second", "seconds", "version"]
     assert list(Tally(num_shards=0).summary()) == summary
+
+
+@pytest.mark.parametrize(
+    ("reasons", "kept"),
+    [
+        ([None, None], {}),
+        ([None, "missing_image"], {"link:jpg": 1}),
+        (["unreadable_image", "blank_caption"], {}),
+        ([None, "missing_image", "missing_caption"], {"input.jpg": 3, "link:jpg": 1}),
+        (["missing_image"], {"input.jpg": 3, "link:jpg": 1}),
+        ([], {"input.jpg": 3, "link:jpg": 1}),
+    ],
+)
+def test_stats_tell_what_members_are_called_where_most_samples_lack_one_and_of_links_where_any_does(reasons, kept):
+    rows = [SampleRow(str(index), index, reason and DropReason(reason)) for index, reason in enumerate(reasons)]
+    scores = shard_scores(rows, members={"input.jpg": 3, "link:jpg": 1})
+    assert shard_stats(FilterStats(), scores).members == kept
