@@ -25,7 +25,7 @@ def all_stats(draw) -> ShardStats:
         rechecked=draw(numbers),
         in_band=draw(numbers),
         renamed_keys=draw(numbers),
-        members=draw(st.dictionaries(st.text(max_size=5), st.integers(1, 1000), max_size=5)),
+        members=draw(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 1000))),
     )
 
 
@@ -60,6 +60,13 @@ def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
     summary += ["truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
     summary += ["scored", "samples_per_second", "seconds", "version"]
     assert list(Tally(num_shards=0).summary()) == summary
+
+
+def test_of_very_many_names_of_members_the_most_frequent_are_kept():
+    shards = [ShardStats(members={f"{number}.jpg": 1, "jpg": 2}) for number in range(100)]
+    members = sum(shards, ShardStats()).members
+    assert len(members) == 64
+    assert members["jpg"] == 200
 
 
 @pytest.mark.parametrize(
