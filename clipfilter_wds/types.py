@@ -21,6 +21,7 @@ class DropReason(StrEnum):
     DECODER_CRASH = "decoder_crash"
     NOT_IN_SUBSET = "not_in_subset"
     SEVERAL_IMAGES = "several_images"
+    TEXT_TOO_LARGE = "text_too_large"
 
 
 #: What stands for a reason in an int8 array, and for none.
@@ -89,11 +90,13 @@ class ShardEnd:
         num_samples: How many samples the shard holds, unusable ones included.
         torn: Whether the archive is damaged or cut: no end-of-archive mark follows its members.
         num_bytes: Size of the shard as stored (compressed, if it is), -1 when the storage doesn't tell.
+        members: What its members are called, and how many are; see ``shards/found.py``.
     """
 
     num_samples: int
     torn: bool
     num_bytes: int
+    members: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,7 @@ def test_reasons_are_the_documented_words_and_json_ready():
         "torn",
         "not_in_subset",
         "not_finite",
+        "text_too_large",
     }
     assert documented <= set(json.loads(json.dumps(list(DropReason))))
 

@@ -27,8 +27,11 @@ class ScoreConfig(WorkerConfig):
         shards: A path, a glob or a brace range, or several of these: separated by commas or ``::``, as a list, or as
             ``@file.txt`` with one per line; local or on any fsspec storage.
         output: Folder to write to. A run that was stopped resumes when it is started again.
-        caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``). Several of
-            these, separated by commas, are several captions of an image.
+        caption: Extension of the member that holds the caption (``txt``), or a field of the json member
+            (``json:caption``, ``json:meta.caption``). Several of these, separated by commas, are several captions of an
+            image.
+        image: Extension of the member that holds the image (``input.jpg``); of several, separated by commas, the first
+            that a sample has. By default jpg, jpeg, png, webp, bmp, gif, tif, tiff, ppm, jp2, avif, jfif.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
 
@@ -39,11 +42,12 @@ class ScoreConfig(WorkerConfig):
     shards: str | Path | Sequence[str | Path]
     output: str | Path
     caption: str = "txt"
+    image: str | None = None
     skip_missing_shards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        SampleLayout(caption=self.caption)
+        _ = self.layout  # checks itself
         _check_apart(self.names, self.folder)
         check_writable(self.folder)
 
@@ -91,7 +95,7 @@ class ScoreConfig(WorkerConfig):
     @property
     def layout(self) -> SampleLayout:
         """Where image and caption are."""
-        return SampleLayout(caption=self.caption)
+        return SampleLayout(caption=self.caption, image=self.image)
 
     @property
     def settings(self) -> dict[str, Any]:

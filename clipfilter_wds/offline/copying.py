@@ -15,11 +15,12 @@ from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cutoff
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.table import ShardScores, read_scores
+from clipfilter_wds.shards.found import LINK
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.open import open_shard, shard_num_bytes
 from clipfilter_wds.shards.samples import SampleLayout, read_samples, with_suffix
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import FilterStats, Sample, ShardEnd, ShardError, StoredMember
+from clipfilter_wds.types import DropReason, FilterStats, Sample, ShardEnd, ShardError, StoredMember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class CopyOptions:
         """What a run copies, from scores that depend on what the fingerprint says."""
         return cls(
             choice=config.choice,
-            layout=config.layout,
+            layout=SampleLayout.from_fingerprint(fingerprint),
             fingerprint=fingerprint,
             samples_per_shard=config.samples_per_shard,
         )
@@ -133,7 +134,17 @@ def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> S
         band=scores.metadata.band,
         rechecked=scores.metadata.rechecked,
         in_band=in_band,
+        members=_telling(scores),
     )
+
+
+def _telling(scores: ShardScores) -> dict[str, int]:
+    """Of what a shard's members are called, what tells why samples lack an image or a caption, or there are none."""
+    members, dropped = scores.metadata.members, scores.dropped
+    num_lacking = dropped.get(DropReason.MISSING_IMAGE, 0) + dropped.get(DropReason.MISSING_CAPTION, 0)
+    if 2 * num_lacking > scores.table.num_rows or not scores.table.num_rows:
+        return dict(members)
+    return {name: count for name, count in members.items() if num_lacking and name.startswith(LINK)}
 
 
 def read_kept(

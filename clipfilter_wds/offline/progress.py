@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary, show_progress
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.advice import advice
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine
@@ -48,7 +49,7 @@ def run_with_progress(
             _rows(tally, kept_as),
             seconds=tally.seconds,
             samples_per_second=tally.samples_per_second,
-            notes=_notes(tally),
+            notes=[*_notes(tally), *map(plain, advice(tally, config))],
         )
     return tally
 

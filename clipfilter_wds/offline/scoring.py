@@ -284,6 +284,7 @@ class _PendingShard:
             band=band,
             rechecked=sum(batch.num_rechecked for batch in self.scores),
             rechecked_at=rechecked_at,
+            members=end.members,
         )
         scores = np.concatenate([batch.scores for batch in self.scores])
         return ShardScores.from_rows(rows, scores, metadata)

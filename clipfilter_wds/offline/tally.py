@@ -1,6 +1,7 @@
 """Counts what became of the samples of a shard, and of a run."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -25,6 +26,8 @@ class ShardStats:
         in_band: Samples whose score was made before, for no threshold or another one, and lies within the band of this
             one: float32 might decide some of them otherwise.
         renamed_keys: Samples whose key got a suffix, since it came before in the output.
+        members: What the members are called, and how many are, of shards where most samples lack an image or a caption,
+            or there is none; and what links are called, where any lacks one. See ``shards/found.py``.
     """
 
     counts: FilterStats = field(default_factory=FilterStats)
@@ -34,27 +37,48 @@ class ShardStats:
     rechecked: int = 0
     in_band: int = 0
     renamed_keys: int = 0
+    members: Mapping[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("counts", *_COUNTERS)}
-        return ShardStats(**{**sums, "band": max(self.band, other.band)})
+        members = Counter(self.members) + Counter(other.members) if other.members else self.members
+        if len(members) > _MAX_NAMES:
+            members = dict(Counter(members).most_common(_MAX_NAMES))
+        return ShardStats(**{**sums, "band": max(self.band, other.band)}, members=members)
 
     def to_record(self) -> dict[str, Any]:
         """As commit marks and summaries name it. JSON-ready."""
         counts = self.counts
         counted = {"seen": counts.seen, "kept": counts.kept, "dropped": dict(counts.dropped)}
-        return {**counted, **{name: getattr(self, name) for name in _COUNTERS}}
+        members = {"members": dict(self.members)} if self.members else {}
+        return {**counted, **{name: getattr(self, name) for name in _COUNTERS}, **members}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """What :meth:`to_record` made, also as a part of more."""
         dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
         counts = FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped)
-        return cls(counts=counts, **{name: record[name] for name in _COUNTERS})
+        return cls(counts=counts, **{name: record[name] for name in _COUNTERS}, members=record.get("members", {}))
+
+    @property
+    def num_lacking(self) -> int:
+        """How many samples lack an image or a caption."""
+        return sum(self.counts.dropped.get(reason, 0) for reason in _LACKING)
+
+    @property
+    def is_lacking(self) -> bool:
+        """Whether nearly all samples lack one: over nine of ten whose members were looked at."""
+        num_unread = sum(self.counts.dropped.get(reason, 0) for reason in _UNREAD)
+        return self.num_lacking > 0.9 * (self.counts.seen - num_unread)
 
 
 #: Entries of a record that are named as the attributes are.
-_COUNTERS = [field.name for field in fields(ShardStats) if field.name != "counts"]
+_COUNTERS = [field.name for field in fields(ShardStats) if field.name not in ("counts", "members")]
+#: Why a sample lacks an image or a caption, and why nobody knows whether it does.
+_LACKING = (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION)
+_UNREAD = (DropReason.TORN, DropReason.MEMBER_TOO_LARGE, DropReason.NOT_IN_SUBSET, DropReason.DECODER_CRASH)
+#: Of so many names, the most frequent are kept.
+_MAX_NAMES = 64
 
 
 class Phase(StrEnum):
@@ -77,6 +101,8 @@ class Tally:
         num_scored: Samples that this run has read and scored, those of unfinished shards included.
         num_copied: Samples of the shards that this run has copied from without scoring them, dropped ones included.
         stats: Of the shards that are done.
+        lacking: Of those among them in which nearly all samples lack an image or a caption.
+        num_lacking_shards: How many these are.
         failed: Per shard that could not be used, why.
         missing: Shards that are named and not there, and left out.
         cut: Where the scores that are kept end, when a fraction of them is.
@@ -90,6 +116,8 @@ class Tally:
     num_scored: int = 0
     num_copied: int = 0
     stats: ShardStats = field(default_factory=ShardStats)
+    lacking: ShardStats = field(default_factory=ShardStats)
+    num_lacking_shards: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     cut: Cut | None = None
@@ -114,6 +142,9 @@ class Tally:
         """Count a shard as done."""
         self.done += 1
         self.stats += stats
+        if stats.is_lacking:
+            self.lacking += stats
+            self.num_lacking_shards += 1
 
     def fail(self, url: str, why: str) -> None:
         """Count a shard as failed."""

@@ -8,7 +8,7 @@ import torch
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.preprocess.members import decode_members, decode_pair, decode_sample
-from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens
+from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens, bounded
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.types import Sample, UnusableError
 
@@ -68,7 +68,7 @@ class ClipPreprocess:
 
         Args:
             sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
-            layout: Where the caption is.
+            layout: Where image and caption are.
         """
         reason = ""
         try:
@@ -99,7 +99,8 @@ class ClipPreprocess:
 
     def prepare(self, rgb: RgbImage, captions: list[str], out: torch.Tensor | None = None) -> OpenPair:
         """Prepare the view of a decoded image, in ``out`` if that is given."""
-        return OpenPair(self.view(rgb, out), captions, rgb.width, rgb.height)
+        # A batch of captions waits to be tokenized, so no more is held of them than that takes.
+        return OpenPair(self.view(rgb, out), list(map(bounded, captions)), rgb.width, rgb.height)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
         """A few pairs that were opened one by one -> what ``ClipScorer`` scores: uint8 ``[N, 3, H, W]``, and tokens."""

@@ -2,17 +2,21 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
-from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
+from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.storage.text import decode_text
 from clipfilter_wds.types import DropReason, Sample, UnusableError
 
 _UID = re.compile(r"[0-9a-fA-F]{32}")
+_MAX_UID_BYTES = SampleLayout().max_text_bytes
+
+#: An image has no more captions than this.
+MAX_CAPTIONS = 1000
 
 
 def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
@@ -28,7 +32,7 @@ def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tupl
 
 def decode_members(members: Mapping[str, Any], layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
     """Image and captions of a sample whose members are given by extension; raises as :func:`decode_sample`."""
-    return decode_pair(first_image(members), read_captions(members, layout), view)
+    return decode_pair(first_image(members, layout), read_captions(members, layout), view)
 
 
 def decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[RgbImage, list[str]]:
@@ -39,13 +43,13 @@ def decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView
     return RgbImage.of(image) if isinstance(image, Image.Image) else view.decode(image), captions
 
 
-def first_image(data: Mapping[str, Any]) -> Any:
+def first_image(data: Mapping[str, Any], layout: SampleLayout) -> Any:
     """The image among a sample's members, encoded or decoded.
 
     Raises:
         UnusableError: ``missing_image``.
     """
-    image = next((data[extension] for extension in IMAGE_EXTENSIONS if extension in data), None)
+    image = next((data[extension] for extension in layout.image_extensions if extension in data), None)
     if image is None:
         raise UnusableError(DropReason.MISSING_IMAGE)
     return image
@@ -54,28 +58,41 @@ def first_image(data: Mapping[str, Any]) -> Any:
 def read_captions(data: Mapping[str, Any], layout: SampleLayout) -> list[str]:
     """The captions among a sample's members, encoded or decoded; bytes that are not UTF-8 are replaced.
 
+    Of a text of more than the layout's ``max_text_bytes``, only the beginning is read.
+
     Raises:
-        UnusableError: ``missing_caption`` when there is none.
+        UnusableError: ``missing_caption`` when there is none, ``text_too_large`` when the json that it is in has more
+            than ``max_text_bytes``, or there are more captions than an image may have.
     """
-    captions = [caption for source in layout.caption_sources for caption in _captions_of(data, *source)]
+    captions = [caption for source in layout.caption_sources for caption in _captions_of(data, layout, *source)]
     if not captions:
         raise UnusableError(DropReason.MISSING_CAPTION)
+    if len(captions) > MAX_CAPTIONS:
+        raise UnusableError(DropReason.TEXT_TOO_LARGE)
     return captions
 
 
-def _captions_of(data: Mapping[str, Any], extension: str, field: str | None) -> list[str]:
-    caption = data.get(extension)
+def _captions_of(data: Mapping[str, Any], layout: SampleLayout, extension: str, field: str | None) -> list[str]:
+    caption, max_bytes = data.get(extension), layout.max_text_bytes
     if isinstance(caption, bytes):
-        caption = decode_text(caption, errors="replace")
+        if field is not None and len(caption) > max_bytes:
+            raise UnusableError(DropReason.TEXT_TOO_LARGE)
+        caption = decode_text(caption[:max_bytes], errors="replace")
     if field is not None:
         return _json_texts(caption, field)
     return [caption] if isinstance(caption, str) else []
 
 
 def read_uid(sample: Sample) -> bytes | None:
-    """The 16 bytes of a sample's ``uid``, 32 hexadecimal digits in its json member; None where there is none."""
+    """The 16 bytes of a sample's ``uid``, 32 hexadecimal digits in its json member; None where there is none.
+
+    A large json is not looked into, and one that doesn't have the word is not parsed.
+    """
     data = next((member.data for member in sample.members if member.extension == "json"), None)
-    uids = [] if data is None else _json_texts(decode_text(data, errors="replace"), "uid")
+    if data is None or len(data) > _MAX_UID_BYTES:
+        return None
+    text = decode_text(data, errors="replace")
+    uids = _json_texts(text, "uid") if '"uid"' in text else []
     return bytes.fromhex(uids[0]) if len(uids) == 1 and _UID.fullmatch(uids[0]) else None
 
 
@@ -86,7 +103,24 @@ def _json_texts(record: Any, field: str) -> list[str]:
             record = json.loads(record)
         except (ValueError, RecursionError):
             return []
-    value = record.get(field) if isinstance(record, dict) else None
-    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    values = _values_of(record, field.split("."))
     # JSON can hold half a surrogate pair, which no tokenizer takes.
-    return [text.encode("utf-8", errors="replace").decode() for text in texts]
+    return [text.encode("utf-8", errors="replace").decode() for text in values if isinstance(text, str)]
+
+
+def _values_of(value: Any, names: Sequence[str]) -> Iterator[Any]:
+    """What a field holds, or of a list each entry; names after the first are those of fields in the one before.
+
+    A field whose own name has the dots comes before one in another.
+    """
+    if isinstance(value, list):
+        for entry in value:
+            if not isinstance(entry, list):
+                yield from _values_of(entry, names)
+    elif not names:
+        yield value
+    elif isinstance(value, dict):
+        for end in range(len(names), 0, -1):
+            if (name := ".".join(names[:end])) in value:
+                yield from _values_of(value[name], names[end:])
+                return

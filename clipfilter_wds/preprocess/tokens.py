@@ -65,7 +65,7 @@ class CaptionTokenizer:
     def __call__(self, batch: Sequence[str | Sequence[str]]) -> Tokens:
         """Tokenize the captions of a batch of images, one or more of each; ``[]`` gives ``[0, 0]`` ids."""
         captions = [[of_image] if isinstance(of_image, str) else of_image for of_image in batch]
-        flat = [_bounded(caption) for of_image in captions for caption in of_image]
+        flat = [bounded(caption) for of_image in captions for caption in of_image]
         ids, num_tokens = self._encode(flat)
         length = self.max_length if self.pads_to_max else max(map(len, ids), default=0)
         padded = [row + [self.pad_id] * (length - len(row)) for row in ids]
@@ -117,9 +117,12 @@ def last_places(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     return last
 
 
-def _bounded(caption: str) -> str:
-    """The caption, cut far behind the last token that counts, so that tokenizing it takes bounded time."""
-    return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
+def bounded(caption: str) -> str:
+    """The caption, cut far behind the last token that counts, so that tokenizing it takes bounded time and memory."""
+    if len(caption) <= _MAX_CAPTION_CHARS:
+        return caption
+    # More words than characters are left of it need not be told apart.
+    return " ".join(caption.split(maxsplit=_MAX_CAPTION_CHARS))[:_MAX_CAPTION_CHARS]
 
 
 class RustEncoder:

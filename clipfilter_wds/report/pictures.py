@@ -97,7 +97,7 @@ def _illustrate(cards: Mapping[int, Card], url: str, fingerprint: Fingerprint) -
     """The cards with captions and thumbnails, by index in the shard."""
     done = _with_problem(cards, "its shard has no such sample any more")
     try:
-        for sample in _read(url, cards, _layout(fingerprint)):
+        for sample in _read(url, cards, SampleLayout.from_fingerprint(fingerprint)):
             card = cards[sample.index]
             if _printable(sample.key) == card.key:
                 done[sample.index] = _illustrated(card, sample, fingerprint)
@@ -120,9 +120,10 @@ def _read(url: str, wanted: Mapping[int, Card], layout: SampleLayout) -> Iterato
 def _illustrated(card: Card, sample: Sample, fingerprint: Fingerprint) -> Card:
     members = {member.extension: member.data for member in sample.members}
     caption = image = problem = None
+    layout = SampleLayout.from_fingerprint(fingerprint)
     try:
-        caption = _printable(" | ".join(read_captions(members, _layout(fingerprint))))
-        image = thumbnail(first_image(members), max_pixels=fingerprint["max_pixels"])
+        caption = _printable(" | ".join(read_captions(members, layout)))
+        image = thumbnail(first_image(members, layout), max_pixels=fingerprint["max_pixels"])
     except UnusableError as unusable:
         problem = f"it can't be shown: {unusable.reason}"
     return replace(card, caption=caption, image=image, problem=problem)
@@ -142,10 +143,6 @@ def thumbnail(encoded: bytes, *, max_pixels: int) -> str:
         if file.tell() <= MAX_THUMBNAIL_BYTES:
             break
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _layout(fingerprint: Fingerprint) -> SampleLayout:
-    return SampleLayout(caption=fingerprint["caption"], max_member_bytes=fingerprint["max_member_bytes"])
 
 
 def _with_problem(cards: Mapping[int, Card], problem: str) -> dict[int, Card]:

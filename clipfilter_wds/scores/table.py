@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -54,6 +54,7 @@ class ScoreMetadata:
             their scores lay within the band of the run's threshold.
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
+        members: What the shard's members are called, and how many are; see ``shards/found.py``.
     """
 
     version: int = _FORMAT_VERSION
@@ -65,6 +66,7 @@ class ScoreMetadata:
     band: float = 0.0
     rechecked: int = 0
     rechecked_at: float | None = None
+    members: Mapping[str, int] = field(default_factory=dict)
 
     def to_schema(self) -> dict[bytes, str]:
         """As a parquet schema holds it."""
@@ -76,6 +78,7 @@ class ScoreMetadata:
         found = json.loads((metadata or {})[_METADATA_KEY])
         if found["version"] != _FORMAT_VERSION:
             raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
+        found.setdefault("members", {})  # which came later
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 

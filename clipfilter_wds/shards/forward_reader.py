@@ -6,7 +6,9 @@ from io import BufferedIOBase
 BLOCK = tarfile.BLOCKSIZE
 #: A block of zeros; two of them end an archive.
 END_MARK = bytes(BLOCK)
-_READ_BYTES = 1 << 18
+READ_BYTES = 1 << 18
+#: What headers hold beside 512 bytes (a long name, times, holes) is no longer.
+MAX_HEADER_BYTES = 1 << 20
 
 
 class ForwardReader:
@@ -16,17 +18,17 @@ class ForwardReader:
 
     Args:
         stream: From its beginning.
-        limit: Bytes that can be read between two seeks.
 
     Attributes:
+        limit: Bytes that can be read between two seeks.
         window: A part of the stream.
         at: The position in ``window``.
         at_end_mark: Whether the last thing read is a block of zeros.
         was_short: Whether the last thing read ended with the stream.
     """
 
-    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
-        self._stream, self._limit = stream, limit
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream, self.limit = stream, MAX_HEADER_BYTES
         # A part of the stream, its position in the stream, and positions within it.
         self.window, self._base, self._held, self.at = b"", 0, 0, 0
         self.at_end_mark = self.was_short = False
@@ -43,7 +45,7 @@ class ForwardReader:
             return
         if at < self.at:
             raise tarfile.ReadError("a member has a negative size")
-        while at > len(self.window) and (piece := self._stream.read1(_READ_BYTES)):
+        while at > len(self.window) and (piece := self._stream.read1(READ_BYTES)):
             at -= len(self.window)
             self._base += len(self.window)
             self.window = piece
@@ -63,7 +65,7 @@ class ForwardReader:
         Raises:
             tarfile.ReadError: When that is less than none, or more than the limit allows since the last seek.
         """
-        if not 0 <= size <= self._limit - (self.at - self._held):
+        if not 0 <= size <= self.limit - (self.at - self._held):
             raise tarfile.ReadError(f"a header declares {size} bytes")
         self.have(size)
         data = self.window[self.at : self.at + size]
@@ -85,14 +87,14 @@ class ForwardReader:
         num_blocks = 0
         while True:
             self._held = self.at
-            self.have(_READ_BYTES)
-            piece = self.window[self.at : self.at + _READ_BYTES]
+            self.have(READ_BYTES)
+            piece = self.window[self.at : self.at + READ_BYTES]
             num_zeros = len(piece) - len(piece.lstrip(b"\0"))
-            is_last = num_zeros == len(piece) < _READ_BYTES
+            is_last = num_zeros == len(piece) < READ_BYTES
             skipped = num_zeros if is_last else num_zeros - num_zeros % BLOCK
             self.at += skipped
             num_blocks += -(-skipped // BLOCK)
-            if skipped < _READ_BYTES:
+            if skipped < READ_BYTES:
                 return num_blocks
 
     def have(self, size: int) -> None:
@@ -100,12 +102,20 @@ class ForwardReader:
         if self.at + size <= len(self.window):
             return
         # A header may declare far more bytes than there are, so memory is allocated only for what arrives.
-        pieces = [self.window[self._held :]]
         size -= len(self.window) - self.at
-        while size > 0 and (piece := self._stream.read1(_READ_BYTES)):
+        self._forget(self._held)
+        pieces = [self.window]
+        while size > 0 and (piece := self._stream.read1(READ_BYTES)):
             pieces.append(piece)
             size -= len(piece)
-        self._base += self._held
-        self.at -= self._held
-        self._held = 0
         self.window = b"".join(pieces)
+
+    def let_go(self) -> None:
+        """Keep nothing of what was read."""
+        self._forget(self.at)
+
+    def _forget(self, num_bytes: int) -> None:
+        self._base += num_bytes
+        self.at -= num_bytes
+        self._held = 0
+        self.window = self.window[num_bytes:]

@@ -2,11 +2,12 @@
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar
 
 from clipfilter_wds.shards.file_type import describe_file
+from clipfilter_wds.shards.found import LINK, FoundMembers
 from clipfilter_wds.shards.open import DamagedStreamError, OpenShard, open_shard
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.shards.tar_reader import TarEntry, TarStream, stored_member
@@ -15,8 +16,9 @@ from clipfilter_wds.types import DropReason, Member, Sample, ShardEnd, ShardErro
 T = TypeVar("T")
 
 #: Extensions of members that are looked at as the image, best first.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif", "jfif")
 
+_EXTENSION = re.compile(r"[^\s:;/]+")
 _KEY_AND_EXTENSION = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 
@@ -24,22 +26,39 @@ _KEY_AND_EXTENSION = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/)?[^./]+)\.([^/]*)"
 class SampleLayout:
     """Which members of a sample are the image and the caption.
 
+    An extension is all that follows the first dot of a member's name: that of ``a/0.input.jpg`` is ``input.jpg``.
+
     Attributes:
         caption: Extension of the member that holds the caption (``txt``), or ``json:FIELD`` for a field of the
-            sample's ``json`` member, which may be a list of captions. Several of these, separated by commas, are
-            several captions of the same image.
+            sample's ``json`` member, which may be a list of captions; ``json:meta.caption`` is one in another. Several
+            of these, separated by commas, are several captions of the same image.
+        image: Extension of the member that holds the image, or several, separated by commas: the first that a sample
+            has is looked at. None for the usual ones, :data:`IMAGE_EXTENSIONS`.
         max_member_bytes: A sample with a larger member is dropped as ``member_too_large``.
+        max_text_bytes: Of a larger caption, this much is read; a larger ``json`` is not looked into, and a sample whose
+            caption is in one is dropped as ``text_too_large``.
 
     Raises:
-        ValueError: When ``caption`` names no extension or no field.
+        ValueError: When ``caption`` names no extension or no field, ``image`` no extension, or both the same.
     """
 
     caption: str = "txt"
+    image: str | None = None
     max_member_bytes: int = 1 << 28
+    max_text_bytes: int = 1 << 22
 
     def __post_init__(self) -> None:
         if not all(extension and field != "" for extension, field in self.caption_sources):
             raise ValueError(f"caption is {self.caption!r}; name a member (txt) or a JSON field (json:caption)")
+        if not all(_EXTENSION.fullmatch(extension) for extension in self.image_extensions):
+            raise ValueError(f"image is {self.image!r}; name extensions, separated by commas (input.jpg, or png,jpg)")
+        if both := self.caption_extensions.intersection(self.image_extensions):
+            raise ValueError(f"caption and image are both {both.pop()!r}; name two members of a sample")
+
+    @classmethod
+    def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Self:
+        """The layout that scores of this fingerprint were made with."""
+        return cls(**{field.name: fingerprint[field.name] for field in fields(cls) if field.name in fingerprint})
 
     @property
     def caption_sources(self) -> list[tuple[str, str | None]]:
@@ -49,12 +68,23 @@ class SampleLayout:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a score depends on in this class. JSON-ready."""
-        return {"caption": self.caption, "max_member_bytes": self.max_member_bytes}
+        """What a score depends on in this class: what is as usual is left out, where it came later. JSON-ready."""
+        usual = SampleLayout()
+        later = {name: getattr(self, name) for name in ("image", "max_text_bytes")}
+        changed = {name: value for name, value in later.items() if value != getattr(usual, name)}
+        return {"caption": self.caption, "max_member_bytes": self.max_member_bytes, **changed}
 
-    def is_pair_member(self, extension: str) -> bool:
-        """Whether a member with this extension is needed to score a sample, or to know it by its uid."""
-        return extension == "json" or extension in IMAGE_EXTENSIONS or extension in self.caption_extensions
+    @property
+    def image_extensions(self) -> tuple[str, ...]:
+        """Extensions of members that are looked at as the image, best first."""
+        if self.image is None:
+            return IMAGE_EXTENSIONS
+        return tuple(extension.strip().lower().lstrip(".") for extension in self.image.split(","))
+
+    @property
+    def text_extensions(self) -> set[str]:
+        """Extensions of the members that are read as text: of captions, and the one that may hold a uid."""
+        return {"json", *self.caption_extensions}
 
     @property
     def caption_extensions(self) -> set[str]:
@@ -107,15 +137,16 @@ def read_samples(
         shard: An open shard, read once from front to back.
         layout: Where image and caption are.
         wanted: By index, whether to read and yield a sample. The others are only counted.
-        pair_only: Read only image, caption and json members, not the others.
+        pair_only: Read only image, caption and json members, and of several images the best. Of a text member, no more
+            than the layout's ``max_text_bytes`` and one byte.
         to_copy: Read all members as they stand in the tar, to ``stored`` instead of ``members``.
 
     Raises:
         ShardError: When the file is no tar archive, reading fails, or the tar is unsorted: a key comes back and one of
             its groups lacks image or caption.
     """
-    tar = TarStream(shard.stream, layout.max_member_bytes)
     groups = _Groups(layout, wanted, pair_only, to_copy)
+    tar = TarStream(shard.stream, layout.max_member_bytes, groups.pass_over)
     torn = True
     try:
         for entry in tar:
@@ -123,6 +154,8 @@ def read_samples(
                 if (done := groups.begin_member(tar.archive, name[1], name[2].lower())) is not None:
                     yield done
                 groups.read_member(tar, entry, name[2].lower())
+            elif "." not in entry.name:
+                groups.found.add("")
         torn = not tar.has_ended()
     except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.
@@ -133,7 +166,8 @@ def read_samples(
             raise ShardError(f"it is damaged at its very beginning and can't be unpacked ({error})") from error
     if (last := groups.finish(torn)) is not None:
         yield last
-    yield ShardEnd(num_samples=groups.num_samples, torn=torn, num_bytes=shard.num_bytes)
+    members = groups.found.counts
+    yield ShardEnd(num_samples=groups.num_samples, torn=torn, num_bytes=shard.num_bytes, members=members)
 
 
 class _Groups:
@@ -143,6 +177,11 @@ class _Groups:
         self._layout, self._wanted, self._pair_only, self._to_copy = layout, wanted, pair_only, to_copy
         self._caption_extensions = layout.caption_extensions
         self._archive = 0
+        # Of text members, how much is read; and the json members of which the first is looked into, whoever wants it.
+        self._max_bytes = dict.fromkeys(layout.text_extensions if pair_only else (), layout.max_text_bytes + 1)
+        self._to_open = {extension for extension, field in layout.caption_sources if field is not None} | {"json"}
+        self._to_open &= self._max_bytes.keys()
+        self._image_ranks = {extension: rank for rank, extension in enumerate(layout.image_extensions)}
         self._whole_by_key: dict[str, bool] = {}
         self._key: str | None = None
         self._extensions: set[str] = set()
@@ -150,10 +189,18 @@ class _Groups:
         self._stored: list[StoredMember] = []
         self._problem: DropReason | None = None
         self._is_wanted = False
+        self._best_rank = 0
+        self.found = FoundMembers()
         self.num_samples = 0
+
+    def pass_over(self, name: str) -> None:
+        """Note a link."""
+        if parts := _KEY_AND_EXTENSION.fullmatch(name):
+            self.found.add(LINK + parts[2].lower())
 
     def begin_member(self, archive: int, key: str, extension: str) -> Sample | None:
         """Note a member's archive and name; returns the sample before it, if this member begins another one."""
+        self.found.add(extension)
         if key == self._key and extension not in self._extensions and archive == self._archive:
             self._extensions.add(extension)
             return None
@@ -161,7 +208,7 @@ class _Groups:
         if archive != self._archive:
             self._archive, self._whole_by_key = archive, {}
         self._key, self._extensions, self._problem = key, {extension}, None
-        self._members, self._stored = [], []
+        self._members, self._stored, self._best_rank = [], [], len(self._image_ranks)
         self._is_wanted = self._wanted(self.num_samples)
         self.num_samples += 1
         return done
@@ -179,10 +226,30 @@ class _Groups:
             self._problem = DropReason.MEMBER_TOO_LARGE
         elif self._is_wanted and self._to_copy:
             self._stored.append(tar.read_stored(entry))
-        elif self._is_wanted and (not self._pair_only or self._layout.is_pair_member(extension)):
-            self._members.append(Member(name=entry.name, extension=extension, data=tar.read(entry)))
-        elif entry.sparse is not None:
-            tar.read(entry)
+        elif self._is_wanted and (not self._pair_only or self._makes_pair(extension)):
+            data = self._read(tar, entry, extension)
+            self._members.append(Member(name=entry.name, extension=extension, data=data))
+        elif entry.sparse is not None or extension in self._to_open:
+            self._read(tar, entry, extension)
+
+    def _read(self, tar: TarStream, entry: TarEntry, extension: str) -> bytes:
+        data = tar.read(entry, self._max_bytes.get(extension))
+        if extension in self._to_open:
+            self._to_open.remove(extension)
+            self.found.add_fields(extension, data)
+        return data
+
+    def _makes_pair(self, extension: str) -> bool:
+        """Whether a member is needed to score the sample, or to know it by its uid. Worse images are let go."""
+        if extension in self._max_bytes:
+            return True
+        rank = self._image_ranks.get(extension, self._best_rank)
+        if rank >= self._best_rank:
+            return False
+        if self._best_rank < len(self._image_ranks):
+            self._members = [member for member in self._members if member.extension in self._max_bytes]
+        self._best_rank = rank
+        return True
 
     def finish(self, torn: bool) -> Sample | None:
         """The last sample, which is not known to be whole if the shard is torn."""
@@ -206,7 +273,7 @@ class _Groups:
     def _check_sorted(self, key: str) -> None:
         """A key may come back with a second whole sample; parts of a sample that lie apart can't be paired."""
         has_caption = not self._extensions.isdisjoint(self._caption_extensions)
-        whole = has_caption and not self._extensions.isdisjoint(IMAGE_EXTENSIONS)
+        whole = has_caption and not self._extensions.isdisjoint(self._image_ranks)
         if key not in self._whole_by_key:
             self._whole_by_key[key] = whole
         elif not (whole and self._whole_by_key[key]):

@@ -2,17 +2,15 @@
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from io import BufferedIOBase
 from typing import NamedTuple
 from zlib import adler32
 
 from clipfilter_wds.shards.archive_end import Behind, look_behind
-from clipfilter_wds.shards.forward_reader import BLOCK, END_MARK, ForwardReader
+from clipfilter_wds.shards.forward_reader import BLOCK, END_MARK, MAX_HEADER_BYTES, READ_BYTES, ForwardReader
 from clipfilter_wds.types import StoredMember
-
-_MIN_LIMIT_BYTES = 1 << 20
 
 # What follows the name in nearly all headers: numbers in octal, no prefix. Groups: size, checksum, kind.
 _NUMBER = rb"[0-7]{6}[0-7\0 ][\0 ]"
@@ -63,13 +61,18 @@ class TarStream:
     Args:
         stream: The archive, from its beginning.
         max_member_bytes: No larger member is read.
+        on_link: Called with the name of each link that is passed over.
 
     Attributes:
         archive: Number of the archive that the last member lies in, counting from 0.
     """
 
-    def __init__(self, stream: BufferedIOBase, max_member_bytes: int) -> None:
-        self._reader = ForwardReader(stream, max(max_member_bytes, _MIN_LIMIT_BYTES))
+    def __init__(
+        self, stream: BufferedIOBase, max_member_bytes: int, on_link: Callable[[str], None] = lambda name: None
+    ) -> None:
+        self._reader = ForwardReader(stream)
+        self._max_member_bytes = max_member_bytes
+        self._on_link = on_link
         self._archive: tarfile.TarFile | None = None
         self.archive = 0
         self._behind = Behind.DAMAGE
@@ -103,6 +106,8 @@ class TarStream:
                     sparse=info if info.issparse() else None,
                     is_alone=not archive.pax_headers,
                 )
+            elif info.islnk() or info.issym():
+                self._on_link(info.name)
             reader.seek(archive.offset)
             while not archive.pax_headers and (entry := self._read_plain()) is not None:
                 yield entry
@@ -142,21 +147,28 @@ class TarStream:
             return False
         return window[time.end() : at + BLOCK] == END_MARK[self._time_size :]
 
-    def read(self, entry: TarEntry) -> bytes:
-        """Read the data of the member that was yielded last.
+    def read(self, entry: TarEntry, max_bytes: int | None = None) -> bytes:
+        """Read the data of the member that was yielded last, or its beginning, where a number of bytes is given.
 
         Raises:
             tarfile.ReadError: When it is cut, or larger than ``max_member_bytes``.
         """
+        size = entry.size if max_bytes is None or entry.sparse is not None else min(entry.size, max_bytes)
+        is_large = size > READ_BYTES
+        if is_large:
+            self._reader.limit = max(self._max_member_bytes, MAX_HEADER_BYTES)
         if entry.sparse is None:
             self._reader.seek(entry.data)
-            data = self._reader.read(entry.size)
+            data = self._reader.read(size)
         else:
             assert self._archive is not None
-            data = self._archive.extractfile(entry.sparse).read(entry.size)  # type: ignore[union-attr]  # it is regular
-        if len(data) < entry.size:
+            data = self._archive.extractfile(entry.sparse).read(size)  # type: ignore[union-attr]  # it is regular
+        if is_large:
+            self._reader.limit = MAX_HEADER_BYTES
+            self._reader.let_go()
+        if len(data) < size:
             raise tarfile.ReadError(f"{entry.name!r} is cut")
-        return data
+        return data[:max_bytes]
 
     def read_stored(self, entry: TarEntry) -> StoredMember:
         """Read the member that was yielded last, with its headers; or a new one, where they need the rest of the tar.

@@ -35,7 +35,9 @@ class ClipFilterDataModule(L.LightningDataModule):
         filter_val: Whether to filter validation samples.
         image_transform: RGB image -> training view; ``null`` gives CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> training view; ``null`` gives the caption.
-        caption: Member that holds the caption (``txt``), or a field of the json member (``json:caption``).
+        caption: Extension of the member that holds the caption (``txt``), or a field of the json member
+            (``json:caption``).
+        image: Extension of the member that holds the image, or several, best first; ``null`` for the usual ones.
         shuffle: Shuffle shards, and samples within windows of this many; 0 keeps the order.
         seed: Of the order.
         scorer: The CLIP that filters. Its device ``auto`` is the rank's own.
@@ -54,6 +56,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         image_transform: Callable[[Any], Any] | None = None,
         text_transform: Callable[[str], Any] | None = None,
         caption: str = "txt",
+        image: str | None = None,
         shuffle: int = 1000,
         seed: int = 0,
         scorer: ScorerConfig = ScorerConfig(),
@@ -143,7 +146,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             text_transform=self._text_transform,
             shuffle=shuffle,
             seed=self.hparams["seed"],
-            layout=SampleLayout(caption=self.hparams["caption"]),
+            layout=SampleLayout(caption=self.hparams["caption"], image=self.hparams["image"]),
             world=World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
         return ClipFilterLoader(

@@ -75,7 +75,7 @@ class FolderLookup:
             ValueError: When some have no scores, or the scores are of other captions.
         """
         check_fingerprint(
-            {name: table.fingerprint.get(name) for name in layout.fingerprint},
+            SampleLayout.from_fingerprint(table.fingerprint).fingerprint,
             layout.fingerprint,
             f"the score table in {str(table.folder)!r}",
         )

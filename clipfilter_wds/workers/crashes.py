@@ -12,11 +12,18 @@ from torch.utils.data import get_worker_info
 
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.types import DropReason, Sample, ShardError
+from clipfilter_wds.workers.stderr import QuietStderr, quiet_stderr
 
 _log = logging.getLogger(__name__)
 
 #: Deaths with no batch in between after which no sample can be at fault.
 _MAX_DEATHS_IN_A_ROW = 32
+
+#: What is said where a worker ended with an error before it had begun, most likely because it imported the script.
+_AT_START = (
+    "; its own error is above. Where processes are spawned (by default from Python 3.14), workers import the script "
+    'that starts them: put what it does under `if __name__ == "__main__":`'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ class WorkerDiedError(WorkerError):
         return _cause(self.exit_code)
 
     def __str__(self) -> str:
-        return f"a worker process died ({self.cause}) at {self.sample or 'its start'}"
+        hint = _AT_START if self.sample is None and self.exit_code == 1 else ""
+        return f"a worker process died ({self.cause}) at {self.sample or 'its start'}{hint}"
 
 
 def _cause(exit_code: int | None) -> str:
@@ -131,19 +139,26 @@ class CrashTracker:
     def for_worker(self) -> "WorkerTracker":
         """The tracker of the process that calls it."""
         info = get_worker_info()
-        worker, timeout = (info.id, self._timeout) if info and self._num_workers else (0, 0.0)
         numbers = {url: number for number, url in enumerate(self._urls, start=1)}
-        return WorkerTracker(self._cells, worker, numbers, timeout, self._left_out)
+        if info is None or not self._num_workers:
+            return WorkerTracker(self._cells, 0, numbers, 0.0, self._left_out)
+        return WorkerTracker(self._cells, info.id, numbers, self._timeout, self._left_out, quiet_stderr())
 
 
 class WorkerTracker:
-    """Notes which sample one worker is at."""
+    """Notes which sample one worker is at, and keeps what C libraries write of it off the terminal."""
 
     def __init__(
-        self, cells: Any, worker: int, numbers: dict[str, int], timeout: float, left_out: frozenset[SampleRef]
+        self,
+        cells: Any,
+        worker: int,
+        numbers: dict[str, int],
+        timeout: float,
+        left_out: frozenset[SampleRef],
+        quiet: QuietStderr | None = None,
     ) -> None:
         self._cells, self._at, self._numbers, self._timeout = cells, 2 * worker, numbers, timeout
-        self._left_out = left_out
+        self._left_out, self._quiet = left_out, quiet
         self._reading = 0
 
     def begin_shard(self, url: str) -> None:
@@ -175,9 +190,12 @@ class WorkerTracker:
         return self
 
     def __enter__(self) -> None:
-        pass
+        if self._quiet is not None:
+            self._quiet.begin()
 
     def __exit__(self, *_: object) -> None:
+        if self._quiet is not None:
+            self._quiet.end()
         if self._timeout:
             signal.setitimer(signal.ITIMER_REAL, 0)
         self._cells[self._at + 1] = 0

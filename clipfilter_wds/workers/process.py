@@ -1,6 +1,7 @@
 """Sets up a worker process: its signals, its memory, and its end when the parent is gone."""
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ def init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
     sys.excepthook = _report_unless_parent_ended
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it has a line for every odd image
     gc.freeze()  # else a collection would write to the memory shared with the parent, and so copy it
     threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()
 

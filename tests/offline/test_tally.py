@@ -1,10 +1,14 @@
 import json
+from collections import Counter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
+from clipfilter_wds.offline.copying import shard_stats
 from clipfilter_wds.offline.tally import ShardStats, Tally
-from clipfilter_wds.types import DropReason, FilterStats
+from clipfilter_wds.types import DropReason, FilterStats, SampleRow
+from tests.support.score_tables import shard_scores
 
 numbers = st.integers(0, 1000)
 
@@ -21,6 +25,7 @@ def all_stats(draw) -> ShardStats:
         rechecked=draw(numbers),
         in_band=draw(numbers),
         renamed_keys=draw(numbers),
+        members=draw(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 1000))),
     )
 
 
@@ -44,6 +49,8 @@ def test_a_tally_sums_up_all_that_is_counted_and_takes_the_widest_band(shards):
     assert summary["band"] == max((record["band"] for record in records), default=0.0)
     for reason in DropReason:
         assert summary["dropped"].get(reason, 0) == sum(record["dropped"].get(reason, 0) for record in records)
+    names = sum((Counter(stats.members) for stats in shards), Counter())
+    assert summary.get("members", {}) == names
 
 
 def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
@@ -53,3 +60,27 @@ def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
     summary += ["truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
     summary += ["scored", "samples_per_second", "seconds", "version"]
     assert list(Tally(num_shards=0).summary()) == summary
+
+
+def test_of_very_many_names_of_members_the_most_frequent_are_kept():
+    shards = [ShardStats(members={f"{number}.jpg": 1, "jpg": 2}) for number in range(100)]
+    members = sum(shards, ShardStats()).members
+    assert len(members) == 64
+    assert members["jpg"] == 200
+
+
+@pytest.mark.parametrize(
+    ("reasons", "kept"),
+    [
+        ([None, None], {}),
+        ([None, "missing_image"], {"link:jpg": 1}),
+        (["unreadable_image", "blank_caption"], {}),
+        ([None, "missing_image", "missing_caption"], {"input.jpg": 3, "link:jpg": 1}),
+        (["missing_image"], {"input.jpg": 3, "link:jpg": 1}),
+        ([], {"input.jpg": 3, "link:jpg": 1}),
+    ],
+)
+def test_stats_tell_what_members_are_called_where_most_samples_lack_one_and_of_links_where_any_does(reasons, kept):
+    rows = [SampleRow(str(index), index, reason and DropReason(reason)) for index, reason in enumerate(reasons)]
+    scores = shard_scores(rows, members={"input.jpg": 3, "link:jpg": 1})
+    assert shard_stats(FilterStats(), scores).members == kept

@@ -4,9 +4,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from clipfilter_wds.preprocess.members import read_captions
+from clipfilter_wds.preprocess.members import read_captions, read_uid
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.types import DropReason
+from clipfilter_wds.types import DropReason, Member, Sample
 from tests.support.images import reason_of
 
 JSON = SampleLayout(caption="json:caption")
@@ -52,6 +52,41 @@ def test_a_json_field_is_the_caption(record, caption):
 
 
 @pytest.mark.parametrize(
+    ("record", "field", "captions"),
+    [
+        ({"meta": {"caption": "a cat"}}, "meta.caption", ["a cat"]),
+        ({"a": {"b": {"c": ["one", 5, "two"]}}}, "a.b.c", ["one", "two"]),
+        ({"captions": [{"text": "one"}, {"other": "x"}, {"text": "two"}]}, "captions.text", ["one", "two"]),
+        ([{"caption": "one"}, {"caption": "two"}], "caption", ["one", "two"]),
+        ({"meta.caption": "flat", "meta": {"caption": "nested"}}, "meta.caption", ["flat"]),
+        ({"a": {"b.c": "x"}}, "a.b.c", ["x"]),
+        ({"": {"": "x"}}, ".", ["x"]),
+    ],
+)
+def test_a_field_may_lie_in_other_fields_and_in_lists(record, field, captions):
+    assert read_captions({"json": json.dumps(record).encode()}, SampleLayout(caption=f"json:{field}")) == captions
+
+
+@pytest.mark.parametrize("record", [{}, {"meta": "caption"}, {"meta": {}}, {"meta": [["caption"]]}, {"caption": "x"}])
+def test_a_field_that_does_not_lie_there_is_missing(record):
+    layout = SampleLayout(caption="json:meta.caption")
+    assert reason_of(read_captions, {"json": json.dumps(record).encode()}, layout) is DropReason.MISSING_CAPTION
+
+
+field_names = st.text(st.characters(exclude_characters=",")).filter(lambda name: name and name == name.strip())
+
+
+@settings(max_examples=100)
+@given(st.lists(field_names, min_size=1, max_size=5), st.text(), st.booleans())
+def test_any_path_of_fields_leads_to_the_text(names, text, as_list):
+    record: object = [text] if as_list else text
+    for name in reversed(names):
+        record = {name: record}
+    layout = SampleLayout(caption="json:" + ".".join(names))
+    assert read_captions({"json": json.dumps(record).encode()}, layout) == [text]
+
+
+@pytest.mark.parametrize(
     "record",
     [
         "{}",
@@ -91,3 +126,65 @@ def test_any_text_in_a_json_field_comes_through(value):
 def test_any_bytes_are_a_caption_that_the_tokenizer_takes(scorer, data):
     captions = read_captions({"txt": data}, SampleLayout())
     assert len(scorer.preprocess.tokenize([captions]).num_tokens) == 1
+
+
+# --- large text ---
+
+SMALL = {"max_text_bytes": 8}
+
+
+@pytest.mark.parametrize(
+    ("data", "caption"), [(b"12345678", "12345678"), (b"123456789", "12345678"), ("1234567ü".encode(), "1234567\ufffd")]
+)
+def test_of_a_large_text_the_beginning_is_the_caption(data, caption):
+    assert read_captions({"txt": data}, SampleLayout(**SMALL)) == [caption]
+
+
+@pytest.mark.parametrize("caption", ["json:a", "txt,json:a", "json:a,txt"])
+def test_a_caption_in_a_json_that_is_too_large_has_a_reason_of_its_own(caption):
+    data = {"txt": b"a", "json": b'{"a": 1}'}
+    layout = SampleLayout(caption=caption, **SMALL)
+    assert caption == "json:a" or read_captions(data, layout) == ["a"]
+    assert reason_of(read_captions, {**data, "json": b'{"a": 12}'}, layout) is DropReason.TEXT_TOO_LARGE
+
+
+@pytest.mark.parametrize("layout", [SampleLayout(caption="json:a"), SampleLayout(caption="json:a,json:b,txt")])
+def test_an_image_has_a_thousand_captions_at_most(layout):
+    record = {"a": ["x"] * 1000}
+    assert len(read_captions({"json": json.dumps(record).encode()}, layout)) == 1000
+    more = {"a": ["x"] * 1000, "b": ["y"]} if "txt" in layout.caption else {"a": ["x"] * 1001}
+    assert reason_of(read_captions, {"json": json.dumps(more).encode()}, layout) is DropReason.TEXT_TOO_LARGE
+
+
+# --- uid ---
+
+
+def uid_of(data: bytes) -> bytes | None:
+    member = Member(name="a.json", extension="json", data=data)
+    return read_uid(Sample(key="a", index=0, members=(member,)))
+
+
+@settings(max_examples=50)
+@given(st.binary(min_size=16, max_size=16), st.dictionaries(st.text(), st.text() | st.integers()), st.booleans())
+def test_a_uid_is_read_wherever_it_stands_in_the_object(uid, others, is_first):
+    entry = {"uid": uid.hex()}
+    record = {**entry, **others, **entry} if is_first else {**others, **entry}
+    assert uid_of(json.dumps(record).encode("utf-8")) == uid
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b'{"uid": 7}',
+        b'{"uid": "%s"}' % (b"0" * 31),
+        b'{"a": {"uid": "%s"}}' % (b"0" * 32),
+        b'["uid", "%s"]' % (b"0" * 32),
+        b'{"uid": "%s"' % (b"0" * 32),
+        b'{"uid": "%s", "a": "%s"}' % (b"0" * 32, b"x" * (1 << 22)),
+    ],
+    ids=lambda data: str(data[:20]),
+)
+def test_a_json_without_a_uid_or_of_more_than_4_mib_gives_none(data):
+    assert uid_of(data) is None

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from transformers import AutoTokenizer
 
 from clipfilter_wds.models.loading import BUNDLED_MODELS
+from clipfilter_wds.preprocess import tokens as preprocess_tokens
 from clipfilter_wds.preprocess.tokens import NO_CAPTION, CaptionTokenizer, PythonEncoder, RustEncoder
 
 
@@ -69,6 +70,13 @@ def test_a_caption_is_truncated_only_where_it_is_longer_than_the_text_tower_take
     assert tokens.num_tokens == [length + off]
     assert tokens.truncated == [off > 0]
     assert tokens.input_ids.shape == (1, min(length, length + off))
+
+
+@given(st.text(st.sampled_from("ab \n\u2003é"), max_size=40))
+def test_a_long_caption_is_cut_as_if_all_its_white_space_were_single_blanks(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess_tokens, "_MAX_CAPTION_CHARS", 8)
+        assert preprocess_tokens.bounded(text) == (text if len(text) <= 8 else " ".join(text.split())[:8])
 
 
 def test_no_captions_are_no_tokens(tokenizers):

@@ -175,3 +175,17 @@ def test_a_damaged_table_is_refused_or_read_and_never_another_exception(tmp_path
     except ValueError:
         return
     assert found.table.num_rows == 50
+
+
+def test_a_table_from_before_members_were_told_is_read(tmp_path):
+    scores = shard_scores([SampleRow("a", 0)])
+    [(key, said)] = scores.metadata.to_schema().items()
+    before = {name: value for name, value in json.loads(said).items() if name != "members"}
+    path = tmp_path / "0.parquet"
+    pq.write_table(scores.table.replace_schema_metadata({key: json.dumps(before)}), path)
+    assert ShardScores.read(path).metadata == scores.metadata
+
+
+def test_a_table_tells_what_the_members_are_called(tmp_path):
+    scores = shard_scores([SampleRow("a", 0)], members={"jpg": 1})
+    assert read_back(tmp_path, scores).metadata.members == {"jpg": 1}

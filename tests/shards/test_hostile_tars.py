@@ -132,6 +132,22 @@ def test_a_sparse_member_that_declares_8_gib_of_holes_is_too_large_and_takes_no_
     assert (sample.problem, end.torn) == (DropReason.MEMBER_TOO_LARGE, False)
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_name_of_more_than_a_mebibyte_ends_the_shard_as_torn_and_takes_no_memory(tmp_path, kind):
+    name = b"a" * (16 << 20)
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, len(name)
+    data = tar_bytes([("0.txt", b"a")])[: 2 * tarfile.BLOCKSIZE] + raw_member(info, name) + tar_bytes([("1.txt", b"")])
+    (tmp_path / "0.tar").write_bytes(data)
+    tracemalloc.start()
+    try:
+        [sample], end = read_all(tmp_path / "0.tar")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert (sample.problem, end.torn) == (DropReason.TORN, True)
+
+
 # --- compressed shards ---
 
 

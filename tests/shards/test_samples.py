@@ -260,6 +260,57 @@ def test_a_layout_without_caption_member_or_field_is_refused(caption):
 def test_a_layout_names_the_caption_member_and_its_field(caption, extension, field):
     layout = SampleLayout(caption=caption)
     assert layout.caption_sources == [(extension, field)]
-    assert layout.is_pair_member(extension)
-    assert layout.is_pair_member("jpg")
-    assert not layout.is_pair_member("npy")
+    assert layout.text_extensions == {extension, "json"}
+
+
+@pytest.mark.parametrize("image", ["", " ", ",", "jpg,", "jpg;png", "jpg png", "a/jpg", "json:image"])
+def test_a_layout_whose_image_is_no_extension_is_refused(image):
+    with pytest.raises(ValueError, match=f"image is {image!r}; name extensions, separated by commas"):
+        SampleLayout(image=image)
+
+
+@pytest.mark.parametrize(("image", "caption"), [("x.jpg", "x.JPG"), (None, "png"), ("json,png", "json:caption")])
+def test_a_member_that_is_to_be_image_and_caption_is_refused(image, caption):
+    with pytest.raises(ValueError, match="caption and image are both '"):
+        SampleLayout(image=image, caption=caption)
+
+
+def test_a_layout_names_the_images_best_first():
+    assert SampleLayout(image=".Input.JPG, png").image_extensions == ("input.jpg", "png")
+    assert SampleLayout().image_extensions[0] == "jpg"
+    assert "jfif" in SampleLayout().image_extensions
+
+
+layouts = st.builds(
+    SampleLayout,
+    caption=st.sampled_from(["txt", "json:a.b", "alt.txt,txt"]),
+    image=st.none() | st.sampled_from(["input.jpg", "png,webp"]),
+    max_member_bytes=st.integers(1, 1 << 30),
+    max_text_bytes=st.sampled_from([1 << 10, 1 << 22]),
+)
+
+
+@given(layouts)
+def test_a_fingerprint_tells_the_layout_and_that_of_the_usual_one_does_not_change(layout):
+    fingerprint = layout.fingerprint
+    assert SampleLayout.from_fingerprint({"model": "a", **fingerprint}) == layout
+    assert ("image" in fingerprint, "max_text_bytes" in fingerprint) == (
+        layout.image is not None,
+        layout.max_text_bytes != 1 << 22,
+    )
+    assert SampleLayout().fingerprint == {"caption": "txt", "max_member_bytes": 1 << 28}
+
+
+# --- what is read of a sample to score it ---
+
+
+@given(st.permutations(["png", "jpg", "webp", "txt", "npy", "json", "input.jpg"]), st.integers(0, 5))
+def test_of_several_images_the_best_is_read_and_of_text_no_more_than_may_be(extensions, max_text_bytes):
+    data = tar_bytes([(f"a.{extension}", extension.encode() + b"12345") for extension in extensions])
+    layout = SampleLayout(image="input.jpg,webp,jpg", max_text_bytes=max_text_bytes)
+    [(_, members)] = plain(read_shard(data, layout, pair_only=True)[0])
+    text = {extension: (extension.encode() + b"12345")[: max_text_bytes + 1] for extension in ("txt", "json")}
+    assert members == {"input.jpg": b"input.jpg12345", **text}
+    assert list(members) == [extension for extension in extensions if extension in members]
+    [(_, members)] = plain(read_shard(data, layout)[0])
+    assert members == {extension: extension.encode() + b"12345" for extension in extensions}

@@ -1,5 +1,6 @@
 """The code in the documents runs."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_code_of_the_training_page_runs(tmp_path):
 def _run_blocks(page: Path, folder: Path) -> int:
     """Run a page's blocks one after the other, as a reader would in one session; how many there were."""
     os.chdir(folder)
-    session: dict[str, object] = {"__name__": "session"}
+    session: dict[str, object] = {"__name__": "__main__"}
     for number, code in enumerate(blocks(page, "python"), start=1):
         exec(compile(code, f"{page.name}, python block {number}", "exec"), session)
     return number
@@ -40,6 +41,16 @@ def test_yaml_commands_and_links_of_a_page_are_right(page):
         assert (ROOT / (script or config)).is_file()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.stem)
+def test_code_that_starts_workers_stands_where_spawned_ones_do_not_run_it(page):
+    starts_workers = re.compile(r"process_shards\(|process_table\(|\.run\(|num_workers=[1-9]")
+    for code in blocks(page, "python"):
+        for statement in ast.parse(code).body:
+            if starts_workers.search(ast.unparse(statement)):
+                assert isinstance(statement, ast.If), ast.unparse(statement)
+                assert ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def test_files_that_the_architecture_page_names_as_proof_exist():

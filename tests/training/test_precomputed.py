@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from clipfilter_wds.offline.config import ScoreConfig
+from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.preprocess import image as preprocess
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.table import ShardScores
@@ -198,10 +200,23 @@ def test_a_shard_without_scores_is_refused_before_training(tabled, tmp_path):
         ClipFilterLoader(ClipWebDataset([tabled.shards, shard]), ScoreFolder(tabled.scores))
 
 
-def test_scores_of_other_captions_are_refused_with_both(tabled):
-    dataset = ClipWebDataset(tabled.shards, layout=SampleLayout(caption="json:caption"))
-    with pytest.raises(ValueError, match="caption txt there, json:caption here"):
-        ClipFilterLoader(dataset, ScoreFolder(tabled.scores))
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (SampleLayout(caption="json:caption"), "caption txt there, json:caption here"),
+        (SampleLayout(image="png"), "image null there, png here"),
+    ],
+)
+def test_scores_of_other_captions_or_images_are_refused_with_both(tabled, layout, message):
+    with pytest.raises(ValueError, match=message):
+        ClipFilterLoader(ClipWebDataset(tabled.shards, layout=layout), ScoreFolder(tabled.scores))
+
+
+def test_scores_of_a_named_image_are_refused_for_the_usual_one(scorer, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", [numbered_pair(1)])
+    process_shards(ScoreConfig(shards=shard, output=tmp_path / "scores", image="jpg", num_workers=0), scorer)
+    with pytest.raises(ValueError, match="image jpg there, null here"):
+        ClipFilterLoader(ClipWebDataset(shard), ScoreFolder(tmp_path / "scores"))
 
 
 def rewritten_table(folder: Path, name: str, change) -> None:
