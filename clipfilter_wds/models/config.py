@@ -30,6 +30,8 @@ class ScorerConfig:
             as fast, with slightly different pixels and so slightly different scores.
         compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start. On a CPU,
             CLIP's text tower is left out: it is faster as it is.
+        cuda_graphs: On CUDA, launch each tower as one CUDA graph, for a few sizes of batches, so that the GPU does not
+            wait for Python; it takes a second or so at the start. What is compiled is launched as usual.
 
     Raises:
         ValueError: When ``precision`` or ``reduce`` is none of these.
@@ -43,6 +45,7 @@ class ScorerConfig:
     flip: bool = False
     fast_decode: bool = False
     compile: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):

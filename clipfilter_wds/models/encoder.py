@@ -3,6 +3,7 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from clipfilter_wds.models.config import Precision
 from clipfilter_wds.models.cosine import captions_of
 from clipfilter_wds.models.device import pixels_to_device, to_device
 from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
+from clipfilter_wds.models.fast.float32 import check_float32_products, keep_convolutions
+from clipfilter_wds.models.fast.graphs import GraphedFunction, Graphs
 from clipfilter_wds.models.fast.image_tower import optimize_layers
 from clipfilter_wds.models.fast.onednn import onednn_linear
 from clipfilter_wds.models.fast.text_tower import pack_text_tower
@@ -50,6 +53,8 @@ class Encoder(nn.Module):
         towers: Its own, or others in ``dtype``.
         flip: Whether an image's embedding is the mean of its own and its mirror image's.
         dtype: What matrices are multiplied in.
+        graphs: Captures the towers; None has every layer launched anew.
+        fill: Number of rows -> what it is filled up to, where towers are captured; each is captured once.
 
     Attributes:
         width: Of the wider tower.
@@ -58,10 +63,26 @@ class Encoder(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: DualEncoder, towers: Towers, *, flip: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        towers: Towers,
+        *,
+        flip: bool,
+        dtype: torch.dtype = torch.float32,
+        graphs: Graphs | None = None,
+        fill: Callable[[int], int] = int,
+    ) -> None:
         super().__init__()
+        self._images: Callable[[Tensor], Tensor] = self._image_features
+        self._texts: Callable[[Tensor], Tensor] = self._text_features
+        self._graphed: list[GraphedFunction] = []
+        if graphs is not None:
+            self._graphed = [GraphedFunction(features, graphs, fill) for features in (self._images, self._texts)]
+            self._images, self._texts = self._graphed
         self.towers, self.width = towers, model.width
         self._tokenize, self._flip, self._dtype = model.preprocess.tokenize, flip, dtype
+        self._view_size = model.preprocess.view.crop
         # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
         self.register_buffer("pixel_mean", _per_channel(model.mean) * (1.0 / model.rescale))
         self.register_buffer("pixel_std", _per_channel(model.std) * (1.0 / model.rescale))
@@ -70,6 +91,11 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         """Where embeddings are computed."""
         return self.pixel_mean.device
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether the towers are captured, for batches of fixed shapes."""
+        return bool(self._graphed)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, *, check: Check = no_check) -> tuple[Tensor, Tensor]:
         """Embed N images and their M captions, int64 ``[N, L]`` or ``[N, K, L]``: float32 ``[N, D]`` and ``[M, D]``."""
@@ -88,6 +114,13 @@ class Encoder(nn.Module):
     @abstractmethod
     def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
         """int64 ``[N, L]`` -> L2-normalised float32 ``[N, D]``."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Called by .to() and its like: graphs go on reading weights where they were captured.
+        for function in self._graphed:
+            function.clear()
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     @torch.inference_mode()
     def _encode(self, batches: Iterable[Tensor], features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
@@ -123,16 +156,20 @@ class ExactEncoder(Encoder):
         batch_rows: Rows that are computed together.
     """
 
-    def __init__(self, model: DualEncoder, device: torch.device, *, flip: bool) -> None:
-        super().__init__(model, model.towers, flip=flip)
-        is_wide_on_cpu = device.type == "cpu" and model.width >= NARROW
-        self.batch_rows = _EXACT_ROWS if is_wide_on_cpu else _MOST_EXACT_ROWS
-        if is_wide_on_cpu:
+    def __init__(self, model: DualEncoder, device: torch.device, *, flip: bool, graphs: Graphs | None = None) -> None:
+        super().__init__(model, model.towers, flip=flip, graphs=graphs)
+        is_on_cpu, is_wide = device.type == "cpu", model.width >= NARROW
+        self.batch_rows = _EXACT_ROWS if is_on_cpu and is_wide else _MOST_EXACT_ROWS
+        # A GPU chooses other kernels for 8 rows than for 64, and other bits with them.
+        self._full_rows = _EXACT_ROWS if is_on_cpu else self.batch_rows
+        if is_wide or not is_on_cpu:
             optimize_layers(self.towers)
+        if not is_on_cpu:
+            keep_convolutions(self.towers)
 
     def encode_image(self, pixel_values: Tensor, *, check: Check = no_check) -> Tensor:
         """See :class:`Encoder`."""
-        return self._in_fixed_batches(pixel_values, self._image_features, check)
+        return self._in_fixed_batches(pixel_values, self._images, check)
 
     def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
         """See :class:`Encoder`."""
@@ -141,14 +178,29 @@ class ExactEncoder(Encoder):
         lengths = torch.maximum(used, (used + (-used % _EXACT_TOKENS)).clamp(max=tokenize.max_length))
         groups = [(lengths == length).nonzero()[:, 0] for length in sorted(set(lengths.tolist()))]
         embeds = [
-            self._in_fixed_batches(tokenize.fit(input_ids[group], int(lengths[group[0]])), self._text_features, check)
+            self._in_fixed_batches(tokenize.fit(input_ids[group], int(lengths[group[0]])), self._texts, check)
             for group in groups
         ]
         return torch.cat(embeds)[to_device(torch.cat(groups).argsort(), self.device)]
 
+    def warm_up(self) -> None:
+        """Capture what every float32 batch is computed by, where there are graphs."""
+        rows, tokenize = self.batch_rows, self._tokenize
+        self.encode_image(torch.zeros(rows, 3, *self._view_size, dtype=torch.uint8))
+        for length in {*range(_EXACT_TOKENS, tokenize.max_length, _EXACT_TOKENS), tokenize.max_length}:
+            self._encode([torch.zeros(rows, length, dtype=torch.int64, device=self.device)], self._texts, no_check)
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        check_float32_products(self.device)
+        return super()._image_features(pixel_values)
+
+    def _text_features(self, input_ids: Tensor) -> Tensor:
+        check_float32_products(self.device)
+        return super()._text_features(input_ids)
+
     def _in_fixed_batches(self, rows: Tensor, features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
         num_rows = len(rows)
-        if missing := -num_rows % _EXACT_ROWS:
+        if missing := -num_rows % self._full_rows:
             rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
         return self._encode(to_device(rows, self.device).split(self.batch_rows), features, check)[:num_rows]
 
@@ -176,7 +228,7 @@ class FastEncoder(Encoder):
         """See :class:`Encoder`."""
         pixel_values = pixels_to_device(pixel_values, self.device)
         batches = pixel_values.split(_FAST_IMAGES.get(self.device.type, len(pixel_values)))
-        return self._encode(batches, self._image_features, check)
+        return self._encode(batches, self._images, check)
 
     def encode_text(self, input_ids: Tensor, *, check: Check = no_check) -> Tensor:
         """See :class:`Encoder`."""
@@ -187,7 +239,7 @@ class FastEncoder(Encoder):
             to_device(distinct[group, : int(lengths[group[-1]])], self.device)
             for group in order.split(self._num_captions)
         )
-        embeds = self._encode(batches, self._text_features, check)
+        embeds = self._encode(batches, self._texts, check)
         return embeds[to_device(order.argsort()[inverse], self.device)]
 
 

@@ -10,8 +10,10 @@ from clipfilter_wds.models.config import DEFAULT_MODEL, ScorerConfig
 from clipfilter_wds.models.cosine import cosines
 from clipfilter_wds.models.device import resolve_device
 from clipfilter_wds.models.encoder import Encoder, ExactEncoder, FastEncoder
+from clipfilter_wds.models.fast.graphs import CudaGraphs, Graphs
+from clipfilter_wds.models.graphed_encoder import GraphedEncoder
 from clipfilter_wds.models.loading import load_model
-from clipfilter_wds.models.precision import resolve_precision
+from clipfilter_wds.models.precision import DTYPES, resolve_precision
 
 
 class ClipScorer(nn.Module):
@@ -57,12 +59,18 @@ class ClipScorer(nn.Module):
             "reduce": config.reduce,
             "flip": config.flip,
         }
-        self.exact = ExactEncoder(loaded, device, flip=config.flip)
-        self.fast: Encoder = self.exact
-        if self.precision != "fp32":
-            self.fast = FastEncoder(loaded, device, flip=config.flip, precision=self.precision, compiled=config.compile)
-        elif config.compile:
+        if config.compile and self.precision == "fp32":
             raise ValueError("compile is for low precision, and precision is fp32 here: leave compile out")
+        graphs: Graphs | None = None
+        if config.cuda_graphs and device.type == "cuda":
+            graphs = CudaGraphs(device)
+        fast: Encoder | None = None  # first, since it copies the towers
+        if self.precision != "fp32" and graphs is not None and not config.compile:
+            fast = GraphedEncoder(loaded, flip=config.flip, dtype=DTYPES[self.precision], graphs=graphs)
+        elif self.precision != "fp32":
+            fast = FastEncoder(loaded, device, flip=config.flip, precision=self.precision, compiled=config.compile)
+        self.exact = ExactEncoder(loaded, device, flip=config.flip, graphs=graphs)
+        self.fast: Encoder = self.exact if fast is None else fast
         self.requires_grad_(False).eval().to(device)
 
     @property
@@ -79,6 +87,18 @@ class ClipScorer(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on beside the sample: weights, preprocessing, text handling, precision. JSON-ready."""
         return dict(self._fingerprint)
+
+    def warm_up(self, batch_size: int) -> None:
+        """Capture CUDA graphs for batches of up to so many samples; without them there is nothing to do.
+
+        Call it in the main thread before a thread scores beside training: it can't be done while another thread draws
+        random numbers. What scores in the main thread captures what it needs.
+        """
+        if not self.exact.is_graphed:
+            return
+        self.exact.warm_up()
+        if isinstance(self.fast, GraphedEncoder):
+            self.fast.warm_up(batch_size)
 
     @torch.inference_mode()
     def forward(self, pixel_values: Tensor, input_ids: Tensor, *, exact: bool = False) -> Tensor:

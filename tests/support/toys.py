@@ -18,11 +18,18 @@ from clipfilter_wds.types import Sample, ShardEnd
 Members = Mapping[str, bytes]
 
 
-def make_clip(folder: Path, *, image_size: int = 32, patch_size: int = 16, width: int = 32, seed: int = 0) -> Path:
+def make_clip(
+    folder: Path, *, image_size: int = 32, patch_size: int = 16, width: int = 32, seed: int = 0, layers: int = 2
+) -> Path:
     """A randomly initialised CLIP with a byte-level tokenizer, saved as Hugging Face saves them."""
     torch.manual_seed(seed)
     tokenizer = _byte_tokenizer()
-    tower = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_hidden_layers": 2}
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+    }
     config = CLIPConfig(
         text_config={
             **tower,

@@ -1,0 +1,157 @@
+"""Launches a function on a GPU as one CUDA graph per shape of its input, which costs the host next to nothing."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clipfilter_wds.models.fast.float32 import float32_products
+
+_LOG = logging.getLogger(__name__)
+
+#: Runs before a capture, in which libraries choose kernels and allocate what they need once.
+_NUM_WARM_UPS = 2
+
+#: torch allows one capture at a time in a process.
+_CAPTURING = threading.Lock()
+
+
+class Captured(NamedTuple):
+    """What a function has launched.
+
+    Attributes:
+        replay: Launches it again, on the current stream.
+        output: Where the result then is, until the next replay of anything that shares its memory.
+    """
+
+    replay: Callable[[], object]
+    output: Tensor
+
+
+class Graphs(Protocol):
+    """Captures what functions launch. All share the memory for what lies between input and output.
+
+    Attributes:
+        device: Where that is.
+    """
+
+    device: torch.device
+
+    def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
+        """Call a function and keep what it launches; None where that can't be done (now)."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """A context to replay in: one at a time, whatever the thread and the stream."""
+
+
+class GraphedFunction:
+    """A function of rows, each for itself, that is computed in fixed shapes and captured once for each.
+
+    Args:
+        function: ``[R, ...]`` -> ``[R, D]``, without looking at values.
+        graphs: Captures it. Where it does not, the function is called with the same shapes.
+        fill: Number of rows -> the number that it is filled up to, R.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], graphs: Graphs, fill: Callable[[int], int]) -> None:
+        self._function, self._graphs, self._fill = function, graphs, fill
+        #: By shape and type of the input: its place, and what is replayed.
+        self._captured: dict[object, tuple[Tensor, Captured]] = {}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``[n, ...]`` -> ``[n, D]``, in memory of its own."""
+        num_rows = self._fill(len(rows))
+        key = (num_rows, rows.shape[1:], rows.dtype)
+        is_there = rows.device == self._graphs.device
+        if is_there and key not in self._captured:
+            self._capture(key, rows, num_rows)
+        if not is_there or key not in self._captured:
+            return self._function(_filled_up(rows, num_rows))[: len(rows)]
+        place, captured = self._captured[key]
+        with self._graphs.turn():
+            place[: len(rows)].copy_(rows, non_blocking=True)  # behind them are rows of earlier batches
+            captured.replay()
+            return captured.output[: len(rows)].clone()
+
+    def clear(self) -> None:
+        """Forget what was captured, since weights have moved."""
+        self._captured.clear()
+
+    def _capture(self, key: object, rows: Tensor, num_rows: int) -> None:
+        place = _filled_up(rows, num_rows).clone(memory_format=torch.contiguous_format)
+        captured = self._graphs.capture(lambda: self._function(place))
+        if captured is not None:
+            self._captured[key] = (place, captured)
+
+
+def _filled_up(rows: Tensor, num_rows: int) -> Tensor:
+    missing = num_rows - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+class CudaGraphs:
+    """Captures on a GPU, in the main thread only.
+
+    While one thread captures, older torch lets no other draw random numbers on that GPU, so a thread that scores beside
+    training must find its graphs ready. In other threads, what was not captured is launched as usual.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device, self._has_failed = torch.device(device.type, index), False
+        self._lock = threading.RLock()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
+
+    def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
+        """See :class:`Graphs`. What fails once is not tried again."""
+        if self._has_failed or threading.current_thread() is not threading.main_thread():
+            return None
+        with _CAPTURING, self.turn():
+            try:
+                return self._capture(compute)
+            except RuntimeError as error:
+                self._has_failed = True
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                _LOG.warning("CUDA graphs can't be used, so that a GPU may wait for the host: %s", reason)
+                self._recover()
+                return None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See :class:`Graphs`: what a stream launches here begins when what others launched here has ended."""
+        stream = torch.cuda.current_stream(self.device)
+        with self._lock:
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def _capture(self, compute: Callable[[], Tensor]) -> Captured:
+        current = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        # The outer context also gives the current stream back where the capture fails; torch's own does not.
+        with float32_products(), torch.cuda.stream(self._stream):
+            for _ in range(_NUM_WARM_UPS):
+                compute()
+            # Other threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = compute()
+        current.wait_stream(self._stream)
+        return Captured(graph.replay, output)
+
+    def _recover(self) -> None:
+        """Capture something that can't fail: until then, older torch takes the failed capture for unfinished."""
+        try:
+            self._capture(lambda: torch.zeros(1, device=self.device))
+        except RuntimeError:
+            _LOG.debug("the GPU could not capture anything", exc_info=True)
