@@ -30,3 +30,9 @@ def test_an_unknown_option_or_value_is_refused(clip_folder):
         ScorerConfig(reduce="median")
     with pytest.raises(ValueError, match="leave compile out"):
         ClipScorer(clip_folder, device="cpu", precision="fp32", compile=True)
+
+
+def test_there_are_no_cuda_graphs_on_a_cpu(clip_folder):
+    scorer = ClipScorer(clip_folder, device="cpu", precision="bf16", cuda_graphs=True)
+    assert not (scorer.exact.is_graphed or scorer.fast.is_graphed)
+    scorer.warm_up(64)  # does nothing

@@ -138,13 +138,18 @@ class CudaGraphs:
     def _capture(self, compute: Callable[[], Tensor]) -> Captured:
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(current)
-        # The outer context also gives the current stream back where the capture fails; torch's own does not.
-        with float32_products(), torch.cuda.stream(self._stream):
+        with float32_products():
+            # Not on the stream of the capture, so that cuBLAS's workspace for that one is allocated in the graphs' own
+            # memory: other workspaces can be freed, as a compiler does that uses graphs too.
             for _ in range(_NUM_WARM_UPS):
                 compute()
-            # Other threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            self._stream.wait_stream(current)
+            # The outer context gives the current stream back where the capture fails; torch's own does not. Other
+            # threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
                 output = compute()
         current.wait_stream(self._stream)
         return Captured(graph.replay, output)
