@@ -72,6 +72,8 @@ class ClipScorer(nn.Module):
         self.exact = ExactEncoder(loaded, device, flip=config.flip, graphs=graphs)
         self.fast: Encoder = self.exact if fast is None else fast
         self.requires_grad_(False).eval().to(device)
+        if graphs is not None:
+            self.exact.warm_up()  # so that whatever torch is told later, float32 is computed as it was captured
 
     @property
     def device(self) -> torch.device:

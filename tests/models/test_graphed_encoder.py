@@ -272,10 +272,9 @@ class TestOnGpu:
         assert sorted(times)[10] < 1e-3, times
 
     def test_a_thread_beside_training_with_tf32_decides_in_float32(self, folder, exact, inputs):
-        scorer = ClipScorer(folder, device="cuda", precision="fp16")
         torch.set_float32_matmul_precision("high")
         try:
-            scorer.warm_up(48)
+            scorer = ClipScorer(folder, device="cuda", precision="fp16")
             found = []
             thread = threading.Thread(target=lambda: found.append(scorer(*inputs, exact=True).cpu()))
             thread.start()

@@ -58,8 +58,8 @@ def check_float32_products(device: torch.device) -> None:
         f"torch was told to multiply float32 matrices on {device} with less precision "
         f"(torch.backends.{name}.matmul: {setting}), so scores would not be float32's, nor decisions near the "
         "threshold; call torch.set_float32_matmul_precision('highest'), or in newer code set "
-        f"torch.backends.{name}.matmul.fp32_precision = 'ieee'. To keep the setting on a GPU, call "
-        "scorer.warm_up(batch_size) before training begins: with CUDA graphs, the setting does not matter afterwards"
+        f"torch.backends.{name}.matmul.fp32_precision = 'ieee'. On a GPU the setting can stay if the scorer is "
+        "made in the main thread, with cuda_graphs: float32 is then computed as it was captured at first"
     )
 
 

@@ -16,6 +16,9 @@ _LOG = logging.getLogger(__name__)
 #: Runs before a capture, in which libraries choose kernels and allocate what they need once.
 _NUM_WARM_UPS = 2
 
+#: The GPU's, or those of another release of torch, whose graphs are "in beta and may change".
+_FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
+
 #: torch allows one capture at a time in a process.
 _CAPTURING = threading.Lock()
 
@@ -117,7 +120,7 @@ class CudaGraphs:
         with _CAPTURING, self.turn():
             try:
                 return self._capture(compute)
-            except RuntimeError as error:
+            except _FAILURES as error:
                 self._has_failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 _LOG.warning("CUDA graphs can't be used, so that a GPU may wait for the host: %s", reason)
@@ -158,5 +161,5 @@ class CudaGraphs:
         """Capture something that can't fail: until then, older torch takes the failed capture for unfinished."""
         try:
             self._capture(lambda: torch.zeros(1, device=self.device))
-        except RuntimeError:
+        except _FAILURES:
             _LOG.debug("the GPU could not capture anything", exc_info=True)

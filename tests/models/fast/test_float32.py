@@ -27,7 +27,7 @@ def setting():
 def test_products_on_a_gpu_in_tf32_are_refused_with_the_cure(precision):
     check_float32_products(CUDA)
     torch.set_float32_matmul_precision(precision)
-    with pytest.raises(ReducedFloat32Error, match=r"set_float32_matmul_precision\('highest'\).*warm_up"):
+    with pytest.raises(ReducedFloat32Error, match=r"set_float32_matmul_precision\('highest'\).*cuda_graphs"):
         check_float32_products(CUDA)
     with float32_products():
         check_float32_products(CUDA)
