@@ -31,7 +31,7 @@ class ScorerConfig:
         compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start. On a CPU,
             CLIP's text tower is left out: it is faster as it is.
         cuda_graphs: On CUDA, launch each tower as one CUDA graph, for a few sizes of batches, so that the GPU does not
-            wait for Python; it takes a second or so at the start. What is compiled is launched as usual.
+            wait for Python; it takes a few seconds at the start. What is compiled is launched as usual.
 
     Raises:
         ValueError: When ``precision`` or ``reduce`` is none of these.

@@ -85,10 +85,20 @@ class GraphedFunction:
         self._captured.clear()
 
     def _capture(self, key: object, rows: Tensor, num_rows: int) -> None:
-        place = _filled_up(rows, num_rows).clone(memory_format=torch.contiguous_format)
+        filled = _filled_up(rows, num_rows)
+        place = self._place_like(filled)
+        with self._graphs.turn():
+            place.copy_(filled)
         captured = self._graphs.capture(lambda: self._function(place))
         if captured is not None:
             self._captured[key] = (place, captured)
+
+    def _place_like(self, rows: Tensor) -> Tensor:
+        """Memory for such rows: that of a larger batch, since one is computed at a time."""
+        for place, _ in self._captured.values():
+            if len(place) >= len(rows) and (place.shape[1:], place.dtype) == (rows.shape[1:], rows.dtype):
+                return place[: len(rows)]
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
 def _filled_up(rows: Tensor, num_rows: int) -> Tensor:

@@ -51,6 +51,16 @@ def test_a_shape_is_captured_once_and_then_replayed():
     assert graphs.num_captures == 5
 
 
+def test_smaller_batches_lie_in_the_memory_of_larger_ones():
+    function = GraphedFunction(Squares(), CpuGraphs(), row_count)
+    for num_rows in (30, 9, 3):
+        rows = torch.randn(num_rows, 2)
+        assert torch.equal(function(rows), rows.square())
+    places = [place for place, _ in function._captured.values()]
+    assert [len(place) for place in places] == [32, 16, 8]
+    assert len({place.data_ptr() for place in places}) == 1
+
+
 def test_rows_may_lie_in_memory_in_any_way():
     function = GraphedFunction(Squares(), CpuGraphs(), row_count)
     padded = torch.randint(0, 256, (5, 4, 6, 4), dtype=torch.uint8)
