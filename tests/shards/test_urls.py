@@ -64,7 +64,6 @@ def test_every_way_to_name_shards_gives_them_in_order(folder, shards, expected):
         ["000.tar", lambda: Path("000.tar").absolute().as_uri()],
         "000.tar::000.tar",
     ],
-    ids=str,
 )
 def test_a_shard_that_is_named_twice_in_any_way_is_read_once(folder, shards):
     shards = [item() if callable(item) else item for item in shards] if isinstance(shards, list) else shards
