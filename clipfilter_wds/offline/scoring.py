@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from clipfilter_wds.models.batch_size import default_batch_size
 from clipfilter_wds.models.recheck import NUM_MEASURED, BatchScores, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
@@ -40,7 +41,7 @@ class ScoringOptions:
 
     Attributes:
         layout: Where image and caption are.
-        batch_size: Samples per forward pass.
+        batch_size: Samples per forward pass; None chooses by model and device.
         num_workers: Processes that decode; None chooses by device and number of CPUs.
         threshold: Scores near it are computed in float32.
         worker_timeout: Seconds that one sample may take to decode; 0 for no limit.
@@ -50,7 +51,7 @@ class ScoringOptions:
     """
 
     layout: SampleLayout
-    batch_size: int
+    batch_size: int | None
     num_workers: int | None
     worker_timeout: float
     threshold: float | None = None
@@ -189,7 +190,8 @@ def score_shards(
         on_batch: Called with the number of samples of each batch.
     """
     scorer = recheck.scorer
-    dataset = _dataset(urls, scorer, options, batch_size=options.batch_size)
+    batch_size = options.batch_size or default_batch_size(scorer.device, scorer.fast.width)
+    dataset = _dataset(urls, scorer, options, batch_size=batch_size)
     num_workers = default_num_workers(scorer.device) if options.num_workers is None else options.num_workers
     blocks = read_blocks(
         dataset,

@@ -46,7 +46,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
         image_key=config.image_key,
         caption_key=config.caption_key,
         score_key=config.score_key,
-        num_rows=config.batch_size,
+        num_rows=config.batch_size or _BATCH_SIZE,
     )
     with open_table(config.source, wanted) as reader:
         _check_target(reader, config)
@@ -65,6 +65,9 @@ def _check_target(reader: TableReader, config: TableConfig) -> None:
             f"name it {config.target.stem + config.source.suffix!r}"
         )
 
+
+#: Pairs that are scored together, where nothing else is said: a table is opened before there is a model.
+_BATCH_SIZE = 64
 
 #: A run of rows, its pairs and their scores, and which are kept.
 _Decided = tuple[Rows, Sequence[Pair], PairScores, np.ndarray]

@@ -19,7 +19,8 @@ class LoaderConfig(WorkerConfig):
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; None keeps all pairs and
             only adds their scores.
         batch_size: Pairs per training batch and rank.
-        score_batch_size: Samples per forward pass of the scorer.
+        score_batch_size: Samples per forward pass of the scorer; by default as many as suit the model on its device, 64
+            on a CPU.
         num_workers: Processes that read and decode, per rank. With 0, the training process decodes.
         drop_last: Leave out an epoch's last batch when it is smaller than the others.
         end: How an epoch ends on several ranks. ``sync``: on all together, when the first has no further batch.
@@ -39,7 +40,7 @@ class LoaderConfig(WorkerConfig):
 
     threshold: float | None = DEFAULT_THRESHOLD
     batch_size: int = 256
-    score_batch_size: int = 64
+    score_batch_size: int | None = None
     num_workers: int = 0
     drop_last: bool = False
     end: End = "sync"
@@ -55,7 +56,7 @@ class LoaderConfig(WorkerConfig):
             check_threshold(self.threshold)
         super().__post_init__()
         for name in ("score_batch_size", "starvation_limit"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")

@@ -262,7 +262,7 @@ class ClipFilterLoader:
             "seed": self.dataset.seed,
             "threshold": config.threshold,
             "batch_size": config.batch_size,
-            "score_batch_size": config.score_batch_size,
+            "score_batch_size": self._source.score_batch_size,
             "end": config.end,
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+#: Samples that are read together where there is no model.
+_BATCH_SIZE = 64
+
+
 class BatchSource:
     """Gives a loader's training batches, epoch by epoch; persistent workers and what killed workers stay with it.
 
@@ -52,6 +56,8 @@ class BatchSource:
     ) -> None:
         self._dataset, self._config, self._scorer = dataset, config, scorer
         self._lookup, self._view, self._recorder = lookup, view, recorder
+        #: Samples that are scored together.
+        self.score_batch_size = config.score_batch_size or _score_batch_size(scorer)
         self.has_scores = scorer is not None or lookup is not no_scores
         #: Whether batches stay in the workers' memory until the model has a copy of them.
         self._lends = scorer is not None and scorer.copies_inputs
@@ -80,6 +86,9 @@ class BatchSource:
             return
         dataset, config = self._dataset, self._config
         pack = partial(self._pack, packer, partial(score_stream, recheck, self._recorder))
+
+        if self._scorer is not None:
+            self._scorer.warm_up(self.score_batch_size)  # here, in the main thread
 
         def start(tracker: CrashTracker) -> Prefetcher[Any, Packed]:
             batches = self._batches(dataset, world, packer.place, tracker)
@@ -142,7 +151,7 @@ class BatchSource:
                 dataset,
                 world=world,
                 num_workers=max(1, config.num_workers),
-                batch_size=config.score_batch_size,
+                batch_size=self.score_batch_size,
                 epoch=begin.epoch,
                 start=begin.progress.positions,
                 first=begin.progress.next_worker,
@@ -172,3 +181,11 @@ class BatchSource:
             if url not in self._reported:
                 self._reported.add(url)
                 _log.warning("a shard is left out: %s: %s", printable(public_url(url)), printable(why))
+
+
+def _score_batch_size(scorer: "ClipScorer | None") -> int:
+    if scorer is None:
+        return _BATCH_SIZE
+    from clipfilter_wds.models.batch_size import default_batch_size
+
+    return default_batch_size(scorer.device, scorer.fast.width)

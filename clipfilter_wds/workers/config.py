@@ -11,7 +11,8 @@ class WorkerConfig:
     """How samples are decoded and batched.
 
     Attributes:
-        batch_size: Samples per forward pass.
+        batch_size: Samples per forward pass; by default as many as suit the model on its device, 64 on a CPU and for
+            tables.
         num_workers: Processes that decode; by default as many as suit the device. With 0, the main process decodes, and
             ends where an image crashes its decoder.
         worker_timeout: Seconds that one sample may take to decode; 0 for no limit. A sample that takes longer, or kills
@@ -21,12 +22,12 @@ class WorkerConfig:
         ValueError: When an option can't be used.
     """
 
-    batch_size: int = 64
+    batch_size: int | None = None
     num_workers: int | None = None
     worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers is {self.num_workers}; it must be at least 0")

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from clipfilter_wds.workers.crashes import CrashTracker, LostBatchError, WorkerDiedError
+from clipfilter_wds.workers.deaths import GRACE_SECONDS, DeathWatch
 from clipfilter_wds.workers.memory import check_fits
 from clipfilter_wds.workers.process import init_worker
 from clipfilter_wds.workers.slots import SLOTS_PER_WORKER, Slots
@@ -31,8 +31,6 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.25
 #: Seconds that a batch may be on its way, which takes a worker that is not stopped milliseconds.
 _LOST_SECONDS = 60.0
-#: Seconds that workers have to end by themselves, and as many again after SIGTERM.
-_GRACE_SECONDS = 0.5
 #: Size of the pipe that workers send batches through (without large tensors): the most that Linux grants every user.
 _PIPE_BYTES = 1 << 20
 
@@ -157,7 +155,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
 
     def __init__(self, loader: WorkerLoader, tracker: CrashTracker | None, slots: Slots, *, lend: bool) -> None:
         self._tracker, self._slots, self._lend = tracker, slots, lend
-        self._watch: _Watch | None = None
+        self._watch: DeathWatch | None = None
         self._is_stopped = False
         self._num_come = [0] * slots.num_workers
         self._missed_since: dict[int, float] = {}
@@ -197,7 +195,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         if self._worker_pids_set:  # else torch raises from a signal handler, at whatever line the main thread is
             _remove_worker_pids(id(self))
             self._worker_pids_set = False
-        self._watch = _Watch(self._workers, tracker)
+        self._watch = DeathWatch(self._workers, tracker)
         self._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # so that only workers hold it
         self._watch.start()
 
@@ -263,54 +261,6 @@ class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
         helper.join()
 
 
-class _Watch:
-    """Finds the worker that died first, and kills the others.
-
-    A worker that is killed while it sends may leave half a message in the pipe that all workers share. The reader waits
-    for the other half until no process is left that could write it.
-    """
-
-    def __init__(self, workers: Sequence[BaseProcess], tracker: CrashTracker) -> None:
-        self._workers, self._tracker = workers, tracker
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._death: WorkerDiedError | None = None
-        self._thread = threading.Thread(target=self._run, name="clipfilter-watch", daemon=True)
-
-    def start(self) -> None:
-        """Watch, in a thread that ends with the workers."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; the workers have ended."""
-        self._stopped.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():  # which may collect garbage
-            self._thread.join(_GRACE_SECONDS)
-
-    def _run(self) -> None:
-        sentinels = {worker.sentinel for worker in self._workers}
-        while sentinels and self.find() is None:
-            sentinels -= set(wait(sentinels))
-            if self._stopped.wait(_GRACE_SECONDS):  # time to take what has been sent
-                return
-        if self.find() is not None:
-            for worker in self._workers:
-                worker.kill()
-
-    def find(self) -> WorkerDiedError | None:
-        """The death of a worker; None where all are alive or have ended because they were done."""
-        with self._lock:  # several threads ask, and the system tells of a child's end only once
-            if self._death is None:
-                self._death = next((death for death in map(self._death_of, range(len(self._workers))) if death), None)
-            return self._death
-
-    def _death_of(self, worker: int) -> WorkerDiedError | None:
-        sample, process = self._tracker.last_seen(worker), self._workers[worker]
-        at_sample = sample is not None and sample.index is not None
-        if process.is_alive() or (process.exitcode == 0 and not at_sample):
-            return None
-        return WorkerDiedError(sample, process.exitcode)
-
-
 def _widen(queue: Any) -> None:
     """Enlarge a queue's pipe, where the system allows it, to hold what workers have ready.
 
@@ -322,7 +272,7 @@ def _widen(queue: Any) -> None:
 
 def _end_soon(workers: Sequence[BaseProcess], ended: threading.Event) -> None:
     for end in (BaseProcess.terminate, BaseProcess.kill):
-        if ended.wait(_GRACE_SECONDS):
+        if ended.wait(GRACE_SECONDS):
             return
         for worker in workers:
             end(worker)
