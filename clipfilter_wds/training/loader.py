@@ -40,9 +40,8 @@ class ClipFilterLoader:
     decode, a thread scores a few batches ahead, and training gets what is kept.
 
     Args:
-        dataset: A ``ClipWebDataset``; or any iterable of dicts that hold ``pixel_values``
-            and ``input_ids`` as ``scorer.preprocess`` makes them, whose other columns are passed on (such a
-            loader can't be resumed).
+        dataset: A ``ClipWebDataset``; or any iterable of dicts that hold ``pixel_values``, ``input_ids`` and ``reason``
+            as ``scorer.preprocess`` makes them, whose other columns are passed on (such a loader can't be resumed).
         scorer: The model; or a ``ScoreFolder``, whose scores decide before an image is
             decoded, with no model at all, and give the batches that a model gives. None keeps everything and adds no
             scores, for loaders that are sometimes filtered.

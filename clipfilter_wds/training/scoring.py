@@ -116,7 +116,7 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
     """Score batches of any other loader; their columns are passed on as they are.
 
     Raises:
-        ValueError: When ``pixel_values`` or ``input_ids`` is missing.
+        ValueError: When ``pixel_values``, ``input_ids`` or ``reason`` is missing.
     """
 
     def inputs(batch: _Columns) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,9 +138,12 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
 
 
 def _usable_columns(batch: Mapping[str, Any]) -> _Columns:
-    missing = {"pixel_values", "input_ids"} - set(batch)
+    missing = {"pixel_values", "input_ids", "reason"} - set(batch)
     if missing:
-        raise ValueError(f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}")
+        raise ValueError(
+            f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}; scorer.preprocess gives "
+            "all three. The reason is empty, or says why a sample can't be scored, which else would be as a black image"
+        )
     columns, unusable = dict(batch), Counter[DropReason]()
     if any(reasons := columns.pop("reason", ())):
         usable = [number for number, reason in enumerate(reasons) if not reason]

@@ -84,8 +84,16 @@ def test_decoded_samples_and_json_captions_do_as_well(shard, scorer):
 
 
 def test_a_batch_without_pixels_names_what_is_missing(scorer):
-    with pytest.raises(ValueError, match=r"columns \['image'\], but no input_ids and no pixel_values"):
+    with pytest.raises(ValueError, match=r"columns \['image'\], but no input_ids and no pixel_values and no reason"):
         list(ClipFilterLoader([{"image": [1]}], scorer))
+
+
+def test_a_loader_that_leaves_out_why_samples_can_not_be_scored_is_refused(scorer):
+    sample = scorer.preprocess({"jpg": b"no image", "txt": b"a caption"})
+    assert sample.pop("reason") == "unreadable_image"
+    batch = {"pixel_values": sample["pixel_values"][None], "input_ids": sample["input_ids"][None]}
+    with pytest.raises(ValueError, match=r"no reason; .* else would be as a black image"):
+        list(ClipFilterLoader([batch], scorer))
 
 
 def test_a_foreign_loader_says_that_it_cannot_be_resumed(scorer):
