@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.commit import AnyTask, ask_storage, read_marks, write_sizes
+from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
@@ -79,7 +79,9 @@ def _score(config: ScoreConfig, run: "_Run") -> Tally:
     """Score, and copy: each shard as soon as it is scored, or all when there are all scores."""
     tasks = plan_scoring(config, run.fingerprint, run.options.rechecked_at(run.fingerprint))
     if not isinstance(config, RewriteConfig) or not config.needs_all_scores:
-        return run.ranks.run(tasks, run.score)
+        tally = run.ranks.run(tasks, run.score)
+        _fail_lost(config, run, tasks, tally)
+        return tally
     scored = run.ranks.run_together(tasks, run.score)
     tables = {task.url: task.table for task in tasks if public_url(task.url) not in scored.failed}
     tally = _copy(config, run, tables)
@@ -94,6 +96,7 @@ def _copy(config: RewriteConfig, run: "_Run", tables: Mapping[str, AnyPath | Non
     """Copy what is kept of shards that have been scored."""
     plan = plan_copying(config, run.fingerprint, tables)
     tally = run.ranks.run(plan.tasks, run.copy)
+    _fail_lost(config, run, plan.tasks, tally)
     if run.ranks.world.rank == 0:
         for files in plan.superseded:
             files.remove()
@@ -101,6 +104,16 @@ def _copy(config: RewriteConfig, run: "_Run", tables: Mapping[str, AnyPath | Non
     tally.num_shards += len(plan.failed)
     tally.failed = {**plan.failed, **tally.failed}
     return tally
+
+
+def _fail_lost(config: ScoreConfig, run: "_Run", tasks: Sequence[Task], tally: Tally) -> None:
+    """Fail the shards that are done and whose output is not there: something has deleted it since."""
+    if run.ranks.world.rank > 0:
+        return
+    there = {str(path) for pattern in ("*_stats.json", "*.parquet") for path in config.folder.rglob(pattern)}
+    for task in tasks:
+        if str(task.mark) not in there and public_url(task.url) not in tally.failed:
+            tally.fail(task.url, "its output is gone: something has deleted it while the run was going on")
 
 
 def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) -> None:

@@ -141,8 +141,9 @@ def _usable_columns(batch: Mapping[str, Any]) -> _Columns:
     missing = {"pixel_values", "input_ids", "reason"} - set(batch)
     if missing:
         raise ValueError(
-            f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}; scorer.preprocess gives "
-            "all three. The reason is empty, or says why a sample can't be scored, which else would be as a black image"
+            f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}; scorer.preprocess "
+            "gives all three. The reason is empty, or says why a sample can't be scored, which else would be as a "
+            "black image"
         )
     columns, unusable = dict(batch), Counter[DropReason]()
     if any(reasons := columns.pop("reason", ())):

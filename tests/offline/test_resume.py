@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -13,6 +14,7 @@ from clipfilter_wds.offline import commit
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.ray import RayEngine
 from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.world import World
 from tests.support.outputs import bits, check_accounting
@@ -199,3 +201,25 @@ def test_tables_that_were_rechecked_at_this_threshold_leave_nothing_in_the_band(
     }
     other = process_shards(RewriteConfig(output=tmp_path / "other", threshold=threshold + 1e-6, **options))
     assert other.stats.in_band > 0
+
+
+def test_outputs_that_something_deletes_while_the_run_goes_on_are_failures(scorer, tmp_path):
+    for shard in range(6):
+        write_shard(tmp_path / "in" / f"{shard}.tar", [pair(10 * shard + i) for i in range(4)])
+    out = tmp_path / "out"
+
+    def delete_once(tally: Tally) -> None:
+        if tally.done == 3 and not (tmp_path / "deleted").exists():
+            (tmp_path / "deleted").touch()
+            for path in [*out.glob("*_stats.json"), *out.glob("*.tar")]:
+                path.unlink()
+
+    config = RewriteConfig(shards=f"{tmp_path}/in/*.tar", output=out, threshold=0.0, num_workers=0)
+    tally = process_shards(config, scorer, on_progress=delete_once)
+    marks = {path.name for path in out.glob("*_stats.json")}
+    gone = {url for url in map(str, sorted((tmp_path / "in").iterdir())) if f"{Path(url).stem}_stats.json" not in marks}
+    assert set(tally.failed) == gone
+    assert len(gone) >= 2
+    assert all("something has deleted it" in why for why in tally.failed.values())
+    again = process_shards(config, scorer)
+    assert (again.failed, again.done, again.resumed) == ({}, 6, 6 - len(gone))
