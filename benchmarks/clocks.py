@@ -107,7 +107,7 @@ def _role(process: BaseProcess) -> str:
     for argument in process._args:
         dataset = argument[0] if isinstance(argument, list) and argument else argument  # torch 2.14 has it in a list
         if isinstance(dataset, Dataset):
-            return COPYING if "Cop" in type(dataset._dataset).__name__ else DECODING
+            return COPYING if "Cop" in type(getattr(dataset, "_dataset", dataset)).__name__ else DECODING
     return OTHER
 
 

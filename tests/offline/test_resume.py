@@ -1,11 +1,15 @@
 """A run that was stopped between a shard's score table, its tar and its mark."""
 
+import multiprocessing
 import os
 import signal
+import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -68,12 +72,16 @@ def config(shards, threshold, tmp_path) -> RewriteConfig:
 
 def run_and_die(config: RewriteConfig, folder, point: str) -> None:
     """A run that is killed at the second shard, with its table written (``tar``), or its tar too (``mark``)."""
-    patch = pytest.MonkeyPatch()
+    multiprocessing.set_start_method("fork", force=True)  # so that the processes that write are patched too
+    patch, run = pytest.MonkeyPatch(), psutil.Process()
     write_json, write_tar = commit.publish_json, commit.OutputFiles._write_tar
 
     def die_or(write, name, *args):
         if name.startswith("00001"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            family = " ".join(str(child.pid) for child in run.children(recursive=True))
+            run.kill()
+            (config.folder.parent / "family").write_text(family)
+            time.sleep(FOREVER)  # until this process has noticed
         return write(*args)
 
     if point == "tar":
@@ -93,12 +101,22 @@ def rewrite_table(config: RewriteConfig, change) -> None:
         replace(scores, metadata=replace(scores.metadata, **change)).write(file)
 
 
+def wait_for_end(family: Path) -> None:
+    """Of the processes whose numbers are in a file, which is about to be there."""
+    while not (family.exists() and family.read_text()):
+        time.sleep(0.01)
+    for pid in map(int, family.read_text().split()):
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(FOREVER)
+
+
 @pytest.mark.parametrize("point", ["tar", "mark"])
 def test_a_killed_run_scores_nothing_again_whose_table_is_there(config, folder, bf16, whole, point):
     process = context.Process(target=run_and_die, args=(config, folder, point))
     process.start()
     process.join(FOREVER)
     assert process.exitcode == -signal.SIGKILL
+    wait_for_end(config.folder.parent / "family")
     there = {path.name for path in config.folder.rglob("*.*")}
     assert {"00000_stats.json", "00001.parquet"} <= there
     assert ("00001.tar" in there) == (point == "mark")
@@ -106,7 +124,8 @@ def test_a_killed_run_scores_nothing_again_whose_table_is_there(config, folder, 
     num_tables = sum(name.endswith(".parquet") for name in there)
     tally = process_shards(config, bf16)
     assert tally.num_scored == (NUM_SHARDS - num_tables) * PER_SHARD
-    assert (tally.resumed, tally.done, tally.failed) == (1, NUM_SHARDS, {})
+    num_marks = sum(name.endswith("_stats.json") for name in there)
+    assert (tally.resumed, tally.done, tally.failed) == (num_marks, NUM_SHARDS, {})
     assert bits(config.folder) == bits(whole)
     check_accounting(config.folder)
 

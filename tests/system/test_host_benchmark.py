@@ -94,7 +94,9 @@ def _read_clocks() -> tuple[dict, dict, float, float]:
     ended.start()
     ended.join()
     waiting, done = threading.Event(), threading.Event()
-    alive = threading.Thread(target=lambda: (spin(0.1), waiting.set(), done.wait()), name="clipfilter-scorer")
+    alive = threading.Thread(
+        target=lambda: (spin(0.1), waiting.set(), done.wait()), name="clipfilter-scorer", daemon=True
+    )
     alive.start()
     waiting.wait()
     for dataset in (Spinning(), Copies()):
@@ -125,7 +127,7 @@ def test_stubbed_model_keeps_its_share_whatever_is_scored_together(tmp_path, kep
     captions = [[caption] for _, caption in make_data(tmp_path, num_samples=1000, image_size=16).rows]
     ids, pixels = scorer.preprocess.tokenize(captions).input_ids, torch.zeros(1000, 3, 1, 1, dtype=torch.uint8)
     batches = zip(pixels.split(64), ids.split(64), strict=True)
-    scores = [scores for _, scores in Recheck(scorer, THRESHOLD).map(batches, lambda batch: batch)]
+    scores = [scores for _, scores in Recheck(scorer, THRESHOLD).map(batches, lambda batch: batch, lambda *_: None)]
     together = np.concatenate([batch.scores for batch in scores])
     assert (together >= THRESHOLD).mean() == pytest.approx(kept, abs=0.04)
     assert np.array_equal(together, scorer(pixels, ids).numpy())
