@@ -37,6 +37,10 @@ class Task(Protocol):
     def mark(self) -> AnyPath:
         """The file that appears last, when the output is whole."""
 
+    @property
+    def tar(self) -> AnyPath | None:
+        """The file of the samples that are kept, which is there if any are; None when it makes none."""
+
     def committed(self) -> ShardStats | None:
         """What an earlier run has committed, None when that is nothing or the shard has changed since.
 

@@ -78,6 +78,11 @@ class CopyTask:
         """See ``Task``."""
         return self.files.mark
 
+    @property
+    def tar(self) -> AnyPath:
+        """See ``Task``."""
+        return self.files.tar
+
     def committed(self) -> ShardStats | None:
         """See ``Task``."""
         record = self.files.read_mark(self.options.settings, self.options.fingerprint)

@@ -74,6 +74,11 @@ class PackTask:
         """See ``Task``."""
         return self.files.mark
 
+    @property
+    def tar(self) -> AnyPath:
+        """See ``Task``."""
+        return self.files.tar
+
     def committed(self) -> ShardStats | None:
         """See ``Task``. What was made to another plan is made anew."""
         record = self.files.read_mark(self.options.settings, self.options.fingerprint)

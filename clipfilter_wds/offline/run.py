@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, write_sizes
+from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
@@ -110,9 +110,15 @@ def _fail_lost(config: ScoreConfig, run: "_Run", tasks: Sequence[Task], tally: T
     """Fail the shards that are done and whose output is not there: something has deleted it since."""
     if run.ranks.world.rank > 0:
         return
-    there = {str(path) for pattern in ("*_stats.json", "*.parquet") for path in config.folder.rglob(pattern)}
+    there = {str(path) for end in ("*_stats.json", "*.tar", "*.parquet") for path in config.folder.rglob(end)}
+
+    def is_lost(task: Task) -> bool:
+        if str(task.mark) not in there:
+            return True
+        return task.tar is not None and str(task.tar) not in there and read_record(task.mark)["kept"] > 0
+
     for task in tasks:
-        if str(task.mark) not in there and public_url(task.url) not in tally.failed:
+        if public_url(task.url) not in tally.failed and is_lost(task):
             tally.fail(task.url, "its output is gone: something has deleted it while the run was going on")
 
 

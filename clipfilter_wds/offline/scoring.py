@@ -108,6 +108,11 @@ class ScoreTask:
         """See ``Task``. A table is its own mark when nothing is copied."""
         return self.table if self.copy is None else self.copy.mark
 
+    @property
+    def tar(self) -> AnyPath | None:
+        """See ``Task``."""
+        return None if self.copy is None else self.copy.tar
+
     def committed(self) -> ShardStats | None:
         """See ``Task``."""
         if self.copy is not None:
