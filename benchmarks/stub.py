@@ -44,6 +44,7 @@ class _StubEncoder(nn.Module):
     #: For whoever splits the work: narrower than what a CPU would run several batches of at a time.
     width = 32
     batch_rows = 64
+    is_graphed = False
 
     def __init__(self, device: torch.device, kept: float) -> None:
         super().__init__()
