@@ -17,6 +17,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+#: Seconds that running tasks have to end when nobody waits for their results any more.
+_LAST_SECONDS = 1.5
 #: Seconds that processes have to end after one of them has died.
 _GRACE_SECONDS = 1.0
 
@@ -31,8 +33,8 @@ class TaskDiedError(WorkerDiedError):
 class TaskProcesses:
     """Processes that run picklable functions. Use it in a ``with`` block, at whose end all is done.
 
-    When the block ends with an exception, the processes are killed, whatever they are at: a slow storage may take
-    minutes, and Ctrl-C shall not.
+    When the block ends with an exception, what has not begun is never run, and what takes long is killed: a slow
+    storage may take minutes, and Ctrl-C shall not.
 
     Args:
         num_processes: How many run at a time.
@@ -75,10 +77,12 @@ class TaskProcesses:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
-        if kind is not None:
-            for process in self._processes:
-                process.kill()
         self._executor.shutdown(wait=kind is None, cancel_futures=kind is not None)
+        if kind is not None:
+            until = time.monotonic() + _LAST_SECONDS
+            for process in self._processes:
+                process.join(max(0.0, until - time.monotonic()))
+                process.kill()
 
 
 def _is_sigterm(exit_code: int) -> bool:

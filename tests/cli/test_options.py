@@ -60,7 +60,7 @@ def test_help_shows_types_and_defaults_as_a_person_reads_them(show):
     text = show("rewrite")
     for line in (
         "usage: clipfilter-wds rewrite SHARDS ... --output OUTPUT [options]",
-        "  --batch_size N        Samples per forward pass. (default: 64)",
+        "  --batch_size N        Samples per forward pass; by default as many as suit",
         "  --flip, --no_flip     Score the mirrored image too",
         "  --engine {local,ray}  local processes the shards",
         "  clipfilter-wds rewrite 'data/{00000..00099}.tar' --output kept --threshold 0.28",

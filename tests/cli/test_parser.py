@@ -129,7 +129,7 @@ class TestCommandLineWins:
     def test_null_takes_back_what_an_earlier_file_says(self, configs):
         Path("two.yaml").write_text("threshold: null\nkeep_fraction: 0.3\nbatch_size: null\n")
         run = configs("rewrite", "--config", "one.yaml", "--config", "two.yaml")[0]
-        assert (run.threshold, run.keep_fraction, run.batch_size) == (None, 0.3, 64)
+        assert (run.threshold, run.keep_fraction, run.batch_size) == (None, 0.3, None)
 
     @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/[rs]*.yaml")), ids=lambda path: path.stem)
     def test_over_the_files_that_come_with_the_package(self, config, configs):

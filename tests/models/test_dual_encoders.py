@@ -66,6 +66,7 @@ def test_a_loader_around_padded_batches_gives_the_same_scores(family, tmp_path):
     inline = [score for batch in ClipFilterLoader(dataset, scorer, threshold=None) for score in batch["score"].tolist()]
     columns = [scorer.preprocess({"png": sample["png"], "txt": sample["txt"]}) for sample in samples]
     batch = {name: torch.stack([row[name] for row in columns]) for name in ("pixel_values", "input_ids")}
+    batch["reason"] = [row["reason"] for row in columns]
     around = [score for out in ClipFilterLoader([batch], scorer, threshold=None) for score in out["score"].tolist()]
     expected = [reference.score(*pair) for pair in pairs()]
     np.testing.assert_allclose(inline, expected, rtol=0, atol=1e-5)

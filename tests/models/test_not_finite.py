@@ -101,6 +101,7 @@ def test_a_loader_around_any_batches_drops_them_with_all_their_columns(overflowi
     pairs = [overflowing.preprocess.open_pair(image, "caption") for image in images]
     pixel_values, tokens = overflowing.preprocess.collate(pairs)
     batch = {"pixel_values": pixel_values, "input_ids": tokens.input_ids, "number": torch.arange(len(images))}
+    batch["reason"] = [""] * len(images)
     loader = ClipFilterLoader([batch], overflowing, threshold=0.0)
     assert [number for out in loader for number in out["number"].tolist()] == GREY
     assert loader.stats.dropped == {DropReason.NOT_FINITE: len(BRIGHT)}

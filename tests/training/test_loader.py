@@ -196,6 +196,7 @@ def columns_of(recipe, batch_size=6):
             {
                 "pixel_values": pixels,
                 "input_ids": ids.input_ids,
+                "reason": [""] * len(samples),
                 "number": torch.tensor(numbers),
                 "meta": {"key": [sample.key for sample in samples], "pair": (torch.tensor(numbers), numbers)},
             }
