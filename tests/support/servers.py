@@ -155,15 +155,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def now_and_then(seed: int, **shares: float) -> Fault:
-    """Each fault in a share of the requests, at random; never thrice in a row, as a server that is only flaky."""
-    rng, lock, in_a_row = random.Random(seed), threading.Lock(), 0
+    """Each fault in a share of the requests, at random; never thrice in a row for a file, as a server that is flaky.
+
+    For a file, since several processes ask at once: of all requests in their order, one of them may get all the faults.
+    """
+    rng, lock, in_a_row = random.Random(seed), threading.Lock(), Counter[str]()
 
     def fault(method: str, path: str) -> str | None:
-        nonlocal in_a_row
         with lock:
             choice = rng.choices([*shares, None], [*shares.values(), 1 - sum(shares.values())])[0]
-            choice = None if in_a_row == 2 else choice
-            in_a_row = in_a_row + 1 if choice else 0
+            choice = None if in_a_row[path] == 2 else choice
+            in_a_row[path] = in_a_row[path] + 1 if choice else 0
         return choice
 
     return fault
