@@ -1,6 +1,6 @@
-"""Tells which of how many ranks this process is, and lets the ranks agree. Only this file reads rank variables.
+"""Tells which of how many ranks this process is, and lets the ranks agree.
 
-torch is imported when it is needed, so that commands that need none start quickly.
+Only this file reads what launchers tell in the environment. torch is imported when it is needed, so that commands that need none start quickly.
 """
 
 import os
@@ -137,3 +137,8 @@ class Agreement:
         values: list[Any] = [None] * torch.distributed.get_world_size(self._group)
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
+
+
+def ray_address(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The Ray cluster that the environment names, as it does in a job that was submitted to one; None without one."""
+    return environ.get("RAY_ADDRESS") or None

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from clipfilter_wds.world import World
+from clipfilter_wds.world import World, ray_address
 
 READ_WORLD = "from clipfilter_wds.world import World; world = World.from_env(); print(world.rank, world.world_size)"
 
@@ -84,3 +84,11 @@ def test_a_process_reads_its_own_environment():
 def test_a_variable_without_a_number_is_named(environ, name):
     with pytest.raises(ValueError, match=f"the environment has {name}.*`unset {name.partition('=')[0]}`"):
         World.from_env(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "address"),
+    [({}, None), ({"RAY_ADDRESS": ""}, None), ({"RAY_ADDRESS": "10.0.0.1:6379"}, "10.0.0.1:6379")],
+)
+def test_a_ray_cluster_is_the_one_that_the_environment_names(environ, address):
+    assert ray_address(environ) == address

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
+from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.shards.open import shard_num_bytes
@@ -117,7 +117,7 @@ class ShardScores:
             ValueError: When there are more or fewer scores than rows without a reason.
         """
         all_scores, reasons = finite_scores(rows.reasons, scores)
-        texts = [None if reason is None else reason.value for reason in reasons_of(reasons)]
+        texts = pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
         numbers = {name: rows.numbers[name] for name in rows.numbers.dtype.names or ()}
         columns = {**numbers, "key": rows.keys, "uid": rows.uids, "score": all_scores, "reason": texts}
         table = pa.table([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)

@@ -34,8 +34,7 @@ class Recycler:
     def _memory(self, num_bytes: int) -> np.ndarray:
         kept = self._kept.setdefault(num_bytes, [])
         for place in range(len(kept)):
-            # A tensor of it, or of a part of it, holds it by one reference; the list and this call by two.
-            if sys.getrefcount(kept[place]) == _REFERENCES:
+            if _num_references(kept, place) == _OF_THE_LIST_ONLY:  # a tensor of it, or of a part of it, is one more
                 return kept[place]
         memory = np.empty(num_bytes, dtype=np.uint8)
         if len(kept) < _MOST_KEPT:
@@ -43,10 +42,9 @@ class Recycler:
         return memory
 
 
-def _references() -> int:
-    """How many references an array that only a list holds is said to have."""
-    kept = [np.empty(1, dtype=np.uint8)]
-    return sys.getrefcount(kept[0])
+def _num_references(kept: list[np.ndarray], place: int) -> int:
+    """Counted in one function, since how many are passing ones depends on the code and on Python's version."""
+    return sys.getrefcount(kept[place])
 
 
-_REFERENCES = _references()
+_OF_THE_LIST_ONLY = _num_references([np.empty(1, dtype=np.uint8)], 0)

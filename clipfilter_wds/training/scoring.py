@@ -96,10 +96,11 @@ def _hold(new: NewTensor, borrowed: Lent[StreamBatch], may_be_kept: np.ndarray) 
     rows, views = np.flatnonzero(may_be_given), batch.views
     if borrowed.is_shared or len(rows) < batch.has_views.sum():
         views = take(views, np.flatnonzero(may_be_given[batch.has_views]), new)
+    keys = [batch.rows.keys[row] for row in rows.tolist()]
     urls = [batch.urls[number] for number in batch.url_of[rows].tolist()]
     places = np.full(len(batch.rows), -1)
     places[rows] = np.arange(len(rows))
-    held = _Held(batch.without_views(), {**views, "__key__": batch.rows.take(rows).keys, "__url__": urls}, places)
+    held = _Held(batch.without_views(), {**views, "__key__": keys, "__url__": urls}, places)
     borrowed.release()
     return held
 

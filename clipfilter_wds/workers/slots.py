@@ -123,11 +123,6 @@ class Slots:
         """Let the worker fill a slot again."""
         self._taken[slot] = 0
 
-    @property
-    def num_taken(self) -> int:
-        """Slots that are being filled, or not yet emptied."""
-        return sum(self._taken[: len(self._files)])
-
     def close(self) -> None:
         """Have workers that wait for a slot end."""
         self._taken[len(self._files)] = 1

@@ -1,10 +1,11 @@
 """Connects to a Ray cluster, or starts Ray on this machine and shuts it down."""
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from clipfilter_wds.world import ray_address
 
 
 def import_ray() -> Any:
@@ -39,7 +40,7 @@ def connect(ray: Any, address: str | None) -> bool:
             socket.create_connection((host, int(port)), timeout=10).close()
         with _killed_when_interrupted():
             ray.init(
-                address=address or os.environ.get("RAY_ADDRESS") or "local",
+                address=address or ray_address() or "local",
                 logging_level="warning",
                 log_to_driver=False,
             )
