@@ -1,6 +1,7 @@
 """Tells which of how many ranks this process is, and lets the ranks agree.
 
-Only this file reads what launchers tell in the environment. torch is imported when it is needed, so that commands that need none start quickly.
+Only this file reads what launchers tell in the environment. torch is imported when it is needed, so that commands that
+need none start quickly.
 """
 
 import os
