@@ -22,6 +22,8 @@ class DropReason(StrEnum):
     NOT_IN_SUBSET = "not_in_subset"
     SEVERAL_IMAGES = "several_images"
     TEXT_TOO_LARGE = "text_too_large"
+    NOT_SELECTED = "not_selected"
+    NEAR_DUPLICATE = "near_duplicate"
 
 
 #: What stands for a reason in an int8 array, and for none.

@@ -49,6 +49,7 @@ class ClipScorer(nn.Module):
         self.precision = resolve_precision(config.precision, device, loaded.width)
         self.preprocess = loaded.preprocess.with_view(fast_decode=config.fast_decode)
         self._fingerprint = {
+            "score": "cosine",
             "model": self.model_name,
             "family": loaded.family,
             "weights": loaded.towers.weights_hash(),

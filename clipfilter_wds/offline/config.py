@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
+from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
@@ -111,7 +112,8 @@ class RewriteConfig(ScoreConfig):
 
     Attributes:
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 where neither
-            ``keep_fraction`` nor ``subset`` is given.
+            ``keep_fraction`` nor ``subset`` is given. Scores of another kind are compared as they are, and have no
+            default.
         keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
         subset: Keep only what this file lists: a ``.npy`` of uids like DataComp's, or a text file with a key per line.
         scores: Folder of score tables that were made before; then no model is loaded and no image decoded.
@@ -136,8 +138,18 @@ class RewriteConfig(ScoreConfig):
         """What is kept."""
         subset = None if self.subset is None else Subset(Path(self.subset))
         is_default = self.threshold is None and self.keep_fraction is None and subset is None
-        threshold = DEFAULT_THRESHOLD if is_default else self.threshold
-        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset)
+        kind = self._kind
+        threshold = kind.default_threshold if is_default else self.threshold
+        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind)
+
+    @property
+    def _kind(self) -> ScoreKind:
+        """What the scores are."""
+        if self.scores is None:
+            return COSINES
+        from clipfilter_wds.scores.folder import kind_of_scores  # imports pyarrow, for this alone
+
+        return kind_of_scores(self.scores)
 
     @property
     def table_folder(self) -> AnyPath:

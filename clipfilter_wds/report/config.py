@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipfilter_wds.scores.selection import check_threshold
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.paths import RemotePath, any_path
 from clipfilter_wds.storage.publish import check_writable
@@ -40,7 +40,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            check_threshold(self.threshold)
+            COSINES.check_threshold(self.threshold)
         if not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
             raise ValueError(f"thumbnails is {self.thumbnails}; it must lie in 0..{_MAX_THUMBNAILS}")
         check_page(self.output, of=self.scores)

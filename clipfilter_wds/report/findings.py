@@ -14,7 +14,7 @@ from clipfilter_wds.report.shard_rates import ShardRate
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.fraction import Cut
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.types import DropReason
@@ -117,7 +117,7 @@ class Start:
 
     def keeps(self, scores: np.ndarray) -> np.ndarray:
         """Whether each raw cosine, float32 ``[N]``, is kept: bool ``[N]``."""
-        return passes(scores, self.threshold) if self.cut is None else self.cut.keeps(scores)
+        return COSINES.passes(scores, self.threshold) if self.cut is None else self.cut.keeps(scores)
 
 
 def gather(run: ScoredRun, start: Start, num_picks: int) -> Findings:

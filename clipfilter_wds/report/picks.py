@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 
 _SPREAD_WIDTH = 0.001
 
@@ -38,7 +38,7 @@ class Picker:
 
     def __init__(self, threshold: float, num_picks: int, *, keeps: Keeps | None = None) -> None:
         self._threshold, self._num_picks = threshold, num_picks
-        self._keeps = keeps or partial(passes, threshold=threshold)
+        self._keeps = keeps or partial(COSINES.passes, threshold=threshold)
         self._lowest, self._highest, self._below, self._above = (_Least(num_picks) for _ in range(4))
         self._spread: dict[int, Pick] = {}
 

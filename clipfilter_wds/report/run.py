@@ -7,7 +7,7 @@ from clipfilter_wds.report.findings import Findings, ScoredRun, Start, gather
 from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
 from clipfilter_wds.scores.fraction import Cut
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD
+from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
 from clipfilter_wds.shards.urls import find_shards
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish

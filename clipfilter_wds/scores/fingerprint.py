@@ -4,7 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from clipfilter_wds.scores.kind import COSINE
+
 Fingerprint = Mapping[str, Any]
+
+#: Entries that older files lack, and what they stand for there.
+_IMPLIED = {"score": COSINE}
 
 
 def check_fingerprint(found: Fingerprint, expected: Fingerprint, what: str, cure: str = "") -> None:
@@ -19,6 +24,7 @@ def check_fingerprint(found: Fingerprint, expected: Fingerprint, what: str, cure
     Raises:
         ValueError: Naming the differing entries with both values.
     """
+    found, expected = {**_IMPLIED, **found}, {**_IMPLIED, **expected}
     names = [name for name in {**expected, **found} if name != "model" and found.get(name) != expected.get(name)]
     if "weights" in names and found.get("model") != expected.get("model"):
         names = ["model", *names]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata, read_scores
 from clipfilter_wds.shards.names import public_url, shard_path, unnameable
 from clipfilter_wds.types import ShardError
@@ -29,19 +30,19 @@ class ScoreFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder).expanduser()
         #: Where the tables lie.
-        self.folder = folder / "_scores" if (folder / "_scores").is_dir() else folder
+        self.folder = _table_folder(folder)
         self._name_by_source: dict[str, str] = {}
         self._names_by_stem: dict[str, list[str]] = defaultdict(list)
-        fingerprint: Fingerprint | None = None
+        fingerprint, kind = None, COSINES
         #: The tables, sorted.
         self.paths: list[Path] = []
         for path, metadata in read_all_metadata(self.folder):
             name = path.relative_to(self.folder).with_suffix("").as_posix()
             if name.startswith(f"{PARTS_FOLDER}/"):
                 continue
-            fingerprint = fingerprint or metadata.fingerprint
+            if fingerprint is None:
+                fingerprint, kind = metadata.fingerprint, metadata.kind
             check_fingerprint(
                 metadata.fingerprint, fingerprint, f"{str(path)!r} does not go with the tables before it: it"
             )
@@ -52,7 +53,9 @@ class ScoreFolder:
                 f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
             )
         #: What all the scores depend on beside the shards.
-        self.fingerprint = fingerprint
+        self.fingerprint: Fingerprint = fingerprint
+        #: What they are.
+        self.kind = kind
         #: Shards that the run that wrote the tables could not use, and why.
         self.failed = _failed_shards(self.folder)
 
@@ -91,6 +94,21 @@ class ScoreFolder:
         path = PurePosixPath(shard_path(url)).parts
         names = [name for name in self._names_by_stem.get(path[-1], ()) if _is_end(PurePosixPath(name).parts, path)]
         return max(names, key=lambda name: name.count("/"), default=None)
+
+
+def kind_of_scores(folder: str | Path) -> ScoreKind:
+    """What the scores in a folder are, by any of its tables; cosines where there is none yet.
+
+    Raises:
+        ValueError: When a parquet file is no score table.
+    """
+    path = next(_table_folder(folder).rglob("*.parquet"), None)
+    return COSINES if path is None else read_metadata(path).kind
+
+
+def _table_folder(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser()
+    return folder / "_scores" if (folder / "_scores").is_dir() else folder
 
 
 def read_all_metadata(folder: Path) -> Iterator[tuple[Path, ScoreMetadata]]:

@@ -7,13 +7,12 @@ import numpy as np
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason, FilterStats, ShardError
 
 if TYPE_CHECKING:  # a config holds a choice, and pyarrow takes a tenth of a second to import
     from clipfilter_wds.scores.table import ShardScores
-
-DEFAULT_THRESHOLD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,35 +44,15 @@ class Selection:
         return FilterStats(seen=len(reasons), kept=int((reasons == NO_REASON).sum()), dropped=dropped)
 
 
-def check_threshold(threshold: float) -> float:
-    """The threshold, if a cosine can lie on both sides of it.
-
-    Raises:
-        ValueError: When it does not lie in [-1, 1].
-    """
-    if not -1.0 <= threshold <= 1.0:
-        hint = (
-            f" Did you mean {threshold / 10 if threshold < 10 else threshold / 100:g}?" if 1 < threshold <= 100 else ""
-        )
-        raise ValueError(f"threshold is {threshold:g}; a cosine lies in [-1, 1].{hint}")
-    return threshold
-
-
-def passes(scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether ``clip(score, 0, 1) >= threshold``, for raw cosines, float32 ``[N]``; never for what is not a number."""
-    # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
-    passed: np.ndarray = np.clip(scores.astype(np.float64), 0.0, 1.0) >= threshold
-    return passed
-
-
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What a run keeps of the pairs that could be scored. Picklable.
 
     Attributes:
-        threshold: Keep when ``clip(cosine, 0, 1)`` is at least this; None sets none.
+        threshold: Keep what passes it; see ``ScoreKind.passes``. None sets none.
         keep_fraction: Keep this share of all, those with the highest scores; None for no such limit.
         subset: Keep what is listed only.
+        kind: Of the scores.
 
     Raises:
         ValueError: When one of them can't be used, or they contradict each other.
@@ -82,6 +61,7 @@ class Choice:
     threshold: float | None = None
     keep_fraction: float | None = None
     subset: Subset | None = None
+    kind: ScoreKind = COSINES
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep_fraction is not None:
@@ -90,7 +70,7 @@ class Choice:
                 "give one"
             )
         if self.threshold is not None:
-            check_threshold(self.threshold)
+            self.kind.check_threshold(self.threshold)
         if self.keep_fraction is not None:
             check_fraction(self.keep_fraction)
 
@@ -131,7 +111,7 @@ def select(
 
     Args:
         scores: Of one shard.
-        threshold: Keep ``clip(score, 0, 1) >= threshold``; None sets none.
+        threshold: Keep what passes it, as the kind of the scores has it; None sets none.
         cutoff: Keep what is among the run's highest scores; None for no such limit.
         subset: Keep what is listed; None for no such limit.
 
@@ -144,7 +124,8 @@ def select(
         is_read = ~np.isin(reasons, [REASON_CODES[DropReason.TORN], REASON_CODES[DropReason.MEMBER_TOO_LARGE]])
         reasons[is_read & ~_listed(scores, subset, is_read)] = REASON_CODES[DropReason.NOT_IN_SUBSET]
     if threshold is not None:
-        reasons[(reasons == NO_REASON) & ~passes(scores.scores, threshold)] = REASON_CODES[DropReason.BELOW_THRESHOLD]
+        passed = scores.metadata.kind.passes(scores.scores, threshold)
+        reasons[(reasons == NO_REASON) & ~passed] = REASON_CODES[DropReason.BELOW_THRESHOLD]
     if cutoff is not None:
         candidates = np.flatnonzero(reasons == NO_REASON)
         low = candidates[~cutoff.keeps(scores.scores[candidates])]

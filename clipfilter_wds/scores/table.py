@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +16,16 @@ import pyarrow.parquet as pq
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
+from clipfilter_wds.scores.kind import COSINE, COSINES, ScoreKind
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import NO_REASON, DropReason, ShardError
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
+
+#: Entries of the metadata that the first tables lack.
+_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high)}
 
 _SCHEMA = pa.schema(
     [
@@ -55,6 +59,7 @@ class ScoreMetadata:
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
         members: What the shard's members are called, and how many are; see ``shards/found.py``.
+        range: The lowest and the highest score that there can be; None for no such limit.
     """
 
     version: int = _FORMAT_VERSION
@@ -67,6 +72,12 @@ class ScoreMetadata:
     rechecked: int = 0
     rechecked_at: float | None = None
     members: Mapping[str, int] = field(default_factory=dict)
+    range: tuple[float | None, float | None] = (COSINES.low, COSINES.high)
+
+    @property
+    def kind(self) -> ScoreKind:
+        """What the scores are, by the fingerprint's entry ``score``; cosines where there is none."""
+        return ScoreKind(self.fingerprint.get("score", COSINE), *self.range)
 
     def to_schema(self) -> dict[bytes, str]:
         """As a parquet schema holds it."""
@@ -78,7 +89,8 @@ class ScoreMetadata:
         found = json.loads((metadata or {})[_METADATA_KEY])
         if found["version"] != _FORMAT_VERSION:
             raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
-        found.setdefault("members", {})  # which came later
+        found = {**_CAME_LATER, **found}
+        found["range"] = tuple(found["range"])
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
@@ -87,9 +99,9 @@ class ShardScores:
     """The scores of one shard, a row per sample in the order of the shard.
 
     Attributes:
-        table: Columns ``key``, ``index``, ``score`` (raw cosine; 0.0 where there is a reason), ``reason`` (a
-            ``DropReason`` or null), ``num_tokens``, ``truncated``, ``width``, ``height``,
-            ``uid`` (16 bytes, big-endian; null where the sample's json member has none).
+        table: Columns ``key``, ``index``, ``score`` (raw, of the metadata's kind; 0.0 where there is a reason),
+            ``reason`` (a ``DropReason`` or null), ``num_tokens``, ``truncated``, ``width``, ``height``, ``uid``
+            (16 bytes, big-endian; null where the sample's json member has none).
         metadata: What was scored, and how.
 
     Raises:
@@ -109,7 +121,7 @@ class ShardScores:
 
         Args:
             rows: Of all samples.
-            scores: Of the rows without a reason, in the same order: raw cosines, float32 ``[N]``. One that is NaN or
+            scores: Of the rows without a reason, in the same order: raw, float32 ``[N]``. One that is NaN or
                 infinite is none: its sample gets the reason ``not_finite``.
             metadata: What the table says of itself.
 
@@ -140,7 +152,7 @@ class ShardScores:
 
     @property
     def scores(self) -> np.ndarray:
-        """Raw cosines, float32 ``[num_samples]``."""
+        """Raw scores, float32 ``[num_samples]``."""
         scores: np.ndarray = self.table["score"].to_numpy()
         return scores
 

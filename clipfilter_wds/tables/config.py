@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, Choice
+from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
+from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.tables.formats.open import SUFFIXES
 from clipfilter_wds.workers.config import WorkerConfig

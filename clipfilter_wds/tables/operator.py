@@ -14,7 +14,7 @@ from clipfilter_wds.console import show_progress
 from clipfilter_wds.models.config import DEFAULT_MODEL
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
 from clipfilter_wds.tables.progress import shown
 from clipfilter_wds.tables.scoring import Pair, batched, score_pair_fp32, score_pairs
 from clipfilter_wds.tables.tally import PairTally
@@ -94,7 +94,7 @@ class ImageClipFilter:
         Raises:
             ValueError: When the table lacks a column, or the threshold lies outside [-1, 1].
         """
-        check_threshold(threshold)
+        COSINES.check_threshold(threshold)
         dataframe = storage.read("dataframe")
         images = _cells(dataframe, input_image_key, "input_image_key")
         captions = _cells(dataframe, input_caption_key, "input_caption_key")

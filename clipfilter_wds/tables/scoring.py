@@ -19,7 +19,7 @@ from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
 from clipfilter_wds.scores.finite import finite_scores
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.tables.cells import caption_of, image_of
 from clipfilter_wds.tables.images import StoredImage, is_remote, read_image
 from clipfilter_wds.types import DropReason, UnusableError
@@ -78,7 +78,7 @@ class PairScores:
 
     def keep(self, threshold: float) -> np.ndarray:
         """Which pairs are kept, bool ``[N]``. What could not be scored is compared as 0.0, as the reference does."""
-        return passes(self.similarity, threshold)
+        return COSINES.passes(self.similarity, threshold)
 
 
 def score_pairs(

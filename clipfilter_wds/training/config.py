@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold
+from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
 from clipfilter_wds.workers.config import WorkerConfig
 
 End = Literal["sync", "repeat"]
@@ -53,7 +53,7 @@ class LoaderConfig(WorkerConfig):
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            check_threshold(self.threshold)
+            COSINES.check_threshold(self.threshold)
         super().__post_init__()
         for name in ("score_batch_size", "starvation_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.keep_rate import KeepRateWatch
 from clipfilter_wds.training.rebatch import Rebatcher
@@ -83,8 +83,8 @@ class Packer:
         yield self._packed(None)
 
     def _take_in(self, scored: Scored) -> None:
-        threshold = self._config.threshold
-        keep = passes(scored.scores, threshold) if threshold is not None else np.ones(len(scored.scores), dtype=bool)
+        scores, threshold = scored.scores, self._config.threshold
+        keep = COSINES.passes(scores, threshold) if threshold is not None else np.ones(len(scores), dtype=bool)
         seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
         dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
         before = self.progress

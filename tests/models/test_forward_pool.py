@@ -9,7 +9,7 @@ import torch
 from clipfilter_wds.models.forward_pool import ForwardCancelledError, forward_pool
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from tests.support.pace import FOREVER
 from tests.support.toys import encoded, make_clip, photo
 
@@ -144,6 +144,6 @@ def test_a_compiled_model_decides_as_float32_does(scorer, batches):
     exact = np.concatenate([scorer(*batch, exact=True).numpy() for batch in batches])
     threshold = float(np.sort(exact)[60])
     found = np.concatenate([scores.scores for _, scores in scored(compiled, batches, threshold)])
-    np.testing.assert_array_equal(passes(found, threshold), passes(exact, threshold))
+    np.testing.assert_array_equal(COSINES.passes(found, threshold), COSINES.passes(exact, threshold))
     assert not np.array_equal(found, exact)
     np.testing.assert_allclose(found, exact, atol=5e-3)

@@ -15,7 +15,7 @@ from clipfilter_wds.models.loading import load_model
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.preprocess.tokens import NO_CAPTION
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from tests.support.dual_encoders import FAMILIES
 from tests.support.graphs import CpuGraphs, NoGraphs
 from tests.support.toys import encoded, make_clip, photo
@@ -141,7 +141,8 @@ def test_decisions_are_those_of_float32(folder, loaded, exact, inputs, num_capti
         scores = [
             scores.scores for _, scores in recheck.map(batches, lambda batch: batch, lambda batch, may_be_kept: None)
         ]
-        np.testing.assert_array_equal(passes(np.concatenate(scores), threshold), passes(reference, threshold))
+        kept = COSINES.passes(np.concatenate(scores), threshold)
+        np.testing.assert_array_equal(kept, COSINES.passes(reference, threshold))
 
 
 def test_the_float32_towers_can_be_captured_too(loaded, inputs):
@@ -211,7 +212,7 @@ class TestOnGpu:
         ranked = np.sort(reference[reference > 0])
         for threshold in ((ranked[1:] + ranked[:-1]) / 2)[np.diff(ranked) > 1e-5][::8].tolist():
             scores = Recheck(scorer, threshold)(*inputs).scores
-            np.testing.assert_array_equal(passes(scores, threshold), passes(reference, threshold))
+            np.testing.assert_array_equal(COSINES.passes(scores, threshold), COSINES.passes(reference, threshold))
 
     @pytest.mark.parametrize("num_captions", [1, 2])
     def test_a_batch_is_given_to_the_gpu_without_waiting_for_it(self, folder, inputs, num_captions):

@@ -11,7 +11,7 @@ from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.preprocess.tokens import NO_CAPTION
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.loader import ClipFilterLoader
@@ -69,8 +69,8 @@ def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(bf16, exa
         recheck = Recheck(bf16, threshold)
         batches = [recheck(*batch) for batch in batches_of(inputs, 32)]
         scores = np.concatenate([batch.scores for batch in batches])
-        np.testing.assert_array_equal(passes(scores, threshold), passes(reference, threshold))
-        num_different += (passes(fast_scores, threshold) != passes(reference, threshold)).sum()
+        np.testing.assert_array_equal(COSINES.passes(scores, threshold), COSINES.passes(reference, threshold))
+        num_different += (COSINES.passes(fast_scores, threshold) != COSINES.passes(reference, threshold)).sum()
         num_rechecked += sum(batch.num_rechecked for batch in batches)
     assert num_different  # the fast scores alone would have decided otherwise
     assert num_rechecked < len(thresholds) * len(reference) / 2
@@ -172,7 +172,7 @@ def test_an_image_is_computed_again_only_where_its_caption_does_not_decide(bf16,
     assert (is_fast | is_half | is_exact).all()
     assert is_exact[40]
     assert (is_half & ~is_fast & ~is_exact).any()
-    np.testing.assert_array_equal(passes(scores.scores, threshold), passes(reference, threshold))
+    np.testing.assert_array_equal(COSINES.passes(scores.scores, threshold), COSINES.passes(reference, threshold))
 
 
 @pytest.mark.parametrize("options", [{"flip": True}, {"reduce": "min"}, {"reduce": "mean", "flip": True}])
@@ -186,7 +186,7 @@ def test_decisions_with_mirror_images_and_several_captions_are_float32s_too(fold
     reference = exact(pixel_values, input_ids).numpy()
     for threshold in np.sort(reference[reference > 0])[::16].tolist():
         scores = Recheck(fast, threshold)(pixel_values, input_ids)
-        np.testing.assert_array_equal(passes(scores.scores, threshold), passes(reference, threshold))
+        np.testing.assert_array_equal(COSINES.passes(scores.scores, threshold), COSINES.passes(reference, threshold))
 
 
 def test_float32_has_no_band_and_rechecks_nothing(exact, inputs):

@@ -3,7 +3,10 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 
@@ -148,3 +151,42 @@ def test_samples_within_the_error_band_of_the_cut_are_counted(shards, scores, tm
     assert summary["in_band"] == sum(abs(cosine - limit) <= band for cosine in cosines) > 0
     assert summary["band"] == band
     assert from_scores(shards, tmp_path / "exact", scores, **choice)["in_band"] == 0
+
+
+@pytest.fixture
+def losses(scores, tmp_path) -> Path:
+    """Score tables of another kind: three times what the cosines lack to 0.5."""
+    folder = tmp_path / "losses"
+    shutil.copytree(scores, folder)
+    for path in folder.rglob("*.parquet"):
+        found = ShardScores.read(path)
+        derived = pa.array(np.where(found.usable, 3 * (found.scores - np.float32(0.5)), np.float32(0.0)), pa.float32())
+        table = found.table.set_column(found.table.schema.get_field_index("score"), "score", derived)
+        fingerprint = {**found.metadata.fingerprint, "score": "loss"}
+        metadata = replace(found.metadata, fingerprint=fingerprint, range=(None, 0.0))
+        with path.open("wb") as file:
+            ShardScores(table=table, metadata=metadata).write(file)
+    return folder
+
+
+def test_scores_of_another_kind_are_neither_clipped_nor_given_a_threshold(shards, losses, tmp_path):
+    with pytest.raises(ValueError, match="of kind 'loss', which has no usual threshold; give a threshold"):
+        RewriteConfig(shards=f"{shards}/*.tar", output=tmp_path / "out", scores=losses)
+    with pytest.raises(ValueError, match="a score of kind 'loss' lies in"):
+        RewriteConfig(shards=f"{shards}/*.tar", output=tmp_path / "out", scores=losses, threshold=0.1)
+    tables = [ShardScores.read(path) for path in losses.rglob("*.parquet")]
+    usable = np.concatenate([table.scores[table.usable] for table in tables])
+    threshold = float(np.median(usable))
+    assert threshold < -1
+    summary = from_scores(shards, tmp_path / "out", losses, threshold=threshold)
+    assert summary["kept"] == (usable.astype(np.float64) >= threshold).sum() > 0
+    assert summary["dropped"]["below_threshold"] > 0
+
+
+def test_a_fraction_of_scores_of_another_kind_is_that_of_the_cosines_they_were_made_of(
+    shards, scores, losses, tmp_path
+):
+    from_scores(shards, tmp_path / "cosines", scores, keep_fraction=0.4)
+    from_scores(shards, tmp_path / "losses", losses, keep_fraction=0.4)
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        assert (tmp_path / "losses" / name).read_bytes() == (tmp_path / "cosines" / name).read_bytes()

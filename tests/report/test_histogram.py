@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipfilter_wds.report.histogram import STEPS, ScoreCounts
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 
 # As a run finds them, and those that comparisons go wrong at: multiples of a step, and their neighbours.
 ON_A_STEP = st.integers(-STEPS, STEPS).map(lambda step: np.float32(step / STEPS))
@@ -28,7 +28,7 @@ def test_counts_equal_the_decisions_at_every_step(tables):
     }
     at_least = counts.at_least(-STEPS, STEPS)
     for step in steps & set(range(1, STEPS + 1)):
-        assert at_least[step + STEPS] == passes(everything, step / STEPS).sum()
+        assert at_least[step + STEPS] == COSINES.passes(everything, step / STEPS).sum()
     assert at_least[0] == counts.total == (~np.isnan(everything)).sum()
 
 

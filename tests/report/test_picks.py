@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipfilter_wds.report.picks import Pick, Picker
-from clipfilter_wds.scores.selection import passes
+from clipfilter_wds.scores.kind import COSINES
 
 
 def pick(tables: list[np.ndarray], threshold: float, num_picks: int) -> list[Pick]:
@@ -19,8 +19,8 @@ def brute_force(tables: list[np.ndarray], threshold: float, size: int) -> set[Pi
     rows = [
         Pick(float(score), table, index) for table, scores in enumerate(tables) for index, score in enumerate(scores)
     ]
-    below = [row for row in rows if not passes(np.array([row.score]), threshold)[0]]
-    above = [row for row in rows if passes(np.array([row.score]), threshold)[0]]
+    below = [row for row in rows if not COSINES.passes(np.array([row.score]), threshold)[0]]
+    above = [row for row in rows if COSINES.passes(np.array([row.score]), threshold)[0]]
     by_score, by_score_down = (sorted(rows, key=lambda row, sign=sign: sign * row.score) for sign in (1, -1))
     nearest_below = sorted(below, key=lambda row: -row.score)
     nearest_above = sorted(above, key=lambda row: row.score)

@@ -54,3 +54,13 @@ def test_the_same_weights_under_another_name_are_accepted():
 def test_other_weights_name_both_models():
     message = check({**FINGERPRINT, "model": "other", "weights": "1" * 64}, FINGERPRINT)
     assert "model other there, m here; weights 1111" in message
+
+
+def test_scores_of_another_kind_are_refused():
+    message = check({**FINGERPRINT, "score": "neg_clip_loss"}, FINGERPRINT)
+    assert "score neg_clip_loss there, cosine here" in message
+
+
+def test_what_names_no_kind_holds_cosines():
+    assert check({**FINGERPRINT, "score": "cosine"}, FINGERPRINT) is None
+    assert check(FINGERPRINT, {**FINGERPRINT, "score": "cosine"}) is None

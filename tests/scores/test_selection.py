@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 
 from clipfilter_wds.preprocess.rows import SampleRows
-from clipfilter_wds.scores.selection import DEFAULT_THRESHOLD, check_threshold, select
+from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
+from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
 from clipfilter_wds.types import DropReason, SampleRow
 
@@ -116,35 +117,3 @@ def test_a_shard_without_samples_keeps_nothing():
     selection = select(table([]), 0.25)
     assert selection.keep.shape == (0,)
     assert (selection.stats.seen, selection.stats.kept, selection.stats.dropped) == (0, 0, {})
-
-
-@given(st.floats(-1, 1))
-def test_any_cosine_is_a_threshold(threshold):
-    assert check_threshold(threshold) == threshold
-
-
-@pytest.mark.parametrize(
-    ("threshold", "message"),
-    [
-        (1.4, "threshold is 1.4; a cosine lies in [-1, 1]. Did you mean 0.14?"),
-        (2.5, "threshold is 2.5; a cosine lies in [-1, 1]. Did you mean 0.25?"),
-        (25, "threshold is 25; a cosine lies in [-1, 1]. Did you mean 0.25?"),
-        (28.5, "threshold is 28.5; a cosine lies in [-1, 1]. Did you mean 0.285?"),
-        (100, "threshold is 100; a cosine lies in [-1, 1]. Did you mean 1?"),
-        (250, "threshold is 250; a cosine lies in [-1, 1]."),
-        (-1.5, "threshold is -1.5; a cosine lies in [-1, 1]."),
-        (math.nan, "threshold is nan; a cosine lies in [-1, 1]."),
-        (math.inf, "threshold is inf; a cosine lies in [-1, 1]."),
-        (-math.inf, "threshold is -inf; a cosine lies in [-1, 1]."),
-    ],
-)
-def test_a_threshold_that_no_cosine_can_reach_is_refused_with_a_hint(threshold, message):
-    with pytest.raises(ValueError, match="threshold") as error:
-        check_threshold(threshold)
-    assert str(error.value) == message
-
-
-@given(st.floats().filter(lambda threshold: not -1 <= threshold <= 1))
-def test_every_other_number_is_refused(threshold):
-    with pytest.raises(ValueError, match="a cosine lies in"):
-        check_threshold(threshold)

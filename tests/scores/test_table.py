@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason, SampleRow
 from tests.support.score_tables import FINGERPRINT, plain_parquet, shard_scores, written
@@ -104,7 +105,16 @@ def test_the_table_has_the_documented_columns_and_metadata(tmp_path):
     assert metadata["shard"] == "/data/0.tar"
     assert (metadata["num_bytes"], metadata["num_samples"], metadata["torn"]) == (10_240, 2, True)
     assert metadata["fingerprint"] == FINGERPRINT
+    assert metadata["range"] == [-1, 1]
     assert table["reason"].to_pylist() == [None, "torn"]
+
+
+def test_a_table_of_before_there_were_kinds_holds_cosines(tmp_path):
+    table = pq.read_table(pa.BufferReader(written(shard_scores([SampleRow("a", 0)]))))
+    said = json.loads(table.schema.metadata[b"clipfilter_wds"])
+    del said["range"]
+    pq.write_table(table.replace_schema_metadata({b"clipfilter_wds": json.dumps(said)}), tmp_path / "0.parquet")
+    assert ShardScores.read(tmp_path / "0.parquet").metadata.kind == COSINES
 
 
 def test_a_shard_without_samples_has_an_empty_table(tmp_path):

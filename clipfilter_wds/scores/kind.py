@@ -1,0 +1,80 @@
+"""Says what kind of score a table holds, and what a threshold means for it. Imports nothing heavy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: What a model gives. The fingerprint's entry ``score`` names the kind; tables without the entry hold cosines.
+COSINE = "cosine"
+
+#: For cosines. No number suits other kinds.
+DEFAULT_THRESHOLD = 0.25
+
+
+@dataclass(frozen=True)
+class ScoreKind:
+    """A kind of score.
+
+    Attributes:
+        name: The fingerprint's entry ``score``.
+        low: The lowest score that there can be, None for no such limit.
+        high: The highest, likewise.
+    """
+
+    name: str = COSINE
+    low: float | None = -1.0
+    high: float | None = 1.0
+
+    @property
+    def is_cosine(self) -> bool:
+        """Whether scores are cosines, which are clipped to [0, 1] before they are compared."""
+        return self.name == COSINE
+
+    @property
+    def default_threshold(self) -> float:
+        """What is kept where nothing is said.
+
+        Raises:
+            ValueError: When scores are no cosines.
+        """
+        if not self.is_cosine:
+            raise ValueError(
+                f"the scores are of kind {self.name!r}, which has no usual threshold; give a threshold, or a "
+                "keep_fraction"
+            )
+        return DEFAULT_THRESHOLD
+
+    def check_threshold(self, threshold: float) -> float:
+        """The threshold, if a score can lie on both sides of it.
+
+        Raises:
+            ValueError: When it does not lie in the range of the kind, or is not a number.
+        """
+        low, high = (-np.inf if self.low is None else self.low), (np.inf if self.high is None else self.high)
+        if low <= threshold <= high:
+            return threshold
+        if not self.is_cosine:
+            raise ValueError(f"threshold is {threshold:g}; a score of kind {self.name!r} lies in [{low:g}, {high:g}]")
+        hint = (
+            f" Did you mean {threshold / 10 if threshold < 10 else threshold / 100:g}?" if 1 < threshold <= 100 else ""
+        )
+        raise ValueError(f"threshold is {threshold:g}; a cosine lies in [-1, 1].{hint}")
+
+    def passes(self, scores: np.ndarray, threshold: float) -> np.ndarray:
+        """Whether each score is kept: of cosines, if ``clip(score, 0, 1) >= threshold``, else if it is at least that.
+
+        Args:
+            scores: float32 ``[N]``. One that is not a number is never kept.
+            threshold: What they are compared with.
+
+        Returns:
+            bool ``[N]``.
+        """
+        # In float64, as the reference compares Python floats: in float32 the threshold itself would be rounded.
+        compared = scores.astype(np.float64)
+        passed: np.ndarray = (np.clip(compared, 0.0, 1.0) if self.is_cosine else compared) >= threshold
+        return passed
+
+
+#: What a model gives.
+COSINES = ScoreKind()
