@@ -16,7 +16,7 @@ from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.training.stream import PartEnd, Position, StreamSample
+from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
 from clipfilter_wds.types import DropReason, Sample, SampleRow, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
 from clipfilter_wds.workers.transport import slot_buffer
@@ -62,11 +62,12 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamBatch:
-    """Consecutive samples of one worker's stream, and where the stream continues.
+    """Consecutive samples of a stream, and where the stream continues.
 
     Attributes:
-        worker: The worker.
-        after: Its position after this batch.
+        worker: The worker that has read it.
+        stream: The stream's number.
+        after: How far the stream is after this batch.
         urls: The shards of the rows.
         url_of: Per row, its place in ``urls``, int32 ``[num_rows]``.
         rows: Every sample, usable or not.
@@ -78,12 +79,13 @@ class StreamBatch:
             which are then sent once.
         texts: What training gets of their captions, collated.
         failures: Shards that could not be used, with the reason.
-        ends: Shards of which this worker's samples are all given, in this batch or before, and what is at their end.
+        ends: Shards of which this stream's samples are all given, in this batch or before, and what is at their end.
         num_bytes: Size of the rows' shards as stored, -1 when unknown.
     """
 
     worker: int
-    after: Position
+    stream: int
+    after: StreamProgress
     urls: list[str]
     url_of: np.ndarray
     rows: SampleRows
@@ -174,8 +176,8 @@ class StreamBatchBuilder:
         self._images.append(image)
         self._texts.append(captions[0] if len(captions) == 1 else captions)
 
-    def build(self, after: Position) -> StreamBatch:
-        """Make a batch of what was added, and begin the next one."""
+    def build(self, stream: int, after: StreamProgress) -> StreamBatch:
+        """Make a batch of what was added of a stream, and begin the next one."""
         transform = self._settings.text_transform
         prepared = _NOTHING_TO_SCORE if self._to_score is None else self._to_score.build()
         are_clips_views = self._settings.image_transform is None and len(prepared.pixel_values) == len(self._images)
@@ -183,6 +185,7 @@ class StreamBatchBuilder:
         numbers = {url: number for number, url in enumerate(dict.fromkeys(item.url for item in self._items))}
         batch = StreamBatch(
             worker=self._worker,
+            stream=stream,
             after=after,
             urls=list(numbers),
             url_of=np.array([numbers[item.url] for item in self._items], dtype=np.int32),

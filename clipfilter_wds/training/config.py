@@ -26,6 +26,9 @@ class LoaderConfig(WorkerConfig):
         end: How an epoch ends on several ranks. ``sync``: on all together, when the first has no further batch.
             ``repeat``: after ``batches_per_epoch`` batches; the stream of shards is endless.
         batches_per_epoch: For ``repeat``.
+        num_streams: Streams that an epoch is split into, which ranks and workers share out; a run can be resumed on as
+            many ranks. By default the smallest multiple of the workers of all ranks, up to 96, with which few shards
+            are read by several of them.
         record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
             and samples that were dropped are not decoded again.
         starvation_limit: Raise an error after this many samples in a row of which none is kept.
@@ -45,6 +48,7 @@ class LoaderConfig(WorkerConfig):
     drop_last: bool = False
     end: End = "sync"
     batches_per_epoch: int | None = None
+    num_streams: int | None = None
     record: str | Path | None = None
     starvation_limit: int = 100_000
     on_crash: OnCrash = "skip"
@@ -55,7 +59,7 @@ class LoaderConfig(WorkerConfig):
         if self.threshold is not None:
             COSINES.check_threshold(self.threshold)
         super().__post_init__()
-        for name in ("score_batch_size", "starvation_limit"):
+        for name in ("score_batch_size", "starvation_limit", "num_streams"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):

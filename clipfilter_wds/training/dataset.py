@@ -1,6 +1,7 @@
 """Streams shards in batches for training, read and decoded in worker processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,8 +18,18 @@ from clipfilter_wds.training.batches import (
     TextTransform,
 )
 from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
-from clipfilter_wds.training.stream import PartEnd, Position, ShardFailure, StreamOrder, read_stream
-from clipfilter_wds.workers.crashes import CrashTracker
+from clipfilter_wds.training.stream import (
+    PartEnd,
+    Position,
+    ShardFailure,
+    StreamOrder,
+    StreamProgress,
+    StreamSample,
+    read_stream,
+)
+from clipfilter_wds.training.topology import Topology, default_num_streams
+from clipfilter_wds.training.turns import StreamReader, take_turns
+from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
 from clipfilter_wds.world import World
 
 
@@ -84,9 +95,29 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         info = get_worker_info()
         # Not looked up: this runs in workers, whose environment may name a world and no rank.
         world, num_workers = self.world or World(), info.num_workers if info else 1
-        start = [Position(epoch=self.epoch)] * num_workers
-        return iter(
-            StreamWorker(self, world=world, num_workers=num_workers, batch_size=64, epoch=self.epoch, start=start)
+        topology = self.topology(world, num_workers)
+        streams = dict.fromkeys(topology.streams, StreamProgress(Position(epoch=self.epoch)))
+        return iter(StreamWorker(self, topology, streams, batch_size=64, epoch=self.epoch))
+
+    def topology(self, world: World, num_workers: int, num_streams: int | None = None) -> Topology:
+        """Which streams this rank's workers read.
+
+        Args:
+            world: This rank among all.
+            num_workers: Workers of each rank, at least 1.
+            num_streams: Streams of an epoch; None chooses by the number of shards and workers.
+
+        Raises:
+            ValueError: When there are fewer streams than ranks.
+        """
+        if num_streams is not None and num_streams < world.world_size:
+            raise ValueError(f"num_streams is {num_streams}, which is too few for {world.world_size} ranks")
+        return Topology(
+            rank=world.rank,
+            world_size=world.world_size,
+            num_workers=num_workers,
+            num_streams=num_streams or default_num_streams(len(self.urls), world.world_size * num_workers),
+            rotates=world.world_size > 1,
         )
 
 
@@ -95,11 +126,10 @@ class StreamWorker(IterableDataset[StreamBatch]):
 
     Args:
         dataset: What to read.
-        world: This rank among all.
-        num_workers: Workers of this rank.
+        topology: Which streams the workers of this rank read.
+        streams: This rank's streams, and how far each is; in a later epoch where it has nothing left in this one.
         batch_size: Samples per batch, unusable ones included.
         epoch: The epoch to read.
-        start: Per worker, its position; in a later epoch for a worker that has nothing left in this one.
         first: The worker whose batch comes first. DataLoader always begins with its worker 0, so that one is it.
         endless: Continue with the next epoch for ever.
         lookup: What is known of a shard before it is read. Samples known to be dropped are not read.
@@ -114,12 +144,11 @@ class StreamWorker(IterableDataset[StreamBatch]):
     def __init__(
         self,
         dataset: ClipWebDataset,
+        topology: Topology,
+        streams: Mapping[int, StreamProgress],
         *,
-        world: World,
-        num_workers: int,
         batch_size: int,
         epoch: int,
-        start: Sequence[Position],
         first: int = 0,
         endless: bool = False,
         lookup: ScoreLookup = no_scores,
@@ -132,10 +161,14 @@ class StreamWorker(IterableDataset[StreamBatch]):
                 raise ValueError("the dataset has no preprocess: give it the scorer's, or its loader a ScoreFolder")
             view = dataset.preprocess.view
         self.order = StreamOrder(
-            urls=dataset.urls, shuffle=dataset.shuffle, seed=dataset.seed, world=world, num_workers=num_workers
+            urls=dataset.urls,
+            shuffle=dataset.shuffle,
+            seed=dataset.seed,
+            num_streams=topology.num_streams,
+            rotates=topology.rotates,
         )
+        self.topology, self.streams = topology, streams
         self.epoch = epoch
-        self.start = list(start)
         self.first = first
         self.endless = endless
         self.lookup = lookup
@@ -149,45 +182,42 @@ class StreamWorker(IterableDataset[StreamBatch]):
             interleaved=interleaved,
         )
         self.allow_pipe = dataset.allow_pipe
-        self.tracker = tracker or CrashTracker(dataset.urls, num_workers)
+        self.tracker = tracker or CrashTracker(dataset.urls, topology.num_workers)
 
     def __iter__(self) -> Iterator[StreamBatch]:
         """This worker's batches. Iterated again, as persistent workers are, they are those of the next epoch."""
         info = get_worker_info()
-        worker = ((info.id if info else 0) + self.first) % self.order.num_workers
-        position, epoch = self.start[worker], self.epoch
-        self.epoch, self.start, self.first = epoch + 1, [Position(epoch=epoch + 1)] * self.order.num_workers, 0
-        return self._batches(worker, position, epoch)
+        worker, streams = ((info.id if info else 0) + self.first) % self.topology.num_workers, self.streams
+        self.epoch, self.first = self.epoch + 1, 0
+        self.streams = dict.fromkeys(streams, StreamProgress(Position(epoch=self.epoch)))
+        return self.read(worker, streams, None if self.endless else self.epoch - 1)
 
-    def _batches(self, worker: int, position: Position, epoch: int) -> Iterator[StreamBatch]:
-        # A worker whose position is in the next epoch already has nothing more to give in this one.
-        while self.endless or position.epoch == epoch:
-            yield from self._epoch(worker, position)
-            position = Position(epoch=position.epoch + 1)
-
-    def _epoch(self, worker: int, start: Position) -> Iterator[StreamBatch]:
+    def read(self, worker: int, streams: Mapping[int, StreamProgress], last_epoch: int | None) -> Iterator[StreamBatch]:
+        """The batches of a worker, from there on and up to this epoch, None for without end."""
         worker_tracker = self.tracker.for_worker()
         builder = StreamBatchBuilder(worker, self.settings, worker_tracker)
-        items = read_stream(
+        readers = [
+            StreamReader(
+                stream,
+                streams[stream],
+                partial(self._open_stream, worker_tracker, stream),
+                builder,
+                last_epoch=last_epoch,
+                in_windows=self.order.shuffle > 0,
+            )
+            for stream in self.topology.streams_of(worker)
+        ]
+        return take_turns(readers)
+
+    def _open_stream(
+        self, worker_tracker: WorkerTracker, stream: int, start: Position
+    ) -> Iterator[StreamSample | ShardFailure | PartEnd]:
+        return read_stream(
             self.order,
-            worker,
+            stream,
             start,
             self.settings.layout,
             worker_tracker,
             lookup=self.lookup,
             allow_pipe=self.allow_pipe,
         )
-        after = start
-        for item in items:
-            if isinstance(item, PartEnd):
-                builder.ends.append(item)
-                continue
-            after = item.after
-            if isinstance(item, ShardFailure):
-                builder.failures.append((item.url, item.why))
-            else:
-                builder.add(item)
-            if builder.is_full:
-                yield builder.build(after)
-        # The epoch's last batch says that the epoch is over, even when it holds no sample.
-        yield builder.build(Position(epoch=after.epoch + 1))

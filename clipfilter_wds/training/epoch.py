@@ -26,8 +26,8 @@ class Epoch:
 
     def __init__(self, source: BatchSource, config: LoaderConfig, world: World, begin: LoaderState) -> None:
         self.world, self.begun_at = world, begin
-        self._packer = Packer(config, world, begin, has_scores=source.has_scores)
-        self._batches = source.packed(world, self._packer)
+        self._packer = Packer(config, begin, has_scores=source.has_scores)
+        self._batches = source.packed(self._packer)
         self._last: Packed | None = None
 
     def next_batch(self) -> dict[str, Any] | None:

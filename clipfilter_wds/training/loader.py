@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.epoch import Epoch
 from clipfilter_wds.training.precomputed import FolderLookup
 from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
+from clipfilter_wds.training.resume import check_settings, check_streams, share_out
 from clipfilter_wds.training.source import BatchSource
-from clipfilter_wds.training.state import LoaderState
+from clipfilter_wds.training.state import LoaderState, Progress
+from clipfilter_wds.training.topology import Topology
 from clipfilter_wds.types import FilterStats
 from clipfilter_wds.world import Agreement, World
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
 _NUM_REMEMBERED = 4
 _READY, _OUT_OF_BATCHES, _FAILED = 2, 1, 0
@@ -73,7 +75,7 @@ class ClipFilterLoader:
         self._asked_epoch: int = getattr(dataset, "epoch", 0)
         self._source = self._open_source()
         self._epoch: Epoch | None = None
-        self._next = LoaderState.start(self._num_positions, self._asked_epoch, FilterStats())
+        self._next = self._start_of(self._asked_epoch)
         self._remembered: deque[LoaderState] = deque([self._next], maxlen=_NUM_REMEMBERED)
 
     def _open_source(self) -> BatchSource:
@@ -98,8 +100,19 @@ class ClipFilterLoader:
         return BatchSource(dataset, config, scorer, lookup=RecordLookup(record=folder), recorder=Recorder(folder))
 
     @property
-    def _num_positions(self) -> int:
-        return max(1, self.config.num_workers)
+    def _topology(self) -> Topology:
+        """Which streams this rank reads, as far as the ranks are known by now."""
+        if not isinstance(self.dataset, ClipWebDataset):
+            return Topology(rank=0, world_size=1, num_workers=1, num_streams=1)
+        world = self.world or World.current()
+        return self.dataset.topology(world, max(1, self.config.num_workers), self.config.num_streams)
+
+    def _start_of(self, epoch: int, stats: FilterStats | None = None) -> LoaderState:
+        return LoaderState(progress=Progress.start(self._topology, epoch, stats), epoch=epoch)
+
+    def _for_these_ranks(self, state: LoaderState) -> LoaderState:
+        """The state; at the beginning of an epoch, with the streams that suit the ranks and workers of now."""
+        return self._start_of(state.epoch, state.progress.stats) if state.is_beginning else state
 
     @property
     def stats(self) -> FilterStats:
@@ -116,7 +129,7 @@ class ClipFilterLoader:
         elif epoch == self._next.epoch:
             self._begin_at(self._next)  # so that the state is this beginning, too, after an epoch that was broken off
         else:
-            self._begin_at(LoaderState.start(self._num_positions, epoch, self.stats))
+            self._begin_at(self._start_of(epoch, self.stats))
 
     def _begin_at(self, state: LoaderState) -> None:
         self._next = state
@@ -147,8 +160,8 @@ class ClipFilterLoader:
         world = self.world or World.current()
         if self._agreement is None:
             self._agreement = Agreement(world)
-        self._begin_at(begin)
-        epoch = self._epoch = Epoch(self._source, self.config, world, begin)
+        self._begin_at(self._for_these_ranks(begin))
+        epoch = self._epoch = Epoch(self._source, self.config, world, self._next)
         try:
             yield from self._hand_out(epoch, self._agreement)
         finally:
@@ -160,7 +173,7 @@ class ClipFilterLoader:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
             return replace(self._remembered[-1], batches=0)
-        return LoaderState.start(self._num_positions, epoch.begun_at.epoch + 1, epoch.progress.stats)
+        return self._start_of(epoch.begun_at.epoch + 1, epoch.progress.stats)
 
     def _hand_out(self, epoch: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
         batches = epoch.begun_at.batches
@@ -222,40 +235,46 @@ class ClipFilterLoader:
             raise ValueError(
                 f"the state after {after} batches is no longer known; {self._remembered[-1].batches} are out"
             )
-        return {"version": _STATE_VERSION, "settings": settings, **states[-1].to_json()}
+        return {"version": _STATE_VERSION, "settings": settings, **self._for_these_ranks(states[-1]).to_json()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Resume, with the next iteration, where :meth:`state_dict` was called.
 
+        Args:
+            state: This rank's, where there are as many ranks as there were; or the states of all ranks, of the same
+                moment and in any order, which any number of ranks and workers can resume from.
+
         Raises:
-            ValueError: When the state is of another version, world, dataset or setting; with both values.
+            ValueError: When the state is of another version, dataset or setting, with both values; and when it is not
+                this rank's, or some rank's is missing.
         """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        for one in states:
+            self._check_state(one)
+        shared = share_out([LoaderState.from_json(one) for one in states], self._topology)
+        check_streams(shared, self.config.end)
+        self._begin_at(self._for_these_ranks(shared))
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state from which this loader would not resume exactly."""
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"the state has version {state['version']}, this version reads {_STATE_VERSION}")
         here, there = self._settings(), state["settings"]
         if self.scorer is not None:
             here.pop("precision", None)  # a model decides alike in any
-        differences = [
-            f"{name} is {here[name]!r} here and {there.get(name)!r} in the state"
-            for name in here
-            if here[name] != there.get(name)
-        ]
-        if differences:
-            raise ValueError("can't resume from this state: " + "; ".join(differences))
-        self._begin_at(LoaderState.from_json(state))
+        if state["topology"]["world_size"] != self._topology.world_size:
+            here.pop("batch_size")  # another one may be needed for all ranks' batches to be as large together
+        check_settings(here, there)
 
     def _settings(self) -> dict[str, Any]:
-        """All that the order of batches depends on."""
+        """All that the order of the kept samples depends on, but for ranks and workers."""
         if not isinstance(self.dataset, ClipWebDataset):
             raise ValueError("only a loader of a ClipWebDataset can be resumed")
-        world, config = self.world or World.current(), self.config
+        config = self.config
         names = "\n".join(public_url(url) for url in self.dataset.urls)
         scores = self.table or self.scorer
         fingerprint = scores.fingerprint if scores is not None else {}
         return {
-            "rank": world.rank,
-            "world_size": world.world_size,
-            "num_workers": config.num_workers,
             "dataset": f"{len(self.dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
             "shuffle": self.dataset.shuffle,
             "seed": self.dataset.seed,
@@ -263,6 +282,7 @@ class ClipFilterLoader:
             "batch_size": config.batch_size,
             "score_batch_size": self._source.score_batch_size,
             "end": config.end,
+            "num_streams": config.num_streams,
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},
         }

@@ -15,7 +15,6 @@ from clipfilter_wds.training.rebatch import Rebatcher
 from clipfilter_wds.training.scoring import Scored
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.types import DropReason, FilterStats
-from clipfilter_wds.world import World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +43,6 @@ class Packer:
 
     Args:
         config: The loader's.
-        world: This rank among all.
         begin: Where the iteration begins.
         has_scores: Whether batches get a column ``score``.
 
@@ -53,15 +51,16 @@ class Packer:
         watch: Knows the scores seen, for errors.
     """
 
-    def __init__(self, config: LoaderConfig, world: World, begin: LoaderState, *, has_scores: bool) -> None:
-        self._config, self._world, self._begin, self._has_scores = config, world, begin, has_scores
+    def __init__(self, config: LoaderConfig, begin: LoaderState, *, has_scores: bool) -> None:
+        self._config, self._begin, self._has_scores = config, begin, has_scores
         self.progress = begin.progress
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
         self._num_seen = self._num_kept = 0
-        self._num_batches, self._skip = begin.batches, begin.handed
+        self._num_batches = begin.batches
         self._last_kept_epoch = begin.progress.epoch
         self._rebatcher = Rebatcher(config.batch_size, page_locked=torch.cuda.is_available())
-        self._waiting: deque[Progress] = deque()  # before each scoring batch that has rows in the rebatcher
+        # For each scoring batch that has rows in the rebatcher, its stream and the progress before it.
+        self._waiting: deque[tuple[int, Progress]] = deque()
 
     @property
     def place(self) -> LoaderState:
@@ -88,28 +87,29 @@ class Packer:
         seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
         dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
         before = self.progress
-        self.progress = before.advance(scored, FilterStats(seen=seen, kept=kept, dropped=+dropped))
+        given = before.streams[scored.stream].given
+        counts = FilterStats(seen=seen, kept=kept, dropped=+dropped)
+        self.progress = before.advance(scored, counts, given=max(0, given - kept))
         self._num_seen, self._num_kept = self._num_seen + seen, self._num_kept + kept
         self.watch.add(scored.scores, seen=seen, kept=kept)
+        num_passes = self.progress.topology.num_passes_for_all
         if kept:
             self._last_kept_epoch = self.progress.epoch
-            self._push(scored, keep, before)
-        elif self.progress.epoch - self._last_kept_epoch > self._world.world_size + 1:
-            # Ranks take turns with the shards, so by now this one has read all of them. (One more, since the last kept
-            # pair may have been early in its epoch, read by a worker that was ahead, and the next may come late.)
-            raise self.watch.starved(f"{self._world.world_size + 1} whole epochs left none")
+        elif self.progress.epoch - self._last_kept_epoch > num_passes + 1:
+            # By now this rank has read all shards. (One more, since the last kept pair may have been early in its
+            # epoch, read by a worker that was ahead, and the next may come late.)
+            raise self.watch.starved(f"{num_passes + 1} whole epochs left none")
+        if kept > given:
+            self._push(scored, scored.places[keep][given:], scored.scores[keep][given:])
+            self._waiting.append((scored.stream, before))
 
-    def _push(self, scored: Scored, keep: np.ndarray, before: Progress) -> None:
-        rows, columns = scored.places[keep], scored.columns
+    def _push(self, scored: Scored, rows: np.ndarray, scores: np.ndarray) -> None:
+        columns = scored.columns
         if self._has_scores:
-            scores = torch.empty(int(rows.max()) + 1)
-            scores[rows] = torch.from_numpy(scored.scores[keep])
-            columns = {**columns, "score": scores}
+            all_scores = torch.empty(int(rows.max()) + 1)
+            all_scores[rows] = torch.from_numpy(scores)
+            columns = {**columns, "score": all_scores}
         self._rebatcher.push(columns, rows)
-        self._waiting.append(before)
-        if self._skip:
-            self._rebatcher.skip(self._skip)
-            self._skip = 0
 
     def _pop(self) -> Packed:
         batch = self._rebatcher.pop()
@@ -119,12 +119,11 @@ class Packer:
         return self._packed(batch)
 
     def _packed(self, batch: dict[str, Any] | None) -> Packed:
-        state = LoaderState(
-            progress=self._waiting[0] if self._waiting else self.progress,
-            epoch=self._begin.epoch,
-            handed=self._rebatcher.num_begun if self._waiting else 0,
-            batches=self._num_batches,
-        )
+        progress = self.progress
+        if self._waiting:
+            stream, before = self._waiting[0]
+            progress = before.give(stream, self._rebatcher.num_begun)
+        state = LoaderState(progress=progress, epoch=self._begin.epoch, batches=self._num_batches)
         return Packed(
             batch=batch,
             state=state,

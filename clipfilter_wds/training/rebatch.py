@@ -41,17 +41,6 @@ class Rebatcher:
         self._pieces.append(_Piece(columns, rows))
         self.num_rows += len(rows)
 
-    def skip(self, num_rows: int) -> None:
-        """Pass over the first rows of the only piece.
-
-        Raises:
-            ValueError: When it has fewer.
-        """
-        if len(self._pieces) != 1 or num_rows > self.num_rows:
-            raise ValueError(f"{num_rows} rows can't be skipped: {self.num_rows} are there")
-        self._begun += num_rows
-        self.num_rows -= num_rows
-
     @property
     def is_ready(self) -> bool:
         """Whether a whole batch can be had."""

@@ -15,7 +15,7 @@ from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.rebatch import NewTensor, take
 from clipfilter_wds.training.record import Recorder
 from clipfilter_wds.training.recycler import Recycler
-from clipfilter_wds.training.stream import Position
+from clipfilter_wds.training.stream import StreamProgress
 from clipfilter_wds.types import NO_REASON, DropReason
 from clipfilter_wds.workers.transport import Lent, lent
 
@@ -36,7 +36,8 @@ class Scored:
         places: Their rows in the columns, int64 ``[N]``; -1 for those that have none, since they are dropped.
         unusable: The other samples, counted by reason.
         worker: The worker that they come from.
-        after: Its position after this batch.
+        stream: The stream that they come from.
+        after: How far that is after this batch.
         failures: Shards that could not be used, with the reason.
     """
 
@@ -45,7 +46,8 @@ class Scored:
     places: np.ndarray
     unusable: Mapping[DropReason, int]
     worker: int = 0
-    after: Position = field(default_factory=Position)
+    stream: int = 0
+    after: StreamProgress = field(default_factory=StreamProgress)
     failures: tuple[tuple[str, str], ...] = ()
 
 
@@ -83,6 +85,7 @@ def score_stream(
             places=places[usable],
             unusable=count_reasons(reasons),
             worker=batch.worker,
+            stream=batch.stream,
             after=batch.after,
             failures=tuple(batch.failures),
         )

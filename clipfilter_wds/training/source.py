@@ -15,11 +15,10 @@ from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
 from clipfilter_wds.training.prefetch import Prefetcher
 from clipfilter_wds.training.record import Recorder
 from clipfilter_wds.training.scoring import Scored, score_columns, score_stream
-from clipfilter_wds.training.state import LoaderState
+from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.workers.crashes import CrashTracker, Quarantine, WorkerDiedError
 from clipfilter_wds.workers.pool import WorkerLoader, iterating, worker_loader
 from clipfilter_wds.workers.restart import restarting
-from clipfilter_wds.world import World
 
 if TYPE_CHECKING:
     from clipfilter_wds.models.recheck import Recheck
@@ -62,16 +61,15 @@ class BatchSource:
         #: Whether batches stay in the workers' memory until the model has a copy of them.
         self._lends = scorer is not None and scorer.copies_inputs
         self._quarantine = Quarantine(0) if config.on_crash == "raise" else Quarantine()
-        self._persistent: tuple[LoaderState, WorkerLoader] | None = None
+        self._persistent: tuple[Progress, WorkerLoader] | None = None
         self._reported: set[str] = set()  # bad shards that were warned of
 
-    def packed(self, world: World, packer: Packer) -> Generator[Packed]:
+    def packed(self, packer: Packer) -> Generator[Packed]:
         """Training batches of one epoch, made ahead in workers and a thread, which end when this generator is closed.
 
         After the death of a worker it continues behind the batches that have come.
 
         Args:
-            world: This rank among all.
             packer: Makes them of scored batches.
 
         Raises:
@@ -91,7 +89,7 @@ class BatchSource:
             self._scorer.warm_up(self.score_batch_size)  # here, in the main thread
 
         def start(tracker: CrashTracker) -> Prefetcher[Any, Packed]:
-            batches = self._batches(dataset, world, packer.place, tracker)
+            batches = self._batches(dataset, packer.place, tracker)
             return Prefetcher(batches, pack, keep=config.persistent_workers)
 
         try:
@@ -139,22 +137,20 @@ class BatchSource:
 
         return Recheck(self._scorer, self._config.threshold)
 
-    def _batches(
-        self, dataset: ClipWebDataset, world: World, begin: LoaderState, tracker: CrashTracker
-    ) -> Iterable[Any]:
+    def _batches(self, dataset: ClipWebDataset, begin: LoaderState, tracker: CrashTracker) -> Iterable[Any]:
         """Unscored batches, from persistent workers if they continue there, else from new ones."""
         config = self._config
-        if self._persistent is not None and begin.is_same_place(self._persistent[0]):
+        progress = begin.progress
+        if self._persistent is not None and progress.is_same_place(self._persistent[0]):
             batches: Iterable[Any] = self._persistent[1]
         else:
             stream = StreamWorker(
                 dataset,
-                world=world,
-                num_workers=max(1, config.num_workers),
+                progress.topology,
+                progress.streams,
                 batch_size=self.score_batch_size,
                 epoch=begin.epoch,
-                start=begin.progress.positions,
-                first=begin.progress.next_worker,
+                first=progress.next_worker,
                 endless=config.end == "repeat",
                 lookup=self._lookup,
                 view=self._view,
@@ -172,7 +168,7 @@ class BatchSource:
             )
         if isinstance(batches, WorkerLoader) and config.persistent_workers:
             # Iterated again, workers give the next epoch from its beginning, and nothing else.
-            self._persistent = LoaderState.start(len(begin.progress.positions), begin.epoch + 1), batches
+            self._persistent = Progress.start(progress.topology, begin.epoch + 1), batches
         return batches
 
     def _warn_of(self, failures: Iterable[tuple[str, str]]) -> None:

@@ -1,36 +1,65 @@
 """Holds where a loader is, as its state."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Self
 
 from clipfilter_wds.training.scoring import Scored
-from clipfilter_wds.training.stream import Position
+from clipfilter_wds.training.stream import Position, StreamProgress
+from clipfilter_wds.training.topology import Topology
 from clipfilter_wds.types import DropReason, FilterStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the stream is: per worker its position, whose batch comes next, and the counts so far."""
+    """How far the streams of a rank are.
 
-    positions: tuple[Position, ...]
+    Attributes:
+        topology: Who reads which stream.
+        streams: Per stream of this rank, how far it is.
+        next_worker: Whose batch comes next.
+        stats: The counts so far.
+    """
+
+    topology: Topology
+    streams: Mapping[int, StreamProgress]
     next_worker: int = 0
     stats: FilterStats = field(default_factory=FilterStats)
 
+    @classmethod
+    def start(cls, topology: Topology, epoch: int, stats: FilterStats | None = None) -> Self:
+        """The beginning of an epoch."""
+        streams = dict.fromkeys(topology.streams, StreamProgress(Position(epoch=epoch)))
+        return cls(topology=topology, streams=streams, stats=stats or FilterStats())
+
     @property
     def epoch(self) -> int:
-        """The epoch that the worker furthest behind is in."""
-        return min(position.epoch for position in self.positions)
+        """The epoch that the stream furthest behind is in."""
+        return min((stream.position.epoch for stream in self.streams.values()), default=0)
 
-    def advance(self, scored: Scored, counts: FilterStats) -> Self:
-        """The progress after a scoring batch, of which so many samples were seen, kept and dropped."""
-        positions = list(self.positions)
-        positions[scored.worker] = scored.after
-        return type(self)(
-            positions=tuple(positions),
-            next_worker=(scored.worker + 1) % len(positions),
+    def advance(self, scored: Scored, counts: FilterStats, *, given: int = 0) -> Self:
+        """The progress after a scoring batch.
+
+        Args:
+            scored: The batch.
+            counts: How many of its samples were seen, kept and dropped.
+            given: How many kept samples behind it training was given already.
+        """
+        return replace(
+            self,
+            streams={**self.streams, scored.stream: replace(scored.after, given=given)},
+            next_worker=(scored.worker + 1) % self.topology.num_workers,
             stats=self.stats + counts,
         )
+
+    def give(self, stream: int, num_samples: int) -> Self:
+        """The progress when training is given so many more of a stream's kept samples."""
+        progress = self.streams[stream]
+        return replace(self, streams={**self.streams, stream: replace(progress, given=progress.given + num_samples)})
+
+    def is_same_place(self, other: Self) -> bool:
+        """Whether the streams continue alike from both, whatever was counted before."""
+        return replace(self, stats=other.stats) == other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +67,33 @@ class LoaderState:
     """A point between two training batches.
 
     Attributes:
-        progress: Before the scoring batch that holds the first kept pair not handed out.
+        progress: Before the scoring batch that holds the first kept pair that was not given.
         epoch: The epoch that the iteration began in.
-        handed: How many kept pairs of that scoring batch were handed out.
-        batches: Training batches handed out in this epoch.
+        batches: Training batches that were given in this epoch.
     """
 
     progress: Progress
     epoch: int
-    handed: int = 0
     batches: int = 0
 
-    @classmethod
-    def start(cls, num_positions: int, epoch: int, stats: FilterStats | None = None) -> Self:
-        """The beginning of an epoch."""
-        progress = Progress(positions=(Position(epoch=epoch),) * num_positions, stats=stats or FilterStats())
-        return cls(progress=progress, epoch=epoch)
-
-    def is_same_place(self, other: Self) -> bool:
-        """Whether the stream continues alike from both, whatever was counted before."""
-        return (self.epoch, self.progress.positions, self.progress.next_worker) == (
-            other.epoch,
-            other.progress.positions,
-            other.progress.next_worker,
-        )
+    @property
+    def is_beginning(self) -> bool:
+        """Whether nothing was read in this epoch yet."""
+        start = StreamProgress(Position(epoch=self.epoch))
+        return not self.batches and all(stream == start for stream in self.progress.streams.values())
 
     def to_json(self) -> dict[str, Any]:
         """Positions and counts, as JSON has them."""
-        stats = self.progress.stats
+        progress = self.progress
+        stats = progress.stats
         return {
+            "topology": asdict(progress.topology),
             "epoch": self.epoch,
             "batches": self.batches,
-            "handed": self.handed,
-            "next_worker": self.progress.next_worker,
-            "positions": [list(astuple(position)) for position in self.progress.positions],
+            "next_worker": progress.next_worker,
+            "streams": {
+                str(stream): [*astuple(one.position), one.turns, one.given] for stream, one in progress.streams.items()
+            },
             # Plain strings, so that a checkpoint loads with weights_only=True.
             "stats": {**asdict(stats), "dropped": {reason.value: count for reason, count in stats.dropped.items()}},
         }
@@ -82,8 +104,12 @@ class LoaderState:
         stats = state["stats"]
         dropped = {DropReason(reason): count for reason, count in stats["dropped"].items()}
         progress = Progress(
-            positions=tuple(Position(*position) for position in state["positions"]),
+            topology=Topology(**state["topology"]),
+            streams={
+                int(stream): StreamProgress(Position(*position), turns, given)
+                for stream, (*position, turns, given) in state["streams"].items()
+            },
             next_worker=state["next_worker"],
             stats=FilterStats(seen=stats["seen"], kept=stats["kept"], dropped=dropped),
         )
-        return cls(progress=progress, epoch=state["epoch"], handed=state["handed"], batches=state["batches"])
+        return cls(progress=progress, epoch=state["epoch"], batches=state["batches"])

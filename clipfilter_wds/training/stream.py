@@ -1,4 +1,4 @@
-"""Streams a worker's samples in the order of training, from any position on."""
+"""Streams samples in the order of training, from any position on."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,19 +13,18 @@ from clipfilter_wds.shards.split import ShardPart, split_by_worker
 from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, ScoreLookup, no_scores
 from clipfilter_wds.types import Sample, ShardEnd, ShardError
 from clipfilter_wds.workers.crashes import WorkerTracker
-from clipfilter_wds.world import World
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a worker is in its stream; all that it takes to continue there.
+    """A place in a stream; all that it takes to continue there.
 
     Samples are read in windows and shuffled within each, so a position is where its window begins and how many of the
     window's samples were handed out. Resuming reads at most one window again, however far the epoch is.
 
     Attributes:
         epoch: Counts from 0.
-        shard: Index into the worker's shards of this epoch.
+        shard: Index into the stream's shards of this epoch.
         index: Index in that shard from which on the window's samples come.
         offset: Samples of the window that were handed out.
     """
@@ -34,6 +33,26 @@ class Position:
     shard: int = 0
     index: int = 0
     offset: int = 0
+
+    @property
+    def is_between_windows(self) -> bool:
+        """Whether no window has been begun."""
+        return self.offset == 0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamProgress:
+    """How far a stream is.
+
+    Attributes:
+        position: Where it continues.
+        turns: How often it was its turn; see :class:`StreamOrder`.
+        given: How many kept samples behind the position training was given already.
+    """
+
+    position: Position = Position()
+    turns: int = 0
+    given: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +71,7 @@ class StreamSample:
 
 @dataclass(frozen=True, slots=True)
 class PartEnd:
-    """All of a worker's samples of a shard have been given, and what was found at the shard's end."""
+    """All of a stream's samples of a shard have been given, and what was found at the shard's end."""
 
     url: str
     end: ShardEnd
@@ -69,42 +88,46 @@ class ShardFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOrder:
-    """Decides the order of the stream, as a pure function of these settings, the epoch and the worker.
+    """Decides the order of the samples, as a pure function of these settings, the epoch and the stream.
+
+    An epoch is split into streams, whose number has nothing to do with that of ranks and workers, so that any of them
+    can continue any stream. A worker that has several takes turns: next comes the stream with the fewest turns, of
+    several the one with the lowest number. A turn is a window, or a batch where there is no shuffling.
 
     Attributes:
-        urls: All shards, those of other ranks and workers included.
+        urls: All shards.
         shuffle: Samples per window within which samples are shuffled; 0 keeps shards and samples in order.
         seed: Of the order of shards and samples.
-        world: This rank among all ranks.
-        num_workers: Workers per rank.
+        num_streams: Streams of an epoch.
+        rotates: Whether they take turns with the shards; see ``Topology``.
     """
 
     urls: Sequence[str]
     shuffle: int
     seed: int
-    world: World
-    num_workers: int
+    num_streams: int
+    rotates: bool = False
 
-    def parts(self, epoch: int, worker: int) -> list[ShardPart]:
-        """What a worker reads in an epoch. Ranks take turns, so that over the epochs each reads everything."""
+    def parts(self, epoch: int, stream: int) -> list[ShardPart]:
+        """What a stream reads in an epoch."""
         urls = list(self.urls)
         if self.shuffle:
             random.Random(f"{self.seed}/{epoch}").shuffle(urls)
-        turn = (self.world.rank + epoch) % self.world.world_size
-        return split_by_worker(urls, worker * self.world.world_size + turn, self.num_workers * self.world.world_size)
+        turn = (stream + epoch) % self.num_streams if self.rotates else stream
+        return split_by_worker(urls, turn, self.num_streams)
 
-    def permutation(self, worker: int, window: Position, num_samples: int) -> list[int]:
+    def permutation(self, stream: int, window: Position, num_samples: int) -> list[int]:
         """The order of a window's samples."""
         order = list(range(num_samples))
         if self.shuffle:
-            where = f"{window.epoch}/{self.world.rank}/{worker}/{window.shard}/{window.index}"
+            where = f"{window.epoch}/{stream}/{window.shard}/{window.index}"
             random.Random(f"{self.seed}/{where}").shuffle(order)
         return order
 
 
 def read_stream(
     order: StreamOrder,
-    worker: int,
+    stream: int,
     start: Position,
     layout: SampleLayout,
     worker_tracker: WorkerTracker,
@@ -112,9 +135,9 @@ def read_stream(
     lookup: ScoreLookup = no_scores,
     allow_pipe: bool = False,
 ) -> Iterator[StreamSample | ShardFailure | PartEnd]:
-    """One epoch of a worker's samples, from a position on.
+    """One epoch of a stream, from a position on.
 
-    Every sample of the worker's shards comes exactly once, unusable ones included, and some time after the last of a
+    Every sample of the stream's shards comes exactly once, unusable ones included, and some time after the last of a
     shard its :class:`PartEnd`. A shard that can't be used is a :class:`ShardFailure`, and the stream continues with the
     next. The order does not depend on what is known beforehand.
 
@@ -123,16 +146,16 @@ def read_stream(
     """
     window = replace(start, offset=0)
     skip = start.offset
-    raw = _read_parts(order.parts(start.epoch, worker), window, layout, worker_tracker, lookup, allow_pipe)
+    raw = _read_parts(order.parts(start.epoch, stream), window, layout, worker_tracker, lookup, allow_pipe)
     # Without shuffling a window is one sample, so that nothing is read ahead or again.
     ends: list[PartEnd] = []
     samples = _without_ends(raw, ends)
-    while items := list(islice(samples, max(1, order.shuffle))):
-        following = items[-1].after
-        for offset, place in enumerate(order.permutation(worker, window, len(items)), start=1):
+    while items := dict(enumerate(islice(samples, max(1, order.shuffle)))):
+        num_items, following = len(items), items[len(items) - 1].after
+        for offset, place in enumerate(order.permutation(stream, window, num_items), start=1):
+            item = items.pop(place)  # so that a stream whose turn is over holds no samples
             if offset > skip:
-                after = following if offset == len(items) else replace(window, offset=offset)
-                yield replace(items[place], after=after)
+                yield replace(item, after=following if offset == num_items else replace(window, offset=offset))
         window, skip = following, 0
         yield from ends
         ends.clear()
@@ -158,7 +181,7 @@ def _read_parts(
     lookup: ScoreLookup,
     allow_pipe: bool,
 ) -> Iterator[StreamSample | ShardFailure | PartEnd]:
-    """The samples of a worker's shards as they lie there."""
+    """The samples of a stream's shards as they lie there."""
     for number in range(start.shard, len(parts)):
         part = parts[number]
         begin = start if number == start.shard else Position(start.epoch, number)
@@ -167,6 +190,7 @@ def _read_parts(
             read = partial(_read_open, part, begin, layout, worker_tracker, lookup)
             for item in read_part(part, read, allow_pipe=allow_pipe):
                 yield PartEnd(part.url, item) if isinstance(item, ShardEnd) else item
+                worker_tracker.continue_shard(part.url)  # another stream's may have been read meanwhile
         except ShardError as error:
             yield ShardFailure(part.url, str(error), Position(start.epoch, number + 1))
 
@@ -179,7 +203,7 @@ def _read_open(
     lookup: ScoreLookup,
     shard: OpenShard,
 ) -> Iterator[StreamSample | ShardEnd]:
-    """A worker's share of an open shard, from a position on, and the shard's end.
+    """A stream's share of an open shard, from a position on, and the shard's end.
 
     What is known to be dropped is not read, but has its place.
     """

@@ -171,6 +171,10 @@ class WorkerTracker:
         if SampleRef(url, None) in self._left_out:
             raise ShardError("reading it killed two worker processes")
 
+    def continue_shard(self, url: str) -> None:
+        """Note that a shard is being read again, after another."""
+        self._cells[self._at] = self._reading = self._numbers[url]
+
     def checked(self, url: str, sample: Sample) -> Sample:
         """The sample; or, if it has killed workers before, one without members, whose problem is ``decoder_crash``."""
         if sample.problem is None and self.is_left_out(url, sample.index):

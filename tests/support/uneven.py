@@ -7,7 +7,6 @@ from pathlib import Path
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.training.stream import StreamOrder
-from clipfilter_wds.world import World
 from tests.support.restore import Recipe, image_number, score_by_key, write_numbered
 from tests.support.toys import tar_members
 
@@ -51,13 +50,12 @@ def check_each_pass_is_shared_out(handed: list[list[str]], recipe: Recipe, kept:
     """
     urls, ranks = expand_shards(recipe.shards), range(len(handed))
     keys = {url: list(dict.fromkeys(name.split(".")[0] for name, _ in tar_members(Path(url)))) for url in urls}
-    worlds = [World(rank=rank, world_size=len(handed)) for rank in ranks]
-    orders = [StreamOrder(urls=urls, shuffle=0, seed=0, world=world, num_workers=1) for world in worlds]
+    order = StreamOrder(urls=urls, shuffle=0, seed=0, num_streams=len(handed), rotates=len(handed) > 1)
     streams: list[list[str]] = [[] for _ in ranks]
     for number in count():
         if all(len(streams[rank]) >= len(handed[rank]) for rank in ranks):
             break
-        shares = [[part.url for part in order.parts(number, 0)] for order in orders]
+        shares = [[part.url for part in order.parts(number, rank)] for rank in ranks]
         assert sorted(url for share in shares for url in share) == urls
         for stream, share in zip(streams, shares, strict=True):
             stream += [key for url in share for key in keys[url] if key in kept]

@@ -11,7 +11,6 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.stream import PartEnd, Position, StreamOrder, read_stream
 from clipfilter_wds.workers.crashes import CrashTracker
-from clipfilter_wds.world import World
 from tests.support.outputs import bits, check_accounting, rewrite
 from tests.support.toys import pair, tar_bytes, tar_members, write_shard
 
@@ -60,21 +59,21 @@ def test_rewrite_of_a_joined_shard_that_is_kept_on_disk_is_the_same(command, cli
     assert bits(tmp_path / "out")["c.tar"] == bits(tmp_path / "cached")["c.tar"]
 
 
-@pytest.mark.parametrize(("shuffle", "num_workers"), [(0, 1), (4, 1), (4, 2)])
-def test_training_resumes_after_every_sample(joined, shuffle, num_workers):
-    order = StreamOrder(urls=[str(joined)], shuffle=shuffle, seed=0, world=World(), num_workers=num_workers)
+@pytest.mark.parametrize(("shuffle", "num_streams"), [(0, 1), (4, 1), (4, 2)])
+def test_training_resumes_after_every_sample(joined, shuffle, num_streams):
+    order = StreamOrder(urls=[str(joined)], shuffle=shuffle, seed=0, num_streams=num_streams)
     tracker = CrashTracker(order.urls, 0)
 
-    def read(worker: int, start: Position) -> list:
-        items = read_stream(order, worker, start, SampleLayout(), tracker.for_worker())
+    def read(stream: int, start: Position) -> list:
+        items = read_stream(order, stream, start, SampleLayout(), tracker.for_worker())
         return [item for item in items if not isinstance(item, PartEnd)]
 
     total = 0
-    for worker in range(num_workers):
-        whole = read(worker, Position())
+    for stream in range(num_streams):
+        whole = read(stream, Position())
         total += len(whole)
         for number, item in enumerate(whole):
-            assert read(worker, item.after) == whole[number + 1 :]
+            assert read(stream, item.after) == whole[number + 1 :]
     assert total == NUM_SHARDS * NUM_SAMPLES
 
 

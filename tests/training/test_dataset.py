@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 
 from clipfilter_wds.preprocess import image as preprocess
 from clipfilter_wds.training.dataset import ClipWebDataset, StreamWorker
-from clipfilter_wds.training.stream import Position
+from clipfilter_wds.training.stream import Position, StreamProgress
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.workers.pool import worker_loader
 from clipfilter_wds.world import World
@@ -25,15 +25,9 @@ def shards(tmp_path_factory):
 
 def batches(dataset, *, num_workers=0, context=None, batch_size=4, epoch=0, world=None):
     """One epoch, as the loader reads it."""
-    num_positions = max(1, num_workers)
-    worker = StreamWorker(
-        dataset,
-        world=world or World(),
-        num_workers=num_positions,
-        batch_size=batch_size,
-        epoch=epoch,
-        start=[Position(epoch=epoch)] * num_positions,
-    )
+    topology = dataset.topology(world or World(), max(1, num_workers))
+    streams = dict.fromkeys(topology.streams, StreamProgress(Position(epoch=epoch)))
+    worker = StreamWorker(dataset, topology, streams, batch_size=batch_size, epoch=epoch)
     return list(worker_loader(worker, num_workers=num_workers, multiprocessing_context=context))
 
 

@@ -236,27 +236,6 @@ def test_two_ranks_resume_after_every_batch_in_fresh_processes(
     assert all(len(epoch) > 1 for record in records for epoch in record.epochs)
 
 
-def exchange_states(recipe):
-    """What each rank's loader says to the other's state, and to the state of a lone process."""
-    refusals, loader = [], recipe.build()
-    next(iter(loader))
-    states = [None, None]
-    distributed.all_gather_object(states, loader.state_dict())
-    lone = recipe.build(world=World()).state_dict()
-    for state in (states[1 - distributed.get_rank()], lone):
-        with pytest.raises(ValueError, match="can't resume from this state") as refused:
-            recipe.build().load_state_dict(json.loads(json.dumps(state)))
-        refusals.append(str(refused.value))
-    return refusals
-
-
-def test_a_state_of_another_rank_or_world_size_is_refused_with_both_values(clip_folder, scored, tmp_path):
-    recipe = sorted_recipe(clip_folder, tmp_path, scored, 2).but(threshold=None)
-    for rank, (other, lone) in enumerate(run_ranks(2, exchange_states, recipe)):
-        assert f"rank is {rank} here and {1 - rank} in the state" in other
-        assert "world_size is 2 here and 1 in the state" in lone
-
-
 # --- how people start it ---
 
 SCRIPT = """

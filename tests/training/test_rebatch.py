@@ -79,20 +79,11 @@ def test_going_on_from_the_first_unfinished_piece_gives_the_same_batches(sizes, 
     again = Rebatcher(batch_size)
     skip = whole.num_begun
     for numbers in pieces[len(pieces) - whole.num_pieces :]:
-        again.push(piece(numbers), np.arange(len(numbers)))
-        if skip:
-            again.skip(skip)
-            skip = 0
+        again.push(piece(numbers), np.arange(skip, len(numbers)))
+        skip = 0
     assert again.num_rows == whole.num_rows
     while whole.num_rows:
         assert numbers_of(again.pop()) == numbers_of(whole.pop())
-
-
-def test_more_rows_than_there_are_cant_be_skipped():
-    rebatcher = Rebatcher(4)
-    rebatcher.push(piece([1, 2]), np.arange(2))
-    with pytest.raises(ValueError, match="3 rows can't be skipped: 2 are there"):
-        rebatcher.skip(3)
 
 
 def test_rows_are_taken_by_any_indices():

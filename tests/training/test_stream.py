@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.stream import PartEnd, Position, ShardFailure, StreamOrder, StreamSample, read_stream
 from clipfilter_wds.workers.crashes import CrashTracker
-from clipfilter_wds.world import World
 from tests.support.toys import write_shard, write_tar
 
 SIZES = [5, 0, 8, 3, 1, 7]
@@ -22,15 +21,14 @@ def urls(tmp_path_factory):
     ]
 
 
-def order(urls, *, shuffle=4, seed=0, rank=0, world_size=1, num_workers=1):
-    world = World(rank=rank, world_size=world_size)
-    return StreamOrder(urls=urls, shuffle=shuffle, seed=seed, world=world, num_workers=num_workers)
+def order(urls, *, shuffle=4, seed=0, num_streams=1, rotates=False):
+    return StreamOrder(urls=urls, shuffle=shuffle, seed=seed, num_streams=num_streams, rotates=rotates)
 
 
-def epoch_of(stream_order, *, epoch=0, worker=0, start=None):
+def epoch_of(stream_order, *, epoch=0, stream=0, start=None):
     """One epoch, but for the ends of shards."""
     worker_tracker = CrashTracker(stream_order.urls, 0).for_worker()
-    items = read_stream(stream_order, worker, start or Position(epoch=epoch), SampleLayout(), worker_tracker)
+    items = read_stream(stream_order, stream, start or Position(epoch=epoch), SampleLayout(), worker_tracker)
     return [item for item in items if not isinstance(item, PartEnd)]
 
 
@@ -44,24 +42,21 @@ def all_keys():
 
 @settings(max_examples=60)
 @given(
-    world_size=st.integers(1, 4),
-    num_workers=st.integers(1, 4),
+    num_streams=st.integers(1, 16),
     shuffle=st.sampled_from([0, 1, 3, 100]),
     epoch=st.integers(0, 3),
     num_shards=st.integers(1, 6),
+    rotates=st.booleans(),
 )
-def test_the_workers_of_all_ranks_read_every_sample_once_an_epoch(
-    urls, world_size, num_workers, shuffle, epoch, num_shards
-):
+def test_the_streams_hold_every_sample_once_an_epoch(urls, num_streams, shuffle, epoch, num_shards, rotates):
     read = [
         key
-        for rank in range(world_size)
-        for worker in range(num_workers)
+        for stream in range(num_streams)
         for key in keys(
             epoch_of(
-                order(urls[:num_shards], shuffle=shuffle, rank=rank, world_size=world_size, num_workers=num_workers),
+                order(urls[:num_shards], shuffle=shuffle, num_streams=num_streams, rotates=rotates),
                 epoch=epoch,
-                worker=worker,
+                stream=stream,
             )
         )
     ]
@@ -69,13 +64,13 @@ def test_the_workers_of_all_ranks_read_every_sample_once_an_epoch(
 
 
 @pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
-@pytest.mark.parametrize("num_workers", [1, 4])
-def test_resumes_after_every_sample_as_if_it_had_not_stopped(urls, shuffle, num_workers):
-    for worker in range(num_workers):
-        stream_order = order(urls, shuffle=shuffle, num_workers=num_workers)
-        whole = epoch_of(stream_order, epoch=1, worker=worker)
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_resumes_after_every_sample_as_if_it_had_not_stopped(urls, shuffle, num_streams):
+    for stream in range(num_streams):
+        stream_order = order(urls, shuffle=shuffle, num_streams=num_streams)
+        whole = epoch_of(stream_order, epoch=1, stream=stream)
         for number, item in enumerate(whole):
-            assert epoch_of(stream_order, worker=worker, start=item.after) == whole[number + 1 :]
+            assert epoch_of(stream_order, stream=stream, start=item.after) == whole[number + 1 :]
 
 
 def test_without_shuffling_samples_come_as_they_lie_in_every_epoch(urls):
@@ -98,12 +93,12 @@ def test_shuffling_mixes_the_shards_within_a_window_and_not_beyond(urls):
     assert [sorted(window) for window in windows] == [sorted(again[f : f + 6]) for f in range(0, len(again), 6)]
 
 
-def test_over_the_epochs_every_rank_reads_every_shard(urls):
-    for rank in range(3):
+def test_streams_that_rotate_read_every_shard_over_the_epochs(urls):
+    for stream in range(3):
         read = {
             key
             for epoch in range(3)
-            for key in keys(epoch_of(order(urls, shuffle=0, rank=rank, world_size=3), epoch=epoch))
+            for key in keys(epoch_of(order(urls, shuffle=0, num_streams=3, rotates=True), epoch=epoch, stream=stream))
         }
         assert sorted(read) == all_keys()
 
