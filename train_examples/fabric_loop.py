@@ -47,7 +47,7 @@ def main(
         learning_rate: Of AdamW.
         checkpoint: File that is written now and then, and at the end.
         save_every: Steps between two checkpoints.
-        resume: Checkpoint to go on from, with as many devices as wrote it.
+        resume: Checkpoint to resume from, on any number of devices.
     """
     fabric = Fabric(accelerator=accelerator, devices=devices)
     fabric.launch()
@@ -70,7 +70,7 @@ def main(
     step = 0
     if resume is not None:
         saved = fabric.load(resume, {"clip": clip, "optimizer": optimizer}, weights_only=True)
-        loader.load_state_dict(saved["loaders"][fabric.global_rank])
+        loader.load_state_dict(saved["loaders"])
         step = saved["step"]
 
     while step < steps:

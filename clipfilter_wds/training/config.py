@@ -26,9 +26,9 @@ class LoaderConfig(WorkerConfig):
         end: How an epoch ends on several ranks. ``sync``: on all together, when the first has no further batch.
             ``repeat``: after ``batches_per_epoch`` batches; the stream of shards is endless.
         batches_per_epoch: For ``repeat``.
-        num_streams: Streams that an epoch is split into, which ranks and workers share out; a run can be resumed on as
-            many ranks. By default the smallest multiple of the workers of all ranks, up to 96, with which few shards
-            are read by several of them.
+        num_streams: Streams that an epoch is split into, which ranks and workers share out; a run can be resumed on up
+            to as many ranks, and uses as many workers. By default as many as there are workers in all ranks, with which
+            the fewest shards are read by several of them.
         record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
             and samples that were dropped are not decoded again.
         starvation_limit: Raise an error after this many samples in a row of which none is kept.

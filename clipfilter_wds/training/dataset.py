@@ -27,7 +27,7 @@ from clipfilter_wds.training.stream import (
     StreamSample,
     read_stream,
 )
-from clipfilter_wds.training.topology import Topology, default_num_streams
+from clipfilter_wds.training.topology import Topology
 from clipfilter_wds.training.turns import StreamReader, take_turns
 from clipfilter_wds.workers.crashes import CrashTracker, WorkerTracker
 from clipfilter_wds.world import World
@@ -105,7 +105,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         Args:
             world: This rank among all.
             num_workers: Workers of each rank, at least 1.
-            num_streams: Streams of an epoch; None chooses by the number of shards and workers.
+            num_streams: Streams of an epoch; None is one for each worker of all ranks.
 
         Raises:
             ValueError: When there are fewer streams than ranks.
@@ -116,7 +116,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
             rank=world.rank,
             world_size=world.world_size,
             num_workers=num_workers,
-            num_streams=num_streams or default_num_streams(len(self.urls), world.world_size * num_workers),
+            num_streams=num_streams or world.world_size * num_workers,
             rotates=world.world_size > 1,
         )
 

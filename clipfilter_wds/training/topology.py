@@ -1,11 +1,6 @@
-"""Splits an epoch into streams, and deals the streams to ranks and workers."""
+"""Deals the streams that an epoch is split into to ranks and workers."""
 
 from dataclasses import dataclass
-
-#: By default, an epoch is not split into more streams than this, unless there are more workers.
-_MAX_STREAMS = 96
-#: How many extra reads of shards that several streams share are put up with, as a part of all shards.
-_MAX_EXTRA_READS = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,25 +47,3 @@ class Topology:
         streams = [*self.streams]
         following = [*streams[1:], *(stream + self.num_streams for stream in streams[:1])]
         return max((after - stream for stream, after in zip(streams, following, strict=True)), default=0)
-
-
-def default_num_streams(num_shards: int, num_readers: int) -> int:
-    """How many streams an epoch is split into, where the user does not say.
-
-    The smallest multiple of the number of readers, so that all have the same work, with few extra reads of shared
-    shards; where there is none, the multiple with the fewest.
-
-    Args:
-        num_shards: Shards of the epoch.
-        num_readers: Workers of all ranks together.
-    """
-    multiples = range(num_readers, max(num_readers, _MAX_STREAMS) + 1, num_readers)
-    extra = {num_streams: num_extra_reads(num_shards, num_streams) for num_streams in multiples}
-    few = [num_streams for num_streams in multiples if extra[num_streams] <= _MAX_EXTRA_READS * num_shards]
-    return few[0] if few else min(multiples, key=lambda num_streams: (extra[num_streams], num_streams))
-
-
-def num_extra_reads(num_shards: int, num_streams: int) -> int:
-    """How many more than once each shards are opened in an epoch, as several streams share some of them."""
-    num_shared = num_shards % num_streams
-    return num_streams - num_shared if num_shared else 0
