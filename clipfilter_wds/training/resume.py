@@ -41,9 +41,7 @@ def check_streams(state: LoaderState, end: End) -> None:
     topology = state.progress.topology
     if topology.num_streams >= topology.world_size or state.is_beginning:
         return
-    said = (
-        f"the state has num_streams={topology.num_streams}, too few for {topology.world_size} ranks"
-    )
+    said = f"the state has num_streams={topology.num_streams}, too few for {topology.world_size} ranks"
     if end == "repeat":
         raise ValueError(f"{said}; resume on fewer, and give num_streams where training begins")
     if topology.rank == 0:
