@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clipfilter_wds.training.dataset import ClipWebDataset
     from clipfilter_wds.training.loader import ClipFilterLoader
     from clipfilter_wds.training.monitor import ClipFilterMonitor
+    from clipfilter_wds.training.pipeline import clip_filter
     from clipfilter_wds.types import DropReason, FilterStats
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "ScoreConfig": "offline.config",
     "ScoreFolder": "scores.folder",
     "ScorerConfig": "models.config",
+    "clip_filter": "training.pipeline",
     "process_shards": "offline.run",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "ScoreConfig",
     "ScoreFolder",
     "ScorerConfig",
+    "clip_filter",
     "process_shards",
 ]
 

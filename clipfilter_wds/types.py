@@ -25,6 +25,9 @@ class DropReason(StrEnum):
     NOT_SELECTED = "not_selected"
     NEAR_DUPLICATE = "near_duplicate"
 
+    def __repr__(self) -> str:
+        return repr(self.value)
+
 
 #: What stands for a reason in an int8 array, and for none.
 REASON_CODES = {reason: code for code, reason in enumerate(DropReason)}

@@ -68,6 +68,12 @@ def test_reasons_are_the_documented_words_and_json_ready():
     assert documented <= set(json.loads(json.dumps(list(DropReason))))
 
 
+def test_a_reason_prints_as_its_word_wherever_it_stands():
+    assert f"{DropReason.TORN} {str(DropReason.TORN)!s}" == "torn torn"
+    stats = FilterStats(seen=3, kept=1, dropped={DropReason.TORN: 2})
+    assert repr(stats) == "FilterStats(seen=3, kept=1, dropped={'torn': 2})"
+
+
 @pytest.mark.parametrize(
     "value",
     [

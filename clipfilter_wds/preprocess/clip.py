@@ -1,13 +1,14 @@
 """Prepares samples for CLIP: opens their pairs, and makes the views and token ids that a scorer takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
+from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
-from clipfilter_wds.preprocess.members import decode_members, decode_pair, decode_sample
+from clipfilter_wds.preprocess.members import captions_in, decode_members, decode_pair, decode_sample, stored_image
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens, bounded
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.types import Sample, UnusableError
@@ -59,27 +60,65 @@ class ClipPreprocess:
             "policy": POLICY_VERSION,
         }
 
-    def __call__(self, sample: Mapping[str, Any], layout: SampleLayout = _TXT) -> dict[str, Any]:
-        """A stage for a pipeline of your own: ``webdataset.WebDataset(...).map(scorer.preprocess).batched(64)``.
+    def __call__(
+        self, sample: Mapping[str, Any], layout: SampleLayout = _TXT, columns: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """A stage for a webdataset pipeline, which gives every sample the same columns, so that any can share a batch.
 
-        Adds ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for
-        K captions) and ``reason``: empty, or why the sample can't be scored. Such samples are passed on, so that a
-        ClipFilterLoader can count them.
+        These are ``image`` (Pillow's RGB image, for a training view) and ``text`` (the caption; the list of them
+        where there are several), with ``pixel_values``, ``input_ids`` and ``reason`` as :meth:`pair` makes them,
+        ``__key__`` and ``__url__``. A sample that can't be scored has a black image and an empty text, and is passed on
+        so that what filters can count it.
 
         Args:
             sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
             layout: Where image and caption are.
+            columns: Other members to pass on; None where a sample lacks one.
+
+        Raises:
+            ValueError: When image and caption seem to have other names.
+            TypeError: When the image is neither encoded nor Pillow's.
         """
-        reason = ""
+        _check_names(sample, layout)
+        prepared, rgb, captions = self._prepared(lambda: decode_members(sample, layout, self.view))
+        if rgb is None:
+            image = Image.new("RGB", self.view.crop[::-1])
+        elif rgb.scale == 1:
+            image = rgb.image
+        else:  # training gets none at a reduced size
+            image = decode_members(sample, layout, replace(self.view, fast_decode=False))[0].image
+        passed_on = {name: sample[name] for name in ("__key__", "__url__") if name in sample}
+        passed_on |= {name: sample.get(name) for name in columns}
+        return {**passed_on, "image": image, "text": captions[0] if len(captions) == 1 else captions, **prepared}
+
+    def pair(self, image: Any, caption: str | Sequence[str] | None) -> dict[str, Any]:
+        """The columns that a filter needs of a pair, for samples of any kind.
+
+        Args:
+            image: Bytes of an image file, a Pillow image, ``{"bytes": ..., "path": ...}`` as Hugging Face has images
+                that it does not decode, or None.
+            caption: Or several of one image.
+
+        Returns:
+            ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for K
+            captions) and ``reason``: empty, or why the pair can't be scored.
+
+        Raises:
+            TypeError: When the image is none of these.
+        """
+        return self._prepared(lambda: decode_pair(stored_image(image), captions_in(caption), self.view))[0]
+
+    def _prepared(
+        self, decode: Callable[[], tuple[RgbImage, list[str]]]
+    ) -> tuple[dict[str, Any], RgbImage | None, list[str]]:
+        rgb, captions, reason = None, [""], ""
         try:
-            rgb, captions = decode_members(sample, layout, self.view)
-            pixels = self.view(rgb)
+            rgb, captions = decode()
         except UnusableError as unusable:
-            captions, pixels, reason = [""], torch.zeros(3, *self.view.crop, dtype=torch.uint8), unusable.reason.value
-        ids = self.tokenize([captions]).input_ids[0]
-        padding = (0, self.tokenize.max_length - ids.shape[-1])
-        padded = torch.nn.functional.pad(ids, padding, value=self.tokenize.pad_id)
-        return {**sample, "pixel_values": pixels, "input_ids": padded, "reason": reason}
+            reason = unusable.reason.value
+        pixels = torch.zeros(3, *self.view.crop, dtype=torch.uint8) if rgb is None else self.view(rgb)
+        ids = self.tokenize.fit(self.tokenize([captions]).input_ids[0], self.tokenize.max_length)
+        return {"pixel_values": pixels, "input_ids": ids, "reason": reason}, rgb, captions
 
     def open_sample(self, sample: Sample, layout: SampleLayout, out: torch.Tensor | None = None) -> OpenPair:
         """Read caption and image of a sample, and prepare its view, in ``out`` if that is given.
@@ -107,3 +146,22 @@ class ClipPreprocess:
         views = [pair.pixels for pair in pairs]
         pixel_values = torch.stack(views) if views else torch.empty(0, 3, *self.view.crop, dtype=torch.uint8)
         return pixel_values, self.tokenize([pair.captions for pair in pairs])
+
+
+def _check_names(sample: Mapping[str, Any], layout: SampleLayout) -> None:
+    """Refuse a sample whose image or caption was decoded or renamed to what the layout does not know.
+
+    One that has neither, and nothing that could be it, is a bad sample and no mistake.
+
+    Raises:
+        ValueError: With the columns that there are.
+    """
+    if not layout.caption_extensions.isdisjoint(sample) or not set(layout.image_extensions).isdisjoint(sample):
+        return
+    columns = [name for name in sample if not name.startswith("__")]
+    if any(isinstance(sample[name], str | Image.Image) for name in columns):
+        raise ValueError(
+            f"a sample has the columns {columns}, no image ({', '.join(layout.image_extensions)}) and no caption "
+            f"({layout.caption}). scorer.preprocess takes the members of a shard, before they are renamed; of samples "
+            "of another kind, give image and caption to scorer.preprocess.pair"
+        )

@@ -3,7 +3,8 @@
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
@@ -55,6 +56,19 @@ class _WithoutWarnings:
 _without_warnings = _WithoutWarnings()
 # A thread of the parent may hold the lock while a worker is forked.
 os.register_at_fork(after_in_child=_without_warnings.__init__)  # type: ignore[misc]  # as if it were new
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turns what decoders raise into reasons."""
+    try:
+        yield
+    except UnusableError:
+        raise
+    except Image.DecompressionBombError:
+        raise UnusableError(DropReason.IMAGE_TOO_LARGE) from None
+    except Exception as error:  # decoders fail with any type there is
+        raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
 
 class RgbImage(NamedTuple):
@@ -139,21 +153,20 @@ class ImageView:
         Raises:
             UnusableError: ``unreadable_image`` or ``image_too_large``.
         """
-        try:
-            with _without_warnings:
-                image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-                width, height = image.size
-                self._check_size(width, height)
-                drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
-                scale = 1 if drafted is None else round(width / drafted[1][2])
-                pixels = decode_plain_jpeg(data, image) if scale == 1 else None
-                return RgbImage(_to_rgb(image) if pixels is None else pixels, width, height, scale, image.info)
-        except UnusableError:
-            raise
-        except Image.DecompressionBombError:
-            raise UnusableError(DropReason.IMAGE_TOO_LARGE) from None
-        except Exception as error:  # decoders fail with any type there is
-            raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
+        with _without_warnings, _reasons():
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            width, height = image.size
+            self._check_size(width, height)
+            drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
+            scale = 1 if drafted is None else round(width / drafted[1][2])
+            pixels = decode_plain_jpeg(data, image) if scale == 1 else None
+            return RgbImage(_to_rgb(image) if pixels is None else pixels, width, height, scale, image.info)
+
+    def convert(self, image: Image.Image) -> RgbImage:
+        """An image that Pillow has opened, as RGB; raises as :meth:`decode`."""
+        with _without_warnings, _reasons():
+            self._check_size(*image.size)
+            return RgbImage.of(image)
 
     def __call__(self, rgb: RgbImage, out: torch.Tensor | None = None) -> torch.Tensor:
         """Resize and crop to uint8 ``[3, crop_height, crop_width]``.

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -36,11 +37,54 @@ def decode_members(members: Mapping[str, Any], layout: SampleLayout, view: Image
 
 
 def decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[RgbImage, list[str]]:
-    """The decoded image, and the captions that are not blank; raises as :func:`decode_sample`."""
+    """The decoded image, and the captions that are not blank; raises as :func:`decode_sample`.
+
+    Raises:
+        TypeError: When the image is neither encoded nor Pillow's.
+    """
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise UnusableError(DropReason.BLANK_CAPTION)
-    return RgbImage.of(image) if isinstance(image, Image.Image) else view.decode(image), captions
+    if isinstance(image, Image.Image):
+        return view.convert(image), captions
+    if not isinstance(image, bytes):
+        raise TypeError(
+            f"the image is a {type(image).__name__}; CLIP's view is made of the bytes of an image file or of a Pillow "
+            "image, so this has to come before what makes tensors of images"
+        )
+    return view.decode(image), captions
+
+
+def stored_image(value: Any) -> Any:
+    """The image that a column of a table holds: ``{"bytes": ..., "path": ...}`` gives the bytes of the file.
+
+    Raises:
+        UnusableError: ``missing_image``, or ``unreadable_image`` where there is no such file.
+    """
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        value = data if data is not None or path is None else _read_file(Path(path))
+    if value is None:
+        raise UnusableError(DropReason.MISSING_IMAGE)
+    return value
+
+
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():  # to open a named pipe would wait for a writer
+        raise UnusableError(DropReason.UNREADABLE_IMAGE)
+    return path.read_bytes()
+
+
+def captions_in(value: str | Sequence[str] | None) -> list[str]:
+    """The captions that a column of a table holds.
+
+    Raises:
+        UnusableError: ``missing_caption``.
+    """
+    captions = [value] if isinstance(value, str) else list(value or [])
+    if not captions:
+        raise UnusableError(DropReason.MISSING_CAPTION)
+    return list(map(_encodable, captions))
 
 
 def first_image(data: Mapping[str, Any], layout: SampleLayout) -> Any:
@@ -104,8 +148,12 @@ def _json_texts(record: Any, field: str) -> list[str]:
         except (ValueError, RecursionError):
             return []
     values = _values_of(record, field.split("."))
-    # JSON can hold half a surrogate pair, which no tokenizer takes.
-    return [text.encode("utf-8", errors="replace").decode() for text in values if isinstance(text, str)]
+    return [_encodable(text) for text in values if isinstance(text, str)]
+
+
+def _encodable(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def _values_of(value: Any, names: Sequence[str]) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Keeps what passes of scored batches, and packs it into training batches."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.keep_rate import KeepRateWatch
 from clipfilter_wds.training.rebatch import Rebatcher
 from clipfilter_wds.training.scoring import Scored
 from clipfilter_wds.training.state import LoaderState, Progress
-from clipfilter_wds.types import DropReason, FilterStats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,16 +80,12 @@ class Packer:
         yield self._packed(None)
 
     def _take_in(self, scored: Scored) -> None:
-        scores, threshold = scored.scores, self._config.threshold
-        keep = COSINES.passes(scores, threshold) if threshold is not None else np.ones(len(scores), dtype=bool)
-        seen, kept = len(keep) + sum(scored.unusable.values()), int(keep.sum())
-        dropped = Counter({**scored.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
+        keep, stats = scored.decide(self._config.threshold)
         before = self.progress
-        given = before.streams[scored.stream].given
-        counts = FilterStats(seen=seen, kept=kept, dropped=+dropped)
-        self.progress = before.advance(scored, counts, given=max(0, given - kept))
-        self._num_seen, self._num_kept = self._num_seen + seen, self._num_kept + kept
-        self.watch.add(scored.scores, seen=seen, kept=kept)
+        kept, given = stats.kept, before.streams[scored.stream].given
+        self.progress = before.advance(scored, stats, given=max(0, given - kept))
+        self._num_seen, self._num_kept = self._num_seen + stats.seen, self._num_kept + kept
+        self.watch.add(scored.scores, seen=stats.seen, kept=kept)
         num_passes = self.progress.topology.num_passes_for_all
         if kept:
             self._last_kept_epoch = self.progress.epoch

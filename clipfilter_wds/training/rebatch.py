@@ -21,7 +21,7 @@ class _Piece(NamedTuple):
 class Rebatcher:
     """Packs rows of pieces of any size into batches of one size, in order.
 
-    A piece is a dict of columns: tensors, lists, or nested dicts and tuples of these, with one row per sample.
+    A piece is a dict of columns: tensors, arrays, lists, or nested dicts and tuples of these, with one row per sample.
 
     Args:
         batch_size: Rows per batch.
@@ -83,7 +83,7 @@ def take(column: Any, rows: np.ndarray, new: NewTensor = torch.empty) -> Any:
     """Some of the rows of a column, or of every column of a nested structure, copied.
 
     Args:
-        column: Tensor, list, or dict or tuple of these.
+        column: Tensor, array, list, or dict or tuple of these.
         rows: int64 ``[M]``.
         new: Shape and type -> a tensor to copy to.
 
@@ -104,12 +104,19 @@ def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may
         return _gathered_tensors(columns, rows, new, may_share=may_share)
     if isinstance(first, Mapping):
         return {name: _gathered([column[name] for column in columns], rows, new, may_share=may_share) for name in first}
-    if isinstance(first, tuple):
+    if isinstance(first, np.ndarray):
+        return np.concatenate([column[some] for column, some in zip(columns, rows, strict=True)])
+    if isinstance(first, tuple) and not _is_of_texts(first):
         return tuple(_gathered(list(parts), rows, new, may_share=may_share) for parts in zip(*columns, strict=True))
     if isinstance(first, Sequence) and not isinstance(first, (str, bytes)):
         return [column[row] for column, some in zip(columns, rows, strict=True) for row in some.tolist()]
     kind = type(first).__name__
-    raise TypeError(f"a column of a batch is a {kind}; use tensors, lists, or dicts and tuples of these")
+    raise TypeError(f"a column of a batch is a {kind}; use tensors, arrays, lists, or dicts and tuples of these")
+
+
+def _is_of_texts(column: tuple[Any, ...]) -> bool:
+    """Whether a tuple is a column, as torch collates the texts of tuples, and no tuple of columns."""
+    return not column or isinstance(column[0], str | bytes)
 
 
 def _gathered_tensors(

@@ -1,4 +1,4 @@
-"""Scores batches, of a dataset or of any other loader."""
+"""Scores batches of a dataset."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,12 +11,13 @@ import torch
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.finite import finite_scores
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.rebatch import NewTensor, take
 from clipfilter_wds.training.record import Recorder
 from clipfilter_wds.training.recycler import Recycler
 from clipfilter_wds.training.stream import StreamProgress
-from clipfilter_wds.types import NO_REASON, DropReason
+from clipfilter_wds.types import NO_REASON, DropReason, FilterStats
 from clipfilter_wds.workers.transport import Lent, lent
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class Scored:
     after: StreamProgress = field(default_factory=StreamProgress)
     failures: tuple[tuple[str, str], ...] = ()
 
+    def decide(self, threshold: float | None) -> tuple[np.ndarray, FilterStats]:
+        """Which of the usable samples are kept, bool ``[N]``, and the counts of all; None as threshold keeps all."""
+        keep = np.ones(len(self.scores), dtype=bool) if threshold is None else COSINES.passes(self.scores, threshold)
+        kept = int(keep.sum())
+        dropped = +Counter({**self.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
+        return keep, FilterStats(seen=len(keep) + sum(self.unusable.values()), kept=kept, dropped=dict(dropped))
+
 
 # --- batches of a dataset ---
 
@@ -70,7 +78,7 @@ def score_stream(
     The columns are the training views of the samples that may be kept, their keys and URLs.
     """
     hold = partial(_hold, Recycler())
-    scored = _score(recheck, map(lent, batches), lambda batch: batch.item.prepared.inputs, hold)
+    scored = score_batches(recheck, map(lent, batches), lambda batch: batch.item.prepared.inputs, hold)
     for (batch, columns, places), cosines in scored:
         if recorder is not None and recheck is not None:
             recorder.add(batch, cosines, recheck.band)
@@ -108,64 +116,16 @@ def _hold(new: NewTensor, borrowed: Lent[StreamBatch], may_be_kept: np.ndarray) 
     return held
 
 
-# --- batches of any other loader ---
-
-
-class _Columns(NamedTuple):
-    columns: dict[str, Any]
-    unusable: dict[DropReason, int]
-
-
-def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]]) -> Iterator[Scored]:
-    """Score batches of any other loader; their columns are passed on as they are.
-
-    Raises:
-        ValueError: When ``pixel_values``, ``input_ids`` or ``reason`` is missing.
-    """
-
-    def inputs(batch: _Columns) -> tuple[torch.Tensor, torch.Tensor]:
-        input_ids = batch.columns["input_ids"]
-        if recheck is not None and len(input_ids):
-            # They may be padded further than the longest caption, to a constant length.
-            lengths = recheck.scorer.preprocess.tokenize.used_lengths(input_ids.flatten(0, -2))
-            input_ids = input_ids[..., : int(lengths.max())]
-        return batch.columns["pixel_values"], input_ids
-
-    usable = map(_usable_columns, batches)
-    for batch, cosines in _score(recheck, usable, inputs, lambda batch, may_be_kept: batch):
-        scores, reasons = finite_scores(np.full(len(cosines), NO_REASON, dtype=np.int8), cosines)
-        places = np.flatnonzero(reasons == NO_REASON)
-        not_finite = count_reasons(reasons)
-        yield Scored(
-            columns=batch.columns, scores=scores[places], places=places, unusable={**batch.unusable, **not_finite}
-        )
-
-
-def _usable_columns(batch: Mapping[str, Any]) -> _Columns:
-    missing = {"pixel_values", "input_ids", "reason"} - set(batch)
-    if missing:
-        raise ValueError(
-            f"a batch has the columns {sorted(batch)}, but no {' and no '.join(sorted(missing))}; scorer.preprocess "
-            "gives all three. The reason is empty, or says why a sample can't be scored, which else would be as a "
-            "black image"
-        )
-    columns, unusable = dict(batch), Counter[DropReason]()
-    if any(reasons := columns.pop("reason", ())):
-        usable = [number for number, reason in enumerate(reasons) if not reason]
-        unusable = Counter(DropReason(reason) for reason in reasons if reason)
-        columns = take(columns, np.array(usable, dtype=np.int64))
-    return _Columns(columns, dict(unusable))
-
-
 # --- the model ---
 
 
-def _score(
+def score_batches(
     recheck: "Recheck | None",
     batches: Iterable[T],
     inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
     hold: Callable[[T, np.ndarray], U],
 ) -> Iterator[tuple[U, np.ndarray]]:
+    """Score batches as ``Recheck.map`` does, beside training on a GPU; every score is 0.0 where there is no model."""
     if recheck is None:
         for batch in batches:
             num_samples = len(inputs(batch)[0])

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.training.columns import score_columns
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset, StreamWorker
 from clipfilter_wds.training.packer import Packed, Packer
 from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
 from clipfilter_wds.training.prefetch import Prefetcher
 from clipfilter_wds.training.record import Recorder
-from clipfilter_wds.training.scoring import Scored, score_columns, score_stream
+from clipfilter_wds.training.scoring import Scored, score_stream
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.workers.crashes import CrashTracker, Quarantine, WorkerDiedError
 from clipfilter_wds.workers.pool import WorkerLoader, iterating, worker_loader

@@ -1,9 +1,12 @@
+import io
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
+from webdataset.filters import default_collation_fn
 
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.samples import IMAGE_EXTENSIONS, SampleLayout
@@ -101,3 +104,100 @@ def test_the_fingerprint_tells_every_setting_of_the_view(scorer, change):
     preprocess = type(scorer.preprocess)(view=ImageView(**settings), tokenize=scorer.preprocess.tokenize)
     differing = {name for name, value in preprocess.fingerprint.items() if value != scorer.preprocess.fingerprint[name]}
     assert differing == set(change)
+
+
+# --- a stage of a pipeline ---
+
+
+@pytest.fixture
+def odd_samples():
+    """Samples as webdataset gives them, encoded and decoded; of the first two, image and caption can be used."""
+    good = pair(1)
+    return [
+        {"__key__": "0", "__url__": "a.tar", **good, "cls": b"3"},
+        {"__key__": "1", "__url__": "a.tar", "png": photo(1), "txt": "a caption", "json": {"caption": "another"}},
+        {"__key__": "2", "__url__": "a.tar", "jpg": good["jpg"]},
+        {"__key__": "3", "__url__": "a.tar", "txt": "a caption"},
+        {"__key__": "4", "__url__": "a.tar", "json": {}},
+        {"__key__": "5", "__url__": "a.tar", "jpg": b"no image", "txt": b"a caption"},
+        {"__key__": "6", "__url__": "a.tar", "jpg": photo(1), "txt": " "},
+    ]
+
+
+def test_whatever_a_sample_has_the_stage_gives_what_webdataset_collates(scorer, odd_samples):
+    samples = [scorer.preprocess(sample, columns=["cls"]) for sample in odd_samples]
+    batch = default_collation_fn(samples)
+    assert batch["pixel_values"].shape == (7, 3, 32, 32)
+    assert batch["input_ids"].shape == (7, 77)
+    assert batch["__key__"] == [str(number) for number in range(7)]
+    assert batch["cls"] == [b"3", *[None] * 6]
+    assert batch["text"] == ["photo number 1", "a caption", "", "", "", "", ""]
+    assert [image.size for image in batch["image"]] == [(48, 40), (48, 40), *[(32, 32)] * 5]
+    reasons = ["", "", "missing_caption", "missing_image", "missing_image", "unreadable_image", "blank_caption"]
+    assert batch["reason"] == reasons
+
+
+def test_the_stage_gives_training_the_image_that_it_decoded(scorer):
+    stored = photo(3, (400, 300))
+    for model in (scorer.preprocess, scorer.preprocess.with_view(fast_decode=True)):
+        image = model({"jpg": encoded(stored), "txt": b"a caption"})["image"]
+        assert image.tobytes() == Image.open(io.BytesIO(encoded(stored))).convert("RGB").tobytes()
+
+
+def test_the_stage_prepares_what_the_offline_commands_prepare(scorer):
+    opened = scorer.preprocess.open_sample(sample(**pair(1)), SampleLayout())
+    pixels, tokens = scorer.preprocess.collate([opened])
+    for prepared in (scorer.preprocess(pair(1)), scorer.preprocess.pair(pair(1)["jpg"], "photo number 1")):
+        assert torch.equal(prepared["pixel_values"], pixels[0])
+        assert torch.equal(prepared["input_ids"][: tokens.input_ids.shape[1]], tokens.input_ids[0])
+
+
+def test_columns_under_other_names_are_an_error_that_lists_them(scorer):
+    renamed = {"__key__": "0", "image": photo(1), "caption": "a caption"}
+    with pytest.raises(ValueError, match=r"columns \['image', 'caption'\], no image \(jpg, .* scorer.preprocess.pair"):
+        scorer.preprocess(renamed)
+    with pytest.raises(ValueError, match=r"no image \(picture\) and no caption \(text\)"):
+        scorer.preprocess({"jpg": b"", "txt": "a caption"}, SampleLayout(image="picture", caption="text"))
+
+
+def test_an_image_that_is_a_tensor_already_is_an_error(scorer):
+    with pytest.raises(TypeError, match=r"the image is a Tensor; .* before what makes tensors of images"):
+        scorer.preprocess({"jpg": torch.zeros(3, 40, 48), "txt": "a caption"})
+
+
+# --- a pair ---
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "reason"),
+    [
+        (GOOD, "a caption", ""),
+        (photo(1), ["one", " ", "two"], ""),
+        ({"bytes": GOOD, "path": None}, "half a pair: \ud83d", ""),
+        ({"bytes": None, "path": None}, "a caption", "missing_image"),
+        ({"bytes": None, "path": "not_there.jpg"}, "a caption", "unreadable_image"),
+        (None, "a caption", "missing_image"),
+        (GOOD, None, "missing_caption"),
+        (GOOD, [], "missing_caption"),
+        (GOOD, "", "blank_caption"),
+        (b"no image", "a caption", "unreadable_image"),
+        (BOMB, "a caption", "image_too_large"),
+        (Image.new("1", (1, 10_000_000)), "a caption", "image_too_large"),
+    ],
+)
+def test_a_pair_of_any_kind_is_prepared_or_has_a_reason(scorer, image, caption, reason):
+    prepared = scorer.preprocess.pair(image, caption)
+    assert prepared["reason"] == reason
+    assert prepared["pixel_values"].shape == (3, 32, 32)
+    assert prepared["input_ids"].shape == ((2, 77) if isinstance(caption, list) and caption else (77,))
+
+
+def test_an_image_that_pillow_opened_and_can_not_read_has_a_reason(scorer):
+    cut = Image.open(io.BytesIO(GOOD[:-200]))
+    assert scorer.preprocess.pair(cut, "a caption")["reason"] == "unreadable_image"
+
+
+def test_an_image_file_is_read_where_there_are_no_bytes_of_it(scorer, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+    stored = scorer.preprocess.pair({"bytes": None, "path": str(tmp_path / "a.jpg")}, "a caption")
+    assert torch.equal(stored["pixel_values"], scorer.preprocess.pair(GOOD, "a caption")["pixel_values"])

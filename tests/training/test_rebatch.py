@@ -14,6 +14,8 @@ def piece(numbers):
     return {
         "tensor": torch.tensor(numbers, dtype=torch.int64),
         "list": [str(number) for number in numbers],
+        "texts": tuple(str(number) for number in numbers),
+        "array": np.array(numbers, dtype=np.int64),
         "nested": {"pair": (torch.tensor(numbers, dtype=torch.float64).view(-1, 1), list(numbers))},
     }
 
@@ -22,6 +24,8 @@ def numbers_of(batch):
     """The rows' numbers, the same in every column."""
     numbers = batch["tensor"].tolist()
     assert batch["list"] == [str(number) for number in numbers]
+    assert list(batch["texts"]) == batch["list"]
+    assert batch["array"].tolist() == numbers
     matrix, plain = batch["nested"]["pair"]
     assert matrix.shape == (len(numbers), 1)
     assert matrix.flatten().tolist() == plain == numbers
