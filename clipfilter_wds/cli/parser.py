@@ -4,7 +4,6 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from clipfilter_wds.cli.options import HelpFormatter, Option, options_of, plain_text
+from clipfilter_wds.options import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +175,8 @@ def _find(label: str, options: dict[str, Option], where: str = "") -> Option:
     """The option that a YAML key or a ``--name`` means, with underscores or hyphens."""
     if option := options.get(_key(label)):
         return option
-    alike = get_close_matches(_key(label), options, n=1)
-    prefix = "--" if label.startswith("-") else ""
-    raise ValueError(f"unknown option {label}{where}" + (f"; did you mean {prefix}{alike[0]}?" if alike else ""))
+    shown = "--{}" if label.startswith("-") else "{}"
+    raise ValueError(f"unknown option {label}{where}{did_you_mean(_key(label), options, shown)}")
 
 
 def _key(label: str) -> str:

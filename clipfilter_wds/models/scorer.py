@@ -14,6 +14,7 @@ from clipfilter_wds.models.fast.graphs import CudaGraphs, Graphs
 from clipfilter_wds.models.graphed_encoder import GraphedEncoder
 from clipfilter_wds.models.loading import load_model
 from clipfilter_wds.models.precision import DTYPES, resolve_precision
+from clipfilter_wds.options import check_options
 
 
 class ClipScorer(nn.Module):
@@ -38,10 +39,12 @@ class ClipScorer(nn.Module):
         ModelError: When there is no such model, it is none of these, has no safetensors weights, or the hub can't be
             reached.
         ValueError: When an option can't be used, or not with the others.
+        TypeError: When there is no such option.
     """
 
     def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
         super().__init__()
+        check_options(type(self).__name__, options, ScorerConfig)
         config = ScorerConfig(model=model, **options)
         loaded = load_model(config.model, config.revision)
         device = resolve_device(config.device)

@@ -8,6 +8,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.training.batches import (
@@ -81,6 +82,10 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         self.allow_pipe = allow_pipe
         self.world = world
         self.epoch = 0
+
+    def __repr__(self) -> str:
+        others = f" and {len(self.urls) - 1} others" if len(self.urls) > 1 else ""
+        return f"ClipWebDataset({public_url(self.urls[0])!r}{others}, shuffle={self.shuffle}, seed={self.seed})"
 
     def set_epoch(self, epoch: int) -> None:
         """Order shards and samples for this epoch from the next iteration on."""

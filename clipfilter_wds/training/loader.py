@@ -8,6 +8,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from clipfilter_wds.options import changed_options, check_options
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import public_url
@@ -52,6 +53,7 @@ class ClipFilterLoader:
 
     Raises:
         ValueError: From :class:`LoaderConfig`; and when the scorer, or score table, does not fit the dataset.
+        TypeError: When there is no such option.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ClipFilterLoader:
         self.dataset = dataset
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
+        check_options(type(self).__name__, options, LoaderConfig)
         self.config = LoaderConfig(**options)
         if scorer is None and self.config.threshold is not None:
             raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
@@ -77,6 +80,12 @@ class ClipFilterLoader:
         self._epoch: Epoch | None = None
         self._next = self._start_of(self._asked_epoch)
         self._remembered: deque[LoaderState] = deque([self._next], maxlen=_NUM_REMEMBERED)
+
+    def __repr__(self) -> str:
+        dataset = repr(self.dataset) if isinstance(self.dataset, ClipWebDataset) else type(self.dataset).__name__
+        scores = str(self.table.folder) if self.table is not None else self.scorer and self.scorer.model_name
+        options = changed_options(self.config, always=("threshold", "batch_size"))
+        return f"ClipFilterLoader({dataset}, {scores!r}, {options}, stats={self.stats})"
 
     def _open_source(self) -> BatchSource:
         """What gives scored batches, with the scores that are known beforehand."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.shards.open import open_shard
@@ -251,3 +252,20 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
 def test_unusable_options_are_refused(half, options, message):
     with pytest.raises(ValueError, match=message):
         half.build(**options)
+
+
+def test_a_misspelt_option_is_named_with_the_right_one(scorer):
+    with pytest.raises(TypeError, match=r"^ClipFilterLoader has no option 'treshold'; did you mean 'threshold'"):
+        ClipFilterLoader([], scorer, treshold=0.3)
+    with pytest.raises(TypeError, match=r"^ClipScorer has no option 'precison'; did you mean 'precision'"):
+        ClipScorer("demo-tiny", precison="fp32")
+
+
+def test_loader_and_dataset_say_in_one_line_what_they_are(all_samples, scorer):
+    loader = all_samples.build()
+    first = loader.dataset.urls[0]
+    dataset = f"ClipWebDataset({first!r} and 3 others, shuffle=0, seed=1)"
+    options = "batch_size=5, threshold=None, score_batch_size=4, stats=FilterStats(seen=0, kept=0, dropped={})"
+    assert repr(loader.dataset) == dataset
+    assert repr(loader) == f"ClipFilterLoader({dataset}, {str(all_samples.clip)!r}, {options})"
+    assert repr(ClipFilterLoader([], scorer)).startswith("ClipFilterLoader(list, ")
