@@ -3,13 +3,19 @@
 import ast
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from clipfilter_wds.demo.shards import write_demo_shards
+from clipfilter_wds.shards.open import open_shard
+from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.types import Sample
 from tests.support.processes import in_fresh_process
+from tests.support.toys import write_tar
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "docs" / "training.md"
@@ -22,6 +28,86 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_code_of_the_training_page_runs(tmp_path):
     write_demo_shards(tmp_path / "data")
     assert in_fresh_process(_run_blocks, TRAINING, tmp_path) >= 6
+
+
+def test_training_code_of_the_readme_runs_when_it_is_pasted(tmp_path):
+    _write_parts_of_demo_shards(tmp_path / "clipfilter_demo" / "shards")
+    [code] = [code for code in blocks(ROOT / "README.md", "python") if "ClipFilterLoader(" in code]
+    (tmp_path / "train.py").write_text(code)
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("torch.Size([64, 3, 64, 64])")
+
+
+def test_lines_that_change_in_a_pipeline_of_the_readme_run(tmp_path):
+    _write_parts_of_demo_shards(tmp_path / "data")
+    [changes] = blocks(ROOT / "README.md", "diff")
+    assert in_fresh_process(_run_lines, re.findall(r"^\+(.*)$", changes, flags=re.MULTILINE), tmp_path) > 50
+
+
+def _run_lines(lines: list[str], folder: Path) -> int:
+    """Run lines that make a loader; how many samples it gives."""
+    os.chdir(folder)
+    session: dict[str, object] = {"urls": "data/{00000..00002}.tar"}
+    exec(PRELUDE, session)
+    exec("\n".join(lines), session)
+    return sum(len(batch["image"]) for batch in session["loader"])
+
+
+@pytest.mark.parametrize(
+    ("section", "package"),
+    [
+        ("webdataset", "webdataset"),
+        ("PyTorch, and any other iterable", "torch"),
+        ("Hugging Face datasets", "datasets"),
+        ("torchdata", "torchdata.nodes"),
+        ("Megatron Energon", "megatron.energon"),  # not among the test's packages, since it brings a dozen others
+    ],
+)
+def test_code_of_the_pipelines_page_runs(section, package, tmp_path):
+    pytest.importorskip(package)
+    _write_parts_of_demo_shards(tmp_path / "data")
+    assert in_fresh_process(_run_section, section, tmp_path) >= 1
+
+
+def _write_parts_of_demo_shards(folder: Path, num_samples: int = 48) -> None:
+    """The first samples of the demo's shards; one of them is unreadable, one has a blank and one no caption."""
+    for path in write_demo_shards(folder.parent / "whole")[:3]:
+        with open_shard(str(path)) as shard:
+            samples = [sample for sample in read_samples(shard, SampleLayout()) if isinstance(sample, Sample)]
+        members = [member for sample in samples[:num_samples] for member in sample.members]
+        write_tar(folder / path.name, [(member.name, member.data) for member in members])
+
+
+def _run_section(section: str, folder: Path) -> int:
+    """Run a section's blocks in a session in which those of the sections that it builds on have run."""
+    os.chdir(folder)
+    page = ROOT / "docs" / "pipelines.md"
+    session: dict[str, object] = {"__name__": "__main__"}
+    exec(PRELUDE, session)
+    if section == "Megatron Energon":
+        (folder / "data").rename("energon")
+        options = "--non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --no-progress"
+        energon = Path(sys.executable).with_name("energon")
+        subprocess.run([energon, "prepare", "energon", *options.split()], check=True, capture_output=True)
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", page.read_text(), flags=re.DOTALL | re.MULTILINE)[1]
+    codes = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    for number, code in enumerate(codes, start=1):
+        exec(compile(code, f"{section}, python block {number}", "exec"), session)
+    return number
+
+
+#: What earlier sections leave to later ones.
+PRELUDE = """
+import webdataset as wds
+from clipfilter_wds import ClipScorer, clip_filter
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+scorer = ClipScorer("demo-tiny")
+train_view = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(64)])
+samples = wds.WebDataset("data/00002.tar", shardshuffle=False)
+pairs = [(sample["jpg"], sample["txt"].decode()) for sample in samples if "jpg" in sample]
+"""
 
 
 def _run_blocks(page: Path, folder: Path) -> int:
