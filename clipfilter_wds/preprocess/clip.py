@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
-from clipfilter_wds.preprocess.members import captions_in, decode_members, decode_pair, decode_sample, stored_image
+from clipfilter_wds.preprocess.members import (
+    captions_in,
+    decode_member,
+    decode_members,
+    decode_pair,
+    decode_sample,
+    stored_image,
+)
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens, bounded
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.types import Sample, UnusableError
@@ -73,7 +80,8 @@ class ClipPreprocess:
         Args:
             sample: Members by extension: encoded bytes, or what webdataset decodes with ``decode("pil")``.
             layout: Where image and caption are.
-            columns: Other members to pass on; None where a sample lacks one.
+            columns: Other members to pass on, decoded by their extensions (``decode_member``) where they are bytes;
+                None where a sample lacks one.
 
         Raises:
             ValueError: When image and caption seem to have other names.
@@ -88,7 +96,9 @@ class ClipPreprocess:
         else:  # training gets none at a reduced size
             image = decode_members(sample, layout, replace(self.view, fast_decode=False))[0].image
         passed_on = {name: sample[name] for name in ("__key__", "__url__") if name in sample}
-        passed_on |= {name: sample.get(name) for name in columns}
+        for name in columns:
+            value = sample.get(name)
+            passed_on[name] = decode_member(name, value) if isinstance(value, bytes) else value
         return {**passed_on, "image": image, "text": captions[0] if len(captions) == 1 else captions, **prepared}
 
     def pair(self, image: Any, caption: str | Sequence[str] | None) -> dict[str, Any]:

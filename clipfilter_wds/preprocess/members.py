@@ -1,11 +1,13 @@
-"""Reads image, captions and uid from the members of a sample."""
+"""Reads image, captions, uid and whatever else is wanted from the members of a sample."""
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
@@ -18,6 +20,11 @@ _MAX_UID_BYTES = SampleLayout().max_text_bytes
 
 #: An image has no more captions than this.
 MAX_CAPTIONS = 1000
+
+# The extensions that webdataset decodes without being told; pickles are not among them.
+_TEXTS = ("txt", "text", "transcript")
+_INTEGERS = ("cls", "cls2", "class", "count", "index", "inx", "id")
+_MAX_TEXT_BYTES = SampleLayout().max_text_bytes
 
 
 def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
@@ -172,3 +179,24 @@ def _values_of(value: Any, names: Sequence[str]) -> Iterator[Any]:
             if (name := ".".join(names[:end])) in value:
                 yield from _values_of(value[name], names[end:])
                 return
+
+
+def decode_member(extension: str, data: bytes) -> Any:
+    """What a member holds: text, a whole number, JSON, a numpy array of no objects; of any other extension its bytes.
+
+    None where it is not what its extension says, or it is JSON of more than 4 MiB; of a longer text, that is read.
+    Pickles are never decoded.
+    """
+    kind = extension.rpartition(".")[2]
+    try:
+        if kind in _TEXTS:
+            return decode_text(data[:_MAX_TEXT_BYTES], errors="replace")
+        if kind in _INTEGERS:
+            return int(data)
+        if kind in ("json", "jsn"):
+            return json.loads(decode_text(data, errors="replace")) if len(data) <= _MAX_TEXT_BYTES else None
+        if kind == "npy":
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # noqa: BLE001  # readers of hostile data fail with any type there is
+        return None
+    return data

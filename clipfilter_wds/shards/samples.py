@@ -37,6 +37,7 @@ class SampleLayout:
         max_member_bytes: A sample with a larger member is dropped as ``member_too_large``.
         max_text_bytes: Of a larger caption, this much is read; a larger ``json`` is not looked into, and a sample whose
             caption is in one is dropped as ``text_too_large``.
+        others: Extensions of members that are read too; None for all.
 
     Raises:
         ValueError: When ``caption`` names no extension or no field, ``image`` no extension, or both the same.
@@ -46,6 +47,7 @@ class SampleLayout:
     image: str | None = None
     max_member_bytes: int = 1 << 28
     max_text_bytes: int = 1 << 22
+    others: tuple[str, ...] | None = ()
 
     def __post_init__(self) -> None:
         if not all(extension and field != "" for extension, field in self.caption_sources):
@@ -137,8 +139,8 @@ def read_samples(
         shard: An open shard, read once from front to back.
         layout: Where image and caption are.
         wanted: By index, whether to read and yield a sample. The others are only counted.
-        pair_only: Read only image, caption and json members, and of several images the best. Of a text member, no more
-            than the layout's ``max_text_bytes`` and one byte.
+        pair_only: Read only image, caption and json members, of several images the best, and the layout's ``others``.
+            Of a text member, no more than the layout's ``max_text_bytes`` and one byte.
         to_copy: Read all members as they stand in the tar, to ``stored`` instead of ``members``.
 
     Raises:
@@ -226,7 +228,7 @@ class _Groups:
             self._problem = DropReason.MEMBER_TOO_LARGE
         elif self._is_wanted and self._to_copy:
             self._stored.append(tar.read_stored(entry))
-        elif self._is_wanted and (not self._pair_only or self._makes_pair(extension)):
+        elif self._is_wanted and (not self._pair_only or self._makes_pair(extension) or self._is_other(extension)):
             data = self._read(tar, entry, extension)
             self._members.append(Member(name=entry.name, extension=extension, data=data))
         elif entry.sparse is not None or extension in self._to_open:
@@ -247,9 +249,14 @@ class _Groups:
         if rank >= self._best_rank:
             return False
         if self._best_rank < len(self._image_ranks):
-            self._members = [member for member in self._members if member.extension in self._max_bytes]
+            self._members = [
+                one for one in self._members if one.extension in self._max_bytes or self._is_other(one.extension)
+            ]
         self._best_rank = rank
         return True
+
+    def _is_other(self, extension: str) -> bool:
+        return self._layout.others is None or extension in self._layout.others
 
     def finish(self, torn: bool) -> Sample | None:
         """The last sample, which is not known to be whole if the shard is torn."""

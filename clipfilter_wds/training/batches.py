@@ -1,7 +1,7 @@
 """Builds a worker's batches: samples to score, what training gets of them, and where the stream continues."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -16,8 +16,9 @@ from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
-from clipfilter_wds.types import DropReason, Sample, SampleRow, UnusableError
+from clipfilter_wds.types import DropReason, SampleRow, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
 from clipfilter_wds.workers.transport import slot_buffer
 
@@ -36,6 +37,7 @@ class BatchSettings:
         preprocess: Prepares what is to be scored; None where all scores are known.
         image_transform: RGB image -> the training view of it; None gives CLIP's own view.
         text_transform: Caption -> its training view; None gives the caption.
+        members: Which other members become columns.
         interleaved: Interleave the views that CLIP gets, where training gets others; see ``BatchBuilder``.
     """
 
@@ -45,6 +47,7 @@ class BatchSettings:
     preprocess: ClipPreprocess | None
     image_transform: ImageTransform | None
     text_transform: TextTransform | None
+    members: MemberColumns = field(default_factory=MemberColumns)
     interleaved: bool = False
 
     @property
@@ -78,6 +81,7 @@ class StreamBatch:
         images: What training gets of the images of these rows, collated; None where it is ``prepared.pixel_values``,
             which are then sent once.
         texts: What training gets of their captions, collated.
+        others: What training gets of their other members, collated by column.
         failures: Shards that could not be used, with the reason.
         ends: Shards of which this stream's samples are all given, in this batch or before, and what is at their end.
         num_bytes: Size of the rows' shards as stored, -1 when unknown.
@@ -95,18 +99,21 @@ class StreamBatch:
     has_views: np.ndarray
     images: Any
     texts: Any
+    others: dict[str, Any]
     failures: list[tuple[str, str]]
     ends: list[PartEnd]
     num_bytes: dict[str, int]
 
     @property
     def views(self) -> dict[str, Any]:
-        """What training gets of the rows that it may get, collated: ``image`` and ``text``."""
-        return {"image": self.prepared.pixel_values if self.images is None else self.images, "text": self.texts}
+        """What training gets of the rows that it may get, collated: ``image``, ``text``, and other columns."""
+        image = self.prepared.pixel_values if self.images is None else self.images
+        return {"image": image, "text": self.texts, **self.others}
 
     def without_views(self) -> Self:
         """The same but for its tensors."""
-        return replace(self, prepared=replace(_NOTHING_TO_SCORE, rows=self.prepared.rows), images=[], texts=[])
+        prepared = replace(_NOTHING_TO_SCORE, rows=self.prepared.rows)
+        return replace(self, prepared=prepared, images=[], texts=[], others={})
 
 
 class StreamBatchBuilder:
@@ -129,6 +136,7 @@ class StreamBatchBuilder:
         self._has_views: list[bool] = []
         self._images: list[Any] = []
         self._texts: list[Any] = []
+        self._others: list[dict[str, Any]] = []
         self.failures: list[tuple[str, str]] = []
         self.ends: list[PartEnd] = []
 
@@ -142,39 +150,41 @@ class StreamBatchBuilder:
         reason, may_be_kept = (item.known.reason, item.known.keep) if item.known else (None, True)
         if may_be_kept:
             with self._worker_tracker.at(item.url, item.sample.index):
-                reason = self._open(item.sample, is_known=item.known is not None)
+                reason = self._open(item)
         self._items.append(item)
         self._reasons.append(reason)
         self._has_views.append(may_be_kept and reason is None)
 
-    def _open(self, sample: Sample, *, is_known: bool) -> DropReason | None:
+    def _open(self, item: StreamSample) -> DropReason | None:
         """Open a sample for training, and to score it if its score is not known; returns why that can't be done."""
-        if not is_known:
+        sample = item.sample
+        if item.known is None:
             assert self._to_score is not None, "only a dataset with a preprocess has samples that are to be scored"
-            return self._to_score.add(sample.key, sample.index, partial(self._prepare, sample), uid=read_uid(sample))
+            return self._to_score.add(sample.key, sample.index, partial(self._prepare, item), uid=read_uid(sample))
         settings, transform = self._settings, self._settings.image_transform
         try:
             rgb, captions = decode_sample(sample, settings.layout, settings.view if transform is None else self._whole)
-            self._add_views(settings.view(rgb) if transform is None else transform(rgb.image), captions)
+            self._add_views(item, settings.view(rgb) if transform is None else transform(rgb.image), captions)
         except UnusableError as unusable:
             return unusable.reason
         return None
 
-    def _prepare(self, sample: Sample, out: torch.Tensor) -> OpenPair:
+    def _prepare(self, item: StreamSample, out: torch.Tensor) -> OpenPair:
         """Open a sample to score it, and for training."""
-        settings, transform = self._settings, self._settings.image_transform
+        sample, settings, transform = item.sample, self._settings, self._settings.image_transform
         assert settings.preprocess is not None
         rgb, captions = decode_sample(sample, settings.layout, settings.view)
         whole = rgb
         if transform is not None and rgb.scale > 1:
             whole, _ = decode_sample(sample, settings.layout, self._whole)
         pair = settings.preprocess.prepare(rgb, captions, out)
-        self._add_views(pair.pixels if transform is None else transform(whole.image), captions)
+        self._add_views(item, pair.pixels if transform is None else transform(whole.image), captions)
         return pair
 
-    def _add_views(self, image: Any, captions: list[str]) -> None:
+    def _add_views(self, item: StreamSample, image: Any, captions: list[str]) -> None:
         self._images.append(image)
         self._texts.append(captions[0] if len(captions) == 1 else captions)
+        self._others.append(self._settings.members.row_of(item.sample, item.url))
 
     def build(self, stream: int, after: StreamProgress) -> StreamBatch:
         """Make a batch of what was added of a stream, and begin the next one."""
@@ -196,6 +206,7 @@ class StreamBatchBuilder:
             has_views=np.array(self._has_views, dtype=bool),
             images=None if are_clips_views else _collate(self._images),
             texts=self._texts if transform is None else _collate(list(map(transform, self._texts))),
+            others=self._settings.members.collate(self._others),
             failures=self.failures,
             ends=self.ends,
             num_bytes={item.url: item.num_bytes for item in self._items},

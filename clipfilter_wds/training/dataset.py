@@ -1,6 +1,7 @@
 """Streams shards in batches for training, read and decoded in worker processes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from clipfilter_wds.training.batches import (
     StreamBatchBuilder,
     TextTransform,
 )
+from clipfilter_wds.training.member_columns import MemberColumns, SampleTransform
 from clipfilter_wds.training.precomputed import ScoreLookup, no_scores
 from clipfilter_wds.training.stream import (
     PartEnd,
@@ -47,6 +49,13 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
             CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> its training view; None gives the caption. Of an image with several,
             the list of them.
+        columns: Extensions of other members that batches get as columns (``["json", "cls"]``): lists of text (``txt``),
+            whole numbers (``cls``), what JSON holds, numpy arrays (``npy``, never of objects), or of any other
+            extension bytes. None where a sample has no such member, or it is not what its extension says.
+        sample_transform: Makes columns of a sample's members by extension, decoded like that, with ``__key__`` and
+            ``__url__``: of those that ``columns`` names, or without ``columns`` of all. It gives a dict, which is
+            collated as torch does, and runs in the workers on every sample that can be used, before it is known
+            whether the sample is kept.
         shuffle: Shuffle the shards, and the samples within windows of this many; 0 keeps the order.
         seed: Of the order.
         layout: Which members are image and caption.
@@ -54,7 +63,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
 
     Raises:
-        ValueError: When no shard matches, or ``shuffle`` is negative.
+        ValueError: When no shard matches, ``shuffle`` is negative, or a column can't have that name.
     """
 
     def __init__(
@@ -64,6 +73,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         *,
         image_transform: ImageTransform | None = None,
         text_transform: TextTransform | None = None,
+        columns: Sequence[str] | None = None,
+        sample_transform: SampleTransform | None = None,
         shuffle: int = 0,
         seed: int = 0,
         layout: SampleLayout | None = None,
@@ -78,7 +89,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         self.text_transform = text_transform
         self.shuffle = shuffle
         self.seed = seed
-        self.layout = layout or SampleLayout()
+        self.members = MemberColumns(columns=columns, transform=sample_transform)
+        self.layout = replace(layout or SampleLayout(), others=self.members.to_read)
         self.allow_pipe = allow_pipe
         self.world = world
         self.epoch = 0
@@ -184,6 +196,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
             preprocess=dataset.preprocess,
             image_transform=dataset.image_transform,
             text_transform=dataset.text_transform,
+            members=dataset.members,
             interleaved=interleaved,
         )
         self.allow_pipe = dataset.allow_pipe

@@ -70,7 +70,6 @@ class clip_filter:  # noqa: N801  # a stage of a pipeline, in lower case as webd
         self.stats = FilterStats()
         self._scorer, self._threshold, self._columns = scorer, threshold, columns
         self._batch_size = batch_size or default_batch_size(scorer.device, scorer.fast.width)
-        self._starvation_limit = starvation_limit
         self._recheck = Recheck(scorer, threshold)
         self._watch = KeepRateWatch(threshold, starvation_limit)
 

@@ -1,10 +1,13 @@
+import io
 import json
+import pickle
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from clipfilter_wds.preprocess.members import read_captions, read_uid
+from clipfilter_wds.preprocess.members import decode_member, read_captions, read_uid
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.types import DropReason, Member, Sample
 from tests.support.images import reason_of
@@ -188,3 +191,46 @@ def test_a_uid_is_read_wherever_it_stands_in_the_object(uid, others, is_first):
 )
 def test_a_json_without_a_uid_or_of_more_than_4_mib_gives_none(data):
     assert uid_of(data) is None
+
+
+# --- other members ---
+
+
+def array_file(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("extension", "data", "expected"),
+    [
+        ("txt", "é".encode(), "é"),
+        ("alt.txt", b"\xef\xbb\xbfa", "a"),
+        ("cls", b" 12\n", 12),
+        ("json", b'{"a": [1]}', {"a": [1]}),
+        ("json", b'{"a": ', None),
+        ("json", b"{}" + b" " * (1 << 22), None),
+        ("txt", b"a" * (1 << 22) + b"b", "a" * (1 << 22)),
+        ("json", b"[" * 100_000, None),
+        ("cls", b"a cat", None),
+        ("cls", b"1" * 100_000, None),
+        ("jpg", b"\xff", b"\xff"),
+        ("pyd", pickle.dumps({"a": 1}), pickle.dumps({"a": 1})),
+        ("pickle", b"cos\nsystem\n(S'false'\ntR.", b"cos\nsystem\n(S'false'\ntR."),
+        ("npy", b"no array", None),
+        ("npy", array_file(np.array([{}], dtype=object), allow_pickle=True), None),
+        ("npy", array_file(np.zeros(3))[:-1], None),
+        ("npy", array_file(np.zeros(3)).replace(b"(3,)", b"(3,("), None),
+    ],
+)
+def test_a_member_is_what_its_extension_says_or_none(extension, data, expected):
+    assert decode_member(extension, data) == expected
+
+
+def test_a_numpy_array_is_read_and_one_that_is_too_large_is_none():
+    assert decode_member("npy", array_file(np.arange(6).reshape(2, 3))).tolist() == [[0, 1, 2], [3, 4, 5]]
+    for size in (10**9, 10**15):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (size,)})
+        assert decode_member("npy", header.getvalue()) is None

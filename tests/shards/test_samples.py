@@ -314,3 +314,13 @@ def test_of_several_images_the_best_is_read_and_of_text_no_more_than_may_be(exte
     assert list(members) == [extension for extension in extensions if extension in members]
     [(_, members)] = plain(read_shard(data, layout)[0])
     assert members == {extension: extension.encode() + b"12345" for extension in extensions}
+
+
+@pytest.mark.parametrize("others", [("cls", "seg.png", "txt"), None])
+def test_other_members_are_read_beside_the_pair(others):
+    members = [("a.png", b"1"), ("a.seg.png", b"2"), ("a.txt", b"long caption"), ("a.cls", b"3"), ("a.jpg", b"4")]
+    layout = SampleLayout(others=others, max_text_bytes=4)
+    [sample], _ = read_shard(tar_bytes([*members, ("a.mp4", b"5")]), layout, pair_only=True)
+    found = {member.extension: member.data for member in sample.members}
+    expected = {"seg.png": b"2", "txt": b"long ", "cls": b"3", "jpg": b"4"}
+    assert found == (expected if others else {**expected, "png": b"1", "mp4": b"5"})

@@ -48,7 +48,9 @@ def test_no_member_that_can_run_code_is_ever_decoded(command, clip_folder, touch
     shard = write_shard(tmp_path / "0.tar", samples)
     assert rewrite(command, clip_folder, shard, tmp_path / "out")[0] == 0
     scorer = ClipScorer(clip_folder, device="cpu")
-    list(ClipFilterLoader(ClipWebDataset(shard, scorer.preprocess), scorer, threshold=None))
+    dataset = ClipWebDataset(shard, scorer.preprocess, columns=list(members))
+    batches = list(ClipFilterLoader(dataset, scorer, threshold=None))
+    assert {name: batches[0][name][0] for name in members} == {**members, "npy": None}
     assert not touched.exists()
     # They go through as they are, and do harm where they are decoded.
     kept = dict(tar_members(tmp_path / "out" / "0.tar"))
