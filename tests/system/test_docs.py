@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,20 @@ def test_code_of_the_training_page_runs(tmp_path):
     assert in_fresh_process(_run_blocks, TRAINING, tmp_path) >= 6
 
 
-def test_training_code_of_the_readme_runs_when_it_is_pasted(tmp_path):
-    _write_parts_of_demo_shards(tmp_path / "clipfilter_demo" / "shards")
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory) -> Path:
+    """The first samples of three of the demo's shards, odd ones among them."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for path in write_demo_shards(folder / "whole")[:3]:
+        with open_shard(str(path)) as shard:
+            samples = [sample for sample in read_samples(shard, SampleLayout()) if isinstance(sample, Sample)]
+        members = [member for sample in samples[:48] for member in sample.members]
+        write_tar(folder / "few" / path.name, [(member.name, member.data) for member in members])
+    return folder / "few"
+
+
+def test_training_code_of_the_readme_runs_when_it_is_pasted(few_scenes, tmp_path):
+    shutil.copytree(few_scenes, tmp_path / "clipfilter_demo" / "shards")
     [code] = [code for code in blocks(ROOT / "README.md", "python") if "ClipFilterLoader(" in code]
     (tmp_path / "train.py").write_text(code)
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -39,8 +52,8 @@ def test_training_code_of_the_readme_runs_when_it_is_pasted(tmp_path):
     assert done.stdout.startswith("torch.Size([64, 3, 64, 64])")
 
 
-def test_lines_that_change_in_a_pipeline_of_the_readme_run(tmp_path):
-    _write_parts_of_demo_shards(tmp_path / "data")
+def test_lines_that_change_in_a_pipeline_of_the_readme_run(few_scenes, tmp_path):
+    shutil.copytree(few_scenes, tmp_path / "data")
     [changes] = blocks(ROOT / "README.md", "diff")
     assert in_fresh_process(_run_lines, re.findall(r"^\+(.*)$", changes, flags=re.MULTILINE), tmp_path) > 50
 
@@ -64,19 +77,10 @@ def _run_lines(lines: list[str], folder: Path) -> int:
         ("Megatron Energon", "megatron.energon"),  # not among the test's packages, since it brings a dozen others
     ],
 )
-def test_code_of_the_pipelines_page_runs(section, package, tmp_path):
+def test_code_of_the_pipelines_page_runs(section, package, few_scenes, tmp_path):
     pytest.importorskip(package)
-    _write_parts_of_demo_shards(tmp_path / "data")
+    shutil.copytree(few_scenes, tmp_path / "data")
     assert in_fresh_process(_run_section, section, tmp_path) >= 1
-
-
-def _write_parts_of_demo_shards(folder: Path, num_samples: int = 48) -> None:
-    """The first samples of the demo's shards; one of them is unreadable, one has a blank and one no caption."""
-    for path in write_demo_shards(folder.parent / "whole")[:3]:
-        with open_shard(str(path)) as shard:
-            samples = [sample for sample in read_samples(shard, SampleLayout()) if isinstance(sample, Sample)]
-        members = [member for sample in samples[:num_samples] for member in sample.members]
-        write_tar(folder / path.name, [(member.name, member.data) for member in members])
 
 
 def _run_section(section: str, folder: Path) -> int:
