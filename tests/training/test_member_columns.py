@@ -94,14 +94,15 @@ def test_columns_stay_with_their_samples_through_workers_and_packing(recipe, num
     assert keys == [key for batch in recipe.build(num_workers=num_workers) for key in batch["__key__"]]
 
 
-def test_columns_stay_with_their_samples_when_a_loader_resumes(recipe):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_columns_stay_with_their_samples_when_a_loader_resumes_on_any_number_of_workers(recipe, num_workers):
     recipe = recipe.but_dataset(**COLUMNS)
     loader = recipe.build()
     batches = iter(loader)
     given = [next(batches) for _ in range(4)]
     state = loader.state_dict()
     batches.close()
-    resumed = recipe.build()
+    resumed = recipe.build(num_workers=num_workers)
     resumed.load_state_dict(state)
     check_columns([*given, *resumed], num_samples=48)
 
