@@ -35,6 +35,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         filter_val: Whether to filter validation samples.
         image_transform: RGB image -> training view; ``null`` gives CLIP's own view, uint8 ``[3, H, W]``.
         text_transform: Caption -> training view; ``null`` gives the caption.
+        columns: Extensions of other members that batches get as columns (``[json, cls]``); see ``ClipWebDataset``.
+        sample_transform: Other members of a sample, by extension -> columns.
         caption: Extension of the member that holds the caption (``txt``), or a field of the json member
             (``json:caption``).
         image: Extension of the member that holds the image, or several, best first; ``null`` for the usual ones.
@@ -55,6 +57,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         filter_val: bool = False,
         image_transform: Callable[[Any], Any] | None = None,
         text_transform: Callable[[str], Any] | None = None,
+        columns: list[str] | None = None,
+        sample_transform: Callable[[dict[str, Any]], Any] | None = None,
         caption: str = "txt",
         image: str | None = None,
         shuffle: int = 1000,
@@ -64,9 +68,10 @@ class ClipFilterDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self._scorer_config, self._loader_config = _config(ScorerConfig, scorer), _config(LoaderConfig, loader)
-        self.save_hyperparameters(ignore=["image_transform", "text_transform", "scorer", "loader"])
+        self.save_hyperparameters(ignore=["image_transform", "text_transform", "sample_transform", "scorer", "loader"])
         self.save_hyperparameters({"scorer": _plain(self._scorer_config), "loader": _plain(self._loader_config)})
         self._image_transform, self._text_transform = image_transform, text_transform
+        self._sample_transform = sample_transform
         self._scorer: ClipScorer | ScoreFolder | None = None
         self._epoch_loader: _EpochLoader | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -144,6 +149,8 @@ class ClipFilterDataModule(L.LightningDataModule):
             None if isinstance(scorer, ScoreFolder) else scorer.preprocess,
             image_transform=self._image_transform,
             text_transform=self._text_transform,
+            columns=self.hparams["columns"],
+            sample_transform=self._sample_transform,
             shuffle=shuffle,
             seed=self.hparams["seed"],
             layout=SampleLayout(caption=self.hparams["caption"], image=self.hparams["image"]),

@@ -1,8 +1,12 @@
 import json
 
+import lightning as L
 import pytest
 import torch
 
+from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.training.config import LoaderConfig
+from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.types import Member, Sample
 from tests.support.batches import write_scores
@@ -113,6 +117,27 @@ def test_columns_come_with_samples_whose_scores_are_known(recipe, tmp_path):
     check_columns(loader, num_samples=48)
     check_columns(loader, num_samples=48)
     check_columns(recipe.from_table(write_scores(recipe, tmp_path / "scores")).build(), num_samples=48)
+
+
+class Seen(L.LightningModule):
+    """Looks at one batch."""
+
+    def training_step(self, batch, batch_idx):
+        self.batch = batch
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning's, about a module with nothing to train
+def test_a_data_module_passes_columns_on(recipe):
+    scorer, loader = ScorerConfig(model=str(recipe.clip), device="cpu"), LoaderConfig(threshold=None, batch_size=5)
+    views = {"image_transform": image_number, "text_transform": text_number}
+    data = ClipFilterDataModule(recipe.shards, scorer=scorer, loader=loader, shuffle=0, **views, **COLUMNS)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    module = Seen()
+    L.Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=1, **quiet).fit(module, data)
+    check_columns([module.batch], num_samples=5)
 
 
 def number_and_weight(members):
