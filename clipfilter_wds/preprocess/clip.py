@@ -1,6 +1,6 @@
 """Prepares samples for CLIP: opens their pairs, and makes the views and token ids that a scorer takes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from clipfilter_wds.preprocess.members import (
 )
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens, bounded
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.types import Sample, UnusableError
+from clipfilter_wds.types import DropReason, Sample, UnusableError
 
 #: Version of the pixel and text policy in this file; part of the fingerprint of every score.
 POLICY_VERSION = 1
@@ -88,18 +88,21 @@ class ClipPreprocess:
             TypeError: When the image is neither encoded nor Pillow's.
         """
         _check_names(sample, layout)
-        prepared, rgb, captions = self._prepared(lambda: decode_members(sample, layout, self.view))
-        if rgb is None:
-            image = Image.new("RGB", self.view.crop[::-1])
-        elif rgb.scale == 1:
-            image = rgb.image
-        else:  # training gets none at a reduced size
-            image = decode_members(sample, layout, replace(self.view, fast_decode=False))[0].image
+        try:
+            rgb, captions = decode_members(sample, layout, self.view)
+            whole = rgb
+            if rgb.scale > 1:  # training gets none at a reduced size
+                whole, _ = decode_members(sample, layout, replace(self.view, fast_decode=False))
+        except UnusableError as unusable:
+            image, captions = Image.new("RGB", self.view.crop[::-1]), [""]
+            inputs = self._no_inputs(unusable.reason)
+        else:
+            image, inputs = whole.image, self._inputs(rgb, captions)
         passed_on = {name: sample[name] for name in ("__key__", "__url__") if name in sample}
         for name in columns:
             value = sample.get(name)
             passed_on[name] = decode_member(name, value) if isinstance(value, bytes) else value
-        return {**passed_on, "image": image, "text": captions[0] if len(captions) == 1 else captions, **prepared}
+        return {**passed_on, "image": image, "text": captions[0] if len(captions) == 1 else captions, **inputs}
 
     def pair(self, image: Any, caption: str | Sequence[str] | None) -> dict[str, Any]:
         """The columns that a filter needs of a pair, for samples of any kind.
@@ -116,19 +119,20 @@ class ClipPreprocess:
         Raises:
             TypeError: When the image is none of these.
         """
-        return self._prepared(lambda: decode_pair(stored_image(image), captions_in(caption), self.view))[0]
-
-    def _prepared(
-        self, decode: Callable[[], tuple[RgbImage, list[str]]]
-    ) -> tuple[dict[str, Any], RgbImage | None, list[str]]:
-        rgb, captions, reason = None, [""], ""
         try:
-            rgb, captions = decode()
+            return self._inputs(*decode_pair(stored_image(image), captions_in(caption), self.view))
         except UnusableError as unusable:
-            reason = unusable.reason.value
-        pixels = torch.zeros(3, *self.view.crop, dtype=torch.uint8) if rgb is None else self.view(rgb)
+            return self._no_inputs(unusable.reason)
+
+    def _inputs(self, rgb: RgbImage, captions: list[str]) -> dict[str, Any]:
         ids = self.tokenize.fit(self.tokenize([captions]).input_ids[0], self.tokenize.max_length)
-        return {"pixel_values": pixels, "input_ids": ids, "reason": reason}, rgb, captions
+        return {"pixel_values": self.view(rgb), "input_ids": ids, "reason": ""}
+
+    def _no_inputs(self, reason: DropReason) -> dict[str, Any]:
+        """The same of a pair that can't be scored: tensors of the same shapes, which nothing looks at."""
+        ids = torch.full((self.tokenize.max_length,), self.tokenize.pad_id)
+        pixels = torch.zeros(3, *self.view.crop, dtype=torch.uint8)
+        return {"pixel_values": pixels, "input_ids": ids, "reason": reason.value}
 
     def open_sample(self, sample: Sample, layout: SampleLayout, out: torch.Tensor | None = None) -> OpenPair:
         """Read caption and image of a sample, and prepare its view, in ``out`` if that is given.

@@ -77,9 +77,12 @@ def stored_image(value: Any) -> Any:
 
 
 def _read_file(path: Path) -> bytes:
-    if not path.is_file():  # to open a named pipe would wait for a writer
-        raise UnusableError(DropReason.UNREADABLE_IMAGE)
-    return path.read_bytes()
+    try:
+        if not path.is_file():  # to open a named pipe would wait for a writer
+            raise UnusableError(DropReason.UNREADABLE_IMAGE)
+        return path.read_bytes()
+    except OSError as error:
+        raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
 
 def captions_in(value: str | Sequence[str] | None) -> list[str]:

@@ -50,7 +50,7 @@ class MemberColumns:
 
     def row_of(self, sample: Sample, url: str) -> dict[str, Any]:
         """A sample's columns, from those of its members that were read."""
-        if self.to_read == ():
+        if self.transform is None and not self.columns:
             return {}
         members = {member.extension: member.data for member in sample.members}
         wanted = members if self.to_read is None else self.to_read
