@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
 from clipfilter_wds.workers.config import WorkerConfig
 
-End = Literal["sync", "repeat"]
+TrainEnd = Literal["sync", "repeat"]
+EvalEnd = Literal["each", "pad"]
+End = TrainEnd | EvalEnd
 OnCrash = Literal["skip", "raise"]
 
 
@@ -23,8 +25,10 @@ class LoaderConfig(WorkerConfig):
             on a CPU.
         num_workers: Processes that read and decode, per rank. With 0, the training process decodes.
         drop_last: Leave out an epoch's last batch when it is smaller than the others.
-        end: How an epoch ends on several ranks. ``sync``: on all together, when the first has no further batch.
-            ``repeat``: after ``batches_per_epoch`` batches; the stream of shards is endless.
+        end: How an epoch ends on several ranks. For training, ``sync``: on all together, when the first has no further
+            batch; or ``repeat``: after ``batches_per_epoch`` batches, since the stream of shards is endless. For
+            evaluation, where each sample has to come once, ``each``: each rank ends by itself; or ``pad``: all ranks
+            get as many batches, all of ``batch_size``, and a bool column ``is_padding`` marks repeated rows.
         batches_per_epoch: For ``repeat``.
         num_streams: Streams that an epoch is split into, which ranks and workers share out; a run can be resumed on up
             to as many ranks, and uses as many workers. By default as many as there are workers in all ranks, with which
@@ -64,9 +68,11 @@ class LoaderConfig(WorkerConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
-        if self.end not in ("sync", "repeat"):
-            raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat'")
-        if self.persistent_workers and (self.num_workers == 0 or self.end == "repeat"):
+        if self.end not in get_args(TrainEnd) + get_args(EvalEnd):
+            raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat' to train, 'each' or 'pad' to evaluate")
+        if self.drop_last and self.is_evaluation:
+            raise ValueError(f"end is {self.end!r}, which gives every sample; it does not go with drop_last")
+        if self.persistent_workers and (self.num_workers == 0 or self.end != "sync"):
             raise ValueError("persistent_workers needs num_workers of at least 1, and end='sync'")
         if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
             raise ValueError(f"batches_per_epoch is {self.batches_per_epoch}; it must be at least 1")
@@ -74,3 +80,8 @@ class LoaderConfig(WorkerConfig):
             raise ValueError(
                 f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"
             )
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether each sample comes once, whatever that means for the number of batches of each rank."""
+        return self.end in get_args(EvalEnd)

@@ -15,6 +15,7 @@ from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.epoch import Epoch
+from clipfilter_wds.training.evaluation import evaluation_batches, other_rank_failed
 from clipfilter_wds.training.precomputed import FolderLookup
 from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
 from clipfilter_wds.training.resume import check_settings, check_streams, share_out
@@ -36,7 +37,7 @@ _READY, _OUT_OF_BATCHES, _FAILED = 2, 1, 0
 
 
 class ClipFilterLoader:
-    """Training batches of the pairs whose caption describes the image.
+    """Batches of the pairs whose caption describes the image, to train on or to evaluate.
 
     A batch is a dict: ``image`` and ``text`` (what the dataset's transforms made of them, collated), ``score`` (raw
     cosine, float32 ``[batch_size]``), ``__key__`` and ``__url__`` (lists of str); all on the CPU. Workers read and
@@ -153,11 +154,11 @@ class ClipFilterLoader:
         return self.config.batches_per_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch; after a ``break``, of the next one.
+        """The batches of one epoch; after a ``break``, of the next one. To evaluate they are the same every time.
 
         Raises:
             StarvationError: When nothing is kept.
-            RuntimeError: When another rank failed.
+            RuntimeError: When another rank failed, or has nothing to evaluate.
         """
         asked = getattr(self.dataset, "epoch", 0)
         if asked != self._asked_epoch:
@@ -172,7 +173,10 @@ class ClipFilterLoader:
         self._begin_at(self._for_these_ranks(begin))
         epoch = self._epoch = Epoch(self._source, self.config, world, self._next)
         try:
-            yield from self._hand_out(epoch, self._agreement)
+            if self.config.is_evaluation:
+                yield from evaluation_batches(epoch, self._agreement, self.config)
+            else:
+                yield from self._hand_out(epoch, self._agreement)
         finally:
             epoch.close()
             if self._epoch is epoch:  # no other beginning was set meanwhile
@@ -182,7 +186,8 @@ class ClipFilterLoader:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
             return replace(self._remembered[-1], batches=0)
-        return self._start_of(epoch.begun_at.epoch + 1, epoch.progress.stats)
+        step = 0 if self.config.is_evaluation else 1  # which is the same every time
+        return self._start_of(epoch.begun_at.epoch + step, epoch.progress.stats)
 
     def _hand_out(self, epoch: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
         batches = epoch.begun_at.batches
@@ -194,7 +199,7 @@ class ClipFilterLoader:
                 raise
             status = agreement.lowest(_READY if batch is not None else _OUT_OF_BATCHES)
             if status == _FAILED:
-                raise RuntimeError("another rank's data loading failed; its own error says why")
+                raise other_rank_failed()
             if status == _OUT_OF_BATCHES:
                 self._finish_epoch(epoch, agreement, batches, unused=batch is not None)
                 break
@@ -236,7 +241,8 @@ class ClipFilterLoader:
                 trains on. At most three batches back.
 
         Raises:
-            ValueError: When the dataset is not a :class:`ClipWebDataset`, or ``after`` lies too far back.
+            ValueError: When the dataset is not a :class:`ClipWebDataset`, the loader is there to evaluate, or ``after``
+                lies too far back.
         """
         settings = self._settings()
         states = [state for state in self._remembered if after is None or state.batches == after]
@@ -279,6 +285,8 @@ class ClipFilterLoader:
         """All that the order of the kept samples depends on, but for ranks and workers."""
         if not isinstance(self.dataset, ClipWebDataset):
             raise ValueError("only a loader of a ClipWebDataset can be resumed")
+        if self.config.is_evaluation:
+            raise ValueError(f"end is {self.config.end!r}; only training, with 'sync' or 'repeat', can be resumed")
         config = self.config
         names = "\n".join(public_url(url) for url in self.dataset.urls)
         scores = self.table or self.scorer

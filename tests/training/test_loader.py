@@ -243,7 +243,7 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
         ({"score_batch_size": 0}, "score_batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"starvation_limit": 0}, "starvation_limit is 0"),
-        ({"end": "stop"}, "end is 'stop'; use 'sync' or 'repeat'"),
+        ({"end": "stop"}, "end is 'stop'; use 'sync' or 'repeat' to train, 'each' or 'pad' to"),
         ({"end": "repeat"}, "'repeat' goes with it"),
         ({"batches_per_epoch": 3}, "'repeat' goes with it"),
         ({"end": "repeat", "batches_per_epoch": 0}, "batches_per_epoch is 0"),
