@@ -2,10 +2,12 @@
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from clipfilter_wds.options import changed_options, check_options
@@ -242,8 +244,14 @@ class ClipFilterLoader:
 
         Raises:
             ValueError: When the dataset is not a :class:`ClipWebDataset`, the loader is there to evaluate, or ``after``
-                lies too far back.
+                lies too far back; and when Lightning saves a loader that it was given as it is.
         """
+        if _is_code_of_lightning(sys._getframe(1)):
+            raise ValueError(
+                "Lightning may have fetched a batch that it did not train on, and can't say so here: resumed, the run "
+                "would lack it. Give the Trainer a ClipFilterDataModule, whose checkpoints resume exactly, or let it "
+                "save none: Trainer(enable_checkpointing=False)"
+            )
         settings = self._settings()
         states = [state for state in self._remembered if after is None or state.batches == after]
         if not states:
@@ -303,3 +311,8 @@ class ClipFilterLoader:
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},
         }
+
+
+def _is_code_of_lightning(frame: FrameType) -> bool:
+    """Whether a frame is that of the code that saves the loaders given to a Trainer."""
+    return str(frame.f_globals.get("__name__")).endswith(".pytorch.utilities.combined_loader")

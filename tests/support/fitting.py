@@ -1,5 +1,6 @@
 """Fits a tiny model with real Trainers; it remembers what it was trained on."""
 
+import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,16 @@ import torch
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
+from clipfilter_wds.world import World
+from tests.support.toys import pair, write_shard
+
+THRESHOLD = 0.12  # keeps about 60 % of the pairs of write_fit_shards
+
+
+def write_fit_shards(folder: Path) -> None:
+    """Four shards of 20 pairs, 0.tar with the keys 0 to 19, 1.tar with 1000 to 1019, and so on."""
+    for shard in range(4):
+        write_shard(folder / f"{shard}.tar", [pair(shard * 100 + number) for number in range(20)], start=1000 * shard)
 
 
 class Recorder(L.LightningModule):
@@ -19,7 +30,7 @@ class Recorder(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Linear(1, 1)
-        self.trained, self.validated = [], []
+        self.trained, self.validated, self.tested = [], [], []
 
     def training_step(self, batch, index):
         self.trained.append([self.current_epoch, *batch["__key__"]])
@@ -27,6 +38,12 @@ class Recorder(L.LightningModule):
 
     def validation_step(self, batch, index):
         self.validated.append(batch["__key__"])
+
+    def test_step(self, batch, index):
+        self.tested.append(batch["__key__"])
+
+    def predict_step(self, batch, index):
+        return batch["__key__"]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 1e-6)
@@ -56,18 +73,36 @@ def in_groups(options: dict[str, Any]) -> dict[str, Any]:
     return options | groups
 
 
-def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
-    """Fit a tiny model, from a checkpoint if there is one, and return it."""
+def data_module(options: dict[str, Any]) -> ClipFilterDataModule:
+    return ClipFilterDataModule(**in_groups(options))
+
+
+def on_ranks() -> dict[str, Any]:
+    """Options of a Trainer, on each of the ranks that ``run_ranks`` started."""
+    world = World.current()
+    if world.world_size == 1:
+        return {}
+    environment = {"RANK": world.rank, "LOCAL_RANK": world.rank, "GROUP_RANK": 0, "WORLD_SIZE": world.world_size}
+    os.environ.update({name: str(value) for name, value in environment.items()}, TORCHELASTIC_RUN_ID="test")  # torchrun
+    return {"strategy": "ddp", "devices": world.world_size, "use_distributed_sampler": False}
+
+
+def new_trainer(**options: Any) -> L.Trainer:
+    """A Trainer that says and saves nothing, for two epochs."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 1, **quiet, **options})
+
+
+def fit(data: dict, trainer: dict, *, callbacks=(), checkpoint=None, module=None) -> Recorder:
+    """Fit a tiny model, from a checkpoint if there is one, and return it."""
     module = module or Recorder()
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 1, **trainer}
-    runner = L.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
-    runner.fit(module, datamodule=ClipFilterDataModule(**in_groups(data)), ckpt_path=checkpoint, weights_only=False)
+    runner = new_trainer(callbacks=list(callbacks), **trainer)
+    runner.fit(module, datamodule=data_module(data), ckpt_path=checkpoint, weights_only=False)
     return module

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.support.fitting import THRESHOLD, write_fit_shards
 from tests.support.restore import (
     NUMBERS,
     Recipe,
@@ -31,3 +32,27 @@ def scores(all_samples) -> dict[str, float]:
 def half(all_samples, scores) -> Recipe:
     """A loader that keeps half of the samples, in order."""
     return all_samples.but(threshold=threshold_that_keeps(0.5, scores))
+
+
+# --- for Trainers ---
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in")
+    write_fit_shards(folder)
+    return folder
+
+
+@pytest.fixture
+def data(shards, clip_folder):
+    """Options of a data module that gives some six batches an epoch."""
+    return {
+        "train": f"{shards}/*.tar",
+        "val": f"{shards}/0.tar",
+        "model": str(clip_folder),
+        "threshold": THRESHOLD,
+        "batch_size": 8,
+        "score_batch_size": 6,
+        "shuffle": 15,
+    }

@@ -1,6 +1,7 @@
 """The data module under real Trainers: resume through real checkpoints."""
 
 import threading
+import warnings
 
 import lightning as L
 import pytest
@@ -10,33 +11,9 @@ from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
-from clipfilter_wds.training.monitor import ClipFilterMonitor
-from tests.support.fitting import SaveEverywhere, fit
-from tests.support.toys import pair, write_shard
+from tests.support.fitting import THRESHOLD, Recorder, SaveEverywhere, data_module, fit, new_trainer
 
-THRESHOLD = 0.12  # keeps about 60 % of these pairs
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("in")
-    for shard in range(4):
-        write_shard(folder / f"{shard}.tar", [pair(shard * 100 + i) for i in range(20)], start=1000 * shard)
-    return folder
-
-
-@pytest.fixture
-def data(shards, clip_folder):
-    return {
-        "train": f"{shards}/*.tar",
-        "val": f"{shards}/0.tar",
-        "model": str(clip_folder),
-        "threshold": THRESHOLD,
-        "batch_size": 8,
-        "score_batch_size": 6,
-        "shuffle": 15,
-    }
-
+EVAL_STAGES = ("val", "test", "predict")
 
 CASES = {
     "plain": ({}, {}),
@@ -85,8 +62,9 @@ def test_a_run_that_max_steps_cut_off_resumes_where_it_was(data, tmp_path, case)
 
 def test_an_epoch_that_limit_train_batches_cut_off_is_over(data, tmp_path):
     whole = fit(data, {"limit_train_batches": 3}, callbacks=[SaveEverywhere(tmp_path)]).trained
-    rest = fit(data, {"limit_train_batches": 3}, checkpoint=tmp_path / "epoch0.ckpt").trained
-    assert rest == whole[3:] != []
+    for saved in ("batch3", "epoch0"):
+        rest = fit(data, {"limit_train_batches": 3}, checkpoint=tmp_path / f"{saved}.ckpt").trained
+        assert rest == whole[3:] != [], saved
 
 
 def test_another_threshold_is_refused_with_both_values(data, tmp_path):
@@ -96,39 +74,118 @@ def test_another_threshold_is_refused_with_both_values(data, tmp_path):
         fit({**data, "threshold": 0.2}, {}, checkpoint=tmp_path / "batch2.ckpt")
 
 
-def test_validation_is_unfiltered_and_the_same_every_time_unless_told(data):
-    module = fit({**data, "filter_val": False}, {})
-    epochs = [sorted(key for batch in module.validated[-3:] for key in batch)]
-    assert epochs == [[f"{i:09d}" for i in range(20)]]
-    filtered = fit({**data, "filter_val": True}, {"max_epochs": 1, "num_sanity_val_steps": 0}).validated
-    assert 0 < sum(map(len, filtered)) < 20
+# --- validation, test, prediction ---
+
+KEYS = {stage: [f"{1000 * shard + number:09d}" for number in range(20)] for shard, stage in enumerate(EVAL_STAGES)}
+
+
+@pytest.fixture
+def evaluated(data, shards):
+    """Options of a data module that has shards for each stage."""
+    return {**data, **{stage: f"{shards}/{number}.tar" for number, stage in enumerate(EVAL_STAGES)}}
+
+
+def flat(batches):
+    return [key for keys in batches for key in keys]
+
+
+@pytest.mark.parametrize("stage", EVAL_STAGES)
+def test_evaluation_is_scored_and_unfiltered_unless_told(evaluated, stage):
+    def batches(**options):
+        module = data_module({**evaluated, **options})
+        module.setup(stage)
+        return list(getattr(module, f"{stage}_dataloader")())
+
+    scored = batches()
+    assert [key for batch in scored for key in batch["__key__"]] == KEYS[stage]
+    assert min(batch["score"].min() for batch in scored) < THRESHOLD
+    assert all("score" not in batch for batch in batches(score_unfiltered=False))
+    filtered = batches(**{f"filter_{stage}": True})
+    assert filtered
+    assert min(batch["score"].min() for batch in filtered) >= THRESHOLD
+    padded = batches(val_end="pad")
+    assert [len(batch["__key__"]) for batch in padded] == [8, 8, 8]
+    assert [int(batch["is_padding"].sum()) for batch in padded] == [0, 0, 4]
+
+
+def test_evaluation_takes_its_scores_from_tables(evaluated, tmp_path):
+    fit({**evaluated, "record": str(tmp_path)}, {"max_epochs": 1})
+    with_model, from_tables = (
+        data_module(evaluated),
+        data_module({**evaluated, "model": "no/model", "scores": tmp_path}),
+    )
+    for module in (with_model, from_tables):
+        module.setup("validate")
+    for batch, expected in zip(from_tables.val_dataloader(), with_model.val_dataloader(), strict=True):
+        assert torch.equal(batch["score"], expected["score"])
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_evaluation_without_shards_says_which_option_gives_them(data, method):
+    module = data_module({**data, "val": None})
+    option = "val" if method == "validate" else method
+    with pytest.raises(ValueError, match=rf"no shards for this; give it some: ClipFilterDataModule\({option}=\.\.\.\)"):
+        getattr(new_trainer(), method)(Recorder(), module)
+
+
+def test_fitting_without_validation_warns_of_nothing(data):
+    class TrainOnly(Recorder):
+        validation_step = L.LightningModule.validation_step
+
+    trainer, module = new_trainer(), data_module({**data, "val": None})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer.fit(TrainOnly(), module)
+    assert [str(warning.message) for warning in warned if warning.category.__name__.endswith("UserWarning")] == []
+
+
+# --- positions are for fitting only ---
+
+ORDERS = [
+    ("fit", "validate", "fit", "test", "predict"),
+    ("validate", "fit", "predict", "fit"),
+    ("test", "predict", "validate", "fit", "validate"),
+    ("predict", "resume", "validate", "fit"),
+    ("resume", "resume", "test", "fit", "resume"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_a_data_module_does_its_stages_in_any_order(evaluated, tmp_path, order):
+    whole = fit(evaluated, {"max_epochs": 2}, callbacks=[SaveEverywhere(tmp_path)]).trained
+    checkpoint, data = tmp_path / "batch3.ckpt", data_module(evaluated)
+    for stage in order:
+        module, trainer = Recorder(), new_trainer(num_sanity_val_steps=0)
+        if stage in ("fit", "resume"):
+            trainer.fit(module, data, ckpt_path=checkpoint if stage == "resume" else None, weights_only=False)
+            assert module.trained == (whole[3:] if stage == "resume" else whole)
+            assert flat(module.validated) == 2 * KEYS["val"]
+            continue
+        given = getattr(trainer, stage)(module, data, ckpt_path=checkpoint, weights_only=False)
+        batches = {"validate": module.validated, "test": module.tested, "predict": given}[stage]
+        assert flat(batches) == KEYS["val" if stage == "validate" else stage]
+
+
+def test_load_from_checkpoint_makes_a_data_module_that_begins_at_the_beginning(data, tmp_path):
+    whole = fit(data, {}, callbacks=[SaveEverywhere(tmp_path)]).trained
+    loaded = ClipFilterDataModule.load_from_checkpoint(tmp_path / "batch3.ckpt", weights_only=True)
+    module = Recorder()
+    new_trainer().fit(module, loaded)
+    assert module.trained == whole
+
+
+def test_it_gives_batches_without_a_trainer(data):
+    module = data_module(data)
+    with pytest.raises(RuntimeError, match=r'no model yet; call its setup\("fit"\) first'):
+        module.train_dataloader()
+    module.setup("fit")
+    batches = [batch["__key__"] for batch in module.train_dataloader()]
+    assert [[0, *keys] for keys in batches] == fit(data, {"max_epochs": 1}).trained
 
 
 def test_nothing_kept_ends_in_the_explained_error(data):
     with pytest.raises(StarvationError, match="quantiles"):
         fit({**data, "threshold": 1.0}, {})
-
-
-class Log(L.pytorch.loggers.logger.DummyLogger):
-    """A logger that keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: dict[str, float] = {}
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.update(metrics)
-
-
-def test_monitor_logs_what_the_filter_does(data):
-    log = Log()
-    fit(data, {"logger": log, "log_every_n_steps": 2}, callbacks=[ClipFilterMonitor()])
-    logged = {name: value for name, value in log.metrics.items() if name.startswith("clipfilter/")}
-    assert 0.4 < logged["clipfilter/keep_rate"] < 0.8
-    assert logged["clipfilter/score_mean"] > THRESHOLD
-    assert logged["clipfilter/dropped/below_threshold"] > 10
-    assert logged["clipfilter/samples_per_second"] > 0
-    assert 0 <= logged["clipfilter/wait_share"] <= 1
 
 
 def test_scores_of_a_table_or_record_train_on_the_same_batches_as_the_model(data, tmp_path):
@@ -168,6 +225,10 @@ def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_mod
 
 
 def test_an_option_that_cannot_be_used_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"loader\.end is 'each', which is for evaluation; give it as val_end"):
+        ClipFilterDataModule("a.tar", loader=LoaderConfig(end="each"))
+    with pytest.raises(ValueError, match="val_end is 'sync'; use 'each' or 'pad'"):
+        ClipFilterDataModule("a.tar", val_end="sync")
     with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):
         ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
     with pytest.raises(ValueError, match="'repeat' goes with it"):

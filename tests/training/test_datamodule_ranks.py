@@ -1,6 +1,5 @@
 """The data module under real Trainers on real DDP ranks: epochs that end together, resume, failures."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from clipfilter_wds.training.keep_rate import StarvationError
 from clipfilter_wds.world import World
-from tests.support.fitting import Recorder, SaveEverywhere, fit
+from tests.support.fitting import Recorder, SaveEverywhere, fit, on_ranks
 from tests.support.processes import run_ranks
 from tests.support.restore import threshold_that_keeps
 from tests.support.toys import pair, write_shard
@@ -61,12 +60,7 @@ class BreakScorer(L.Callback):
 
 def fit_each(fits):
     """Per fit, what came of it on this rank."""
-    world = World.current()
-    rank, world_size, ddp = world.rank, world.world_size, {}
-    if world_size > 1:  # as torchrun would have it
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size}
-        os.environ.update({name: str(value) for name, value in environment.items()}, TORCHELASTIC_RUN_ID="test")
-        ddp = {"strategy": "ddp", "devices": world_size, "use_distributed_sampler": False}
+    rank, ddp = World.current().rank, on_ranks()
     warnings, outcomes = Warnings(), []
     for one in fits:
         warnings.messages.clear()

@@ -1,0 +1,117 @@
+"""Runs the training loader under Lightning's fit loop, which says when an epoch begins and what was trained on."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning as L
+from torch import distributed
+
+from clipfilter_wds.training.loader import ClipFilterLoader
+
+
+class FitLoader:
+    """The training loader as the fit loop iterates it.
+
+    The fit loop may make two iterators for one epoch, so an epoch begins where it began before. And it counts an epoch
+    that ``max_steps`` or ``should_stop`` cut off; a resumed run gives the rest of that epoch as its next one, so
+    the loader counts its own. With ``overfit_batches`` all epochs are the first.
+
+    Args:
+        loader: The training loader.
+        trainer: Runs the fit loop.
+        resumed: What :meth:`position` was in the checkpoint to resume from, if there is one.
+
+    Raises:
+        ValueError: When that is of another number of ranks, or can't be resumed from by this loader.
+    """
+
+    def __init__(self, loader: ClipFilterLoader, trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
+        self.loader, self.trainer, self._resumed = loader, trainer, resumed
+        self._epoch = self._counted = -1  # the loader's, and how many the fit loop had counted when it began
+        self._begin: Mapping[str, Any] = {}
+        self._is_through = False  # whether the epoch was, when it was saved
+        self._num_before = 0  # batches that were trained before the loader's epoch
+        if resumed is not None:
+            loader.load_state_dict(_state_to_load(resumed["ranks"], trainer))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Not trainer.current_epoch, which lags behind when a run resumes at the end of an epoch.
+        counted: int = self._fit_loop.epoch_progress.current.processed
+        if counted != self._counted:
+            self._start_epoch(counted)
+        self.loader.load_state_dict(self._begin)
+        return iter(()) if self._is_through else iter(self.loader)
+
+    def _start_epoch(self, counted: int) -> None:
+        resumed, self._resumed = self._resumed, None
+        self._is_through = resumed is not None and resumed["is_through"]
+        if resumed is None:
+            self._epoch = counted if self._epoch < 0 else self._epoch + counted - self._counted
+        else:
+            self._epoch = resumed["epoch"]
+        if resumed is None or not resumed["within_epoch"]:
+            self._set_epoch()
+        self._counted, self._begin = counted, self.loader.state_dict()
+        self._num_before = self._num_trained - self._begin["batches"]
+
+    def _set_epoch(self) -> None:
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]  # set by a connector
+            self.loader.set_epoch(1)  # and so leave a position within the first epoch, where a run resumed
+            self.loader.set_epoch(0)
+        else:
+            self.loader.set_epoch(self._epoch)
+
+    def position(self) -> dict[str, Any]:
+        """Where all ranks are, after the batch that was trained last."""
+        epoch_loop = self._fit_loop.epoch_loop
+        # The fit loop fetches one batch ahead of the one that it trains on.
+        mine = self.loader.state_dict(after=self._num_trained - self._num_before)
+        # Only rank zero's checkpoint is written, so it holds the states of all.
+        ranks: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            ranks = [None] * self.trainer.world_size
+            distributed.all_gather_object(ranks, mine)
+        within_epoch = self._fit_loop.epoch_progress.current.processed == self._counted
+        is_through = (
+            epoch_loop.batch_progress.is_last_batch
+            or epoch_loop.batch_progress.current.ready == self.trainer.num_training_batches  # may be limited
+        )
+        return {
+            "epoch": self._epoch + (is_through and not within_epoch),
+            "within_epoch": within_epoch,
+            "is_through": is_through and within_epoch,
+            "ranks": ranks,
+        }
+
+    @property
+    def _num_trained(self) -> int:
+        """Batches since training began; those of the epoch may or may not start from 0 in a resumed run."""
+        num_trained: int = self._fit_loop.epoch_loop.batch_progress.total.processed
+        return num_trained
+
+    @property
+    def _fit_loop(self) -> Any:  # whose progress Lightning types too widely
+        return self.trainer.fit_loop
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells Lightning that the loader can be resumed; the data module holds the state.
+
+        Lightning restores a loader's own state when it stopped within an epoch, but not at the end of one.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Called when Lightning resumes within an epoch."""
+        # Saved with an epoch's last batch and of unknown length, the flag would end every later epoch before it begins.
+        self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+
+
+def _state_to_load(ranks: list[Any], trainer: L.Trainer) -> Mapping[str, Any]:
+    """What this rank's loader resumes from, of the states of all ranks."""
+    if len(ranks) != trainer.world_size:
+        raise ValueError(f"the checkpoint was written by {len(ranks)} ranks and is read by {trainer.world_size}")
+    state: Mapping[str, Any] = ranks[trainer.global_rank]
+    return state
