@@ -1,11 +1,16 @@
 """Logs how the filter does through Lightning's loggers."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.utilities import CombinedLoader
 
+from clipfilter_wds.training.fit_loader import FitLoader
 from clipfilter_wds.training.loader import ClipFilterLoader
+from clipfilter_wds.types import DropReason
 
 
 class ClipFilterMonitor(L.Callback):
@@ -13,7 +18,8 @@ class ClipFilterMonitor(L.Callback):
 
     ``clipfilter/keep_rate``, ``clipfilter/score_mean`` (of the kept), ``clipfilter/dropped/<reason>`` (counts since
     training began), ``clipfilter/samples_per_second`` (scored), ``clipfilter/wait_share`` (of the time, in which
-    training waited for data). Values are rank zero's.
+    training waited for data). Values are those of all ranks together. The training data are a ``ClipFilterDataModule``
+    or a ``ClipFilterLoader``.
     """
 
     def __init__(self) -> None:
@@ -23,9 +29,13 @@ class ClipFilterMonitor(L.Callback):
         self._seen = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that there is a filter, and start the clock."""
+        """Check that there is a filter, and start the clock.
+
+        Raises:
+            TypeError: When there is none.
+        """
         self._batch_ended = self._window_began = time.perf_counter()
-        self._seen = self._loader(trainer).stats.seen
+        self._seen = _filter_loader(trainer).stats.seen
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -40,19 +50,21 @@ class ClipFilterMonitor(L.Callback):
         self._batch_ended = time.perf_counter()
         if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by a connector
             return
-        stats, seconds = self._loader(trainer).stats, self._batch_ended - self._window_began
-        self.log_dict(  # type: ignore[attr-defined]  # the trainer gives callbacks this method
-            {
-                "clipfilter/keep_rate": stats.keep_rate,
-                "clipfilter/samples_per_second": (stats.seen - self._seen) / max(seconds, 1e-9),
-                "clipfilter/wait_share": self._waited / max(seconds, 1e-9),
-                **({"clipfilter/score_mean": batch["score"].float().mean()} if "score" in batch else {}),
-                **{f"clipfilter/dropped/{reason}": float(count) for reason, count in stats.dropped.items()},
-            },
-            rank_zero_only=True,
-            batch_size=1,
-        )
+        stats = _filter_loader(trainer).stats
+        scores = batch["score"] if isinstance(batch, Mapping) and "score" in batch else torch.empty(0)
+        numbers: dict[str, float] = {
+            "seen": stats.seen,
+            "kept": stats.kept,
+            "seen_lately": stats.seen - self._seen,
+            "seconds": self._batch_ended - self._window_began,
+            "waited": self._waited,
+            "score_sum": float(scores.sum()),
+            "num_scores": len(scores),
+            **{reason.value: stats.dropped.get(reason, 0) for reason in DropReason},
+        }
         self._window_began, self._waited, self._seen = self._batch_ended, 0.0, stats.seen
+        values = _values(_sums(trainer, numbers), trainer.world_size)
+        self.log_dict(values, batch_size=1)  # type: ignore[attr-defined]  # callbacks get it
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -64,9 +76,35 @@ class ClipFilterMonitor(L.Callback):
         self._batch_ended += paused
         self._window_began += paused
 
-    @staticmethod
-    def _loader(trainer: L.Trainer) -> ClipFilterLoader:
-        loader = getattr(getattr(trainer, "datamodule", None), "train_loader", None)
-        if not isinstance(loader, ClipFilterLoader):
-            raise TypeError("ClipFilterMonitor needs a ClipFilterDataModule: trainer.fit(model, datamodule=...)")
-        return loader
+
+def _filter_loader(trainer: L.Trainer) -> ClipFilterLoader:
+    for given in CombinedLoader(trainer.train_dataloader).flattened:
+        loader = given.loader if isinstance(given, FitLoader) else given
+        if isinstance(loader, ClipFilterLoader):
+            return loader
+    raise TypeError(
+        "ClipFilterMonitor finds no filter: train from a ClipFilterDataModule, trainer.fit(model, datamodule=...), or "
+        "from a ClipFilterLoader"
+    )
+
+
+def _sums(trainer: L.Trainer, numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers added up over the ranks."""
+    if trainer.world_size == 1:
+        return numbers
+    mine = torch.tensor(list(numbers.values()), dtype=torch.float64, device=trainer.strategy.root_device)
+    return dict(zip(numbers, trainer.strategy.reduce(mine, reduce_op="sum").tolist(), strict=True))
+
+
+def _values(sums: dict[str, float], world_size: int) -> dict[str, float]:
+    """What is logged."""
+    seconds = max(sums["seconds"], 1e-9)
+    values = {
+        "keep_rate": sums["kept"] / max(sums["seen"], 1),
+        "samples_per_second": sums["seen_lately"] * world_size / seconds,
+        "wait_share": sums["waited"] / seconds,
+    }
+    if sums["num_scores"]:
+        values["score_mean"] = sums["score_sum"] / sums["num_scores"]
+    values.update({f"dropped/{reason}": float(sums[reason]) for reason in DropReason if sums[reason]})
+    return {f"clipfilter/{name}": value for name, value in values.items()}
