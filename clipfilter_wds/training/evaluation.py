@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from clipfilter_wds.training.config import LoaderConfig
-from clipfilter_wds.training.epoch import Epoch
+from clipfilter_wds.training.epoch import Epoch, other_rank_failed
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.world import Agreement
 
@@ -59,11 +59,6 @@ def _first_batch(epoch: Epoch, agreement: Agreement) -> Batch:
         )
     assert batch is not None
     return batch
-
-
-def other_rank_failed() -> RuntimeError:
-    """The error to raise when another rank told that it failed."""
-    return RuntimeError("another rank's data loading failed; its own error says why")
 
 
 def _padded(epoch: Epoch, agreement: Agreement, first: Batch, batch_size: int) -> Iterator[Batch]:

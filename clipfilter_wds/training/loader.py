@@ -1,7 +1,6 @@
 """Gives training its batches: epoch by epoch, in step with the other ranks, from any saved state on."""
 
 import logging
-import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
-from clipfilter_wds.training.epoch import Epoch
-from clipfilter_wds.training.evaluation import evaluation_batches, other_rank_failed
+from clipfilter_wds.training.epoch import Epoch, training_batches
+from clipfilter_wds.training.evaluation import evaluation_batches
 from clipfilter_wds.training.precomputed import FolderLookup
 from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
 from clipfilter_wds.training.resume import check_settings, check_streams, share_out
@@ -35,7 +34,6 @@ _log = logging.getLogger(__name__)
 _STATE_VERSION = 2
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
 _NUM_REMEMBERED = 4
-_READY, _OUT_OF_BATCHES, _FAILED = 2, 1, 0
 
 
 class ClipFilterLoader:
@@ -174,11 +172,15 @@ class ClipFilterLoader:
             self._agreement = Agreement(world)
         self._begin_at(self._for_these_ranks(begin))
         epoch = self._epoch = Epoch(self._source, self.config, world, self._next)
+        give = evaluation_batches if self.config.is_evaluation else training_batches
         try:
-            if self.config.is_evaluation:
-                yield from evaluation_batches(epoch, self._agreement, self.config)
-            else:
-                yield from self._hand_out(epoch, self._agreement)
+            for batch in give(epoch, self._agreement, self.config):
+                self._remembered.append(epoch.state)
+                self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
+                yield batch
+            # Only reached when the epoch was not broken off.
+            self._remembered.append(self._following(epoch))
+            self.left_over = epoch.num_left_over
         finally:
             epoch.close()
             if self._epoch is epoch:  # no other beginning was set meanwhile
@@ -190,44 +192,6 @@ class ClipFilterLoader:
             return replace(self._remembered[-1], batches=0)
         step = 0 if self.config.is_evaluation else 1  # which is the same every time
         return self._start_of(epoch.begun_at.epoch + step, epoch.progress.stats)
-
-    def _hand_out(self, epoch: Epoch, agreement: Agreement) -> Iterator[dict[str, Any]]:
-        batches = epoch.begun_at.batches
-        while self.config.batches_per_epoch is None or batches < self.config.batches_per_epoch:
-            try:
-                batch = epoch.next_batch()
-            except Exception:
-                agreement.lowest(_FAILED)  # the other ranks must not wait for this one
-                raise
-            status = agreement.lowest(_READY if batch is not None else _OUT_OF_BATCHES)
-            if status == _FAILED:
-                raise other_rank_failed()
-            if status == _OUT_OF_BATCHES:
-                self._finish_epoch(epoch, agreement, batches, unused=batch is not None)
-                break
-            batches += 1
-            self._remembered.append(epoch.state)
-            self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
-            yield batch  # type: ignore[misc]  # every rank has one
-        # Only reached when the epoch was not broken off.
-        self._remembered.append(self._following(epoch))
-
-    def _finish_epoch(self, epoch: Epoch, agreement: Agreement, batches: int, *, unused: bool) -> None:
-        whole = math.floor if self.config.drop_last else math.ceil
-        ready = whole(epoch.num_ready / self.config.batch_size) + unused
-        self._source.flush_record()  # before any rank begins the next epoch and reads what others have recorded
-        told = agreement.gather((ready, epoch.num_kept, epoch.num_seen))
-        self.left_over = sum(ready for ready, _, _ in told)
-        if batches == 0 and not any(kept for _, kept, _ in told):
-            raise epoch.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
-        if self.left_over and epoch.world.rank == 0:  # once, as every rank knows the totals
-            _log.warning(
-                "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "
-                "and left over (by rank: %s). More shards, shuffling, or end='repeat' use them",
-                batches,
-                self.left_over,
-                [ready for ready, _, _ in told],
-            )
 
     def close(self) -> None:
         """End persistent workers. The next iteration starts others."""
