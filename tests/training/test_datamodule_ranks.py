@@ -7,12 +7,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+from torchmetrics import MeanMetric
 
 from clipfilter_wds.training.keep_rate import StarvationError
 from clipfilter_wds.world import World
-from tests.support.fitting import Recorder, SaveEverywhere, fit, on_ranks
+from tests.support.fitting import Recorder, SaveEverywhere, data_module, fit, new_trainer, on_ranks
 from tests.support.processes import run_ranks
-from tests.support.restore import threshold_that_keeps
+from tests.support.restore import threshold_that_keeps, write_numbered
 from tests.support.toys import pair, write_shard
 from tests.support.uneven import (
     ENDS,
@@ -208,6 +210,91 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_both(resumable,
     trained_by_each(2, [one])
     [[outcome]] = run_ranks(1, fit_each, [replace(one, save=None, checkpoint=tmp_path / "batch1.ckpt")])
     assert outcome.error == (ValueError, "the checkpoint was written by 2 ranks and is read by 1")
+
+
+# --- validation ---
+
+
+class Evaluated(Recorder):
+    """Has buffers, which rank zero sends to the others, and logs the mean of the samples' numbers over all ranks."""
+
+    def __init__(self, *, meets=False):
+        super().__init__()
+        self.norm, self.mean, self.meets = torch.nn.BatchNorm1d(1, affine=False), MeanMetric(), meets
+
+    def validation_step(self, batch, index):
+        super().validation_step(batch, index)
+        numbers = torch.tensor([float(key) for key in batch["__key__"]])
+        self.norm(numbers[:, None])
+        if self.meets:  # as a contrastive loss does; gathering needs equal sizes
+            numbers = self.all_gather(numbers)[~self.all_gather(batch["is_padding"])]
+        self.mean.update(numbers)  # the mean of Lightning's own `sync_dist` is not exact on ranks with unequal numbers
+        self.log("mean", self.mean)
+
+
+def validate_each(data, checkpoint):
+    """What this rank validates on in each of these ways, and what is logged."""
+    ways = {
+        "each": ({}, {}),
+        "limited": ({}, {"limit_val_batches": 1}),
+        "pad": ({"val_end": "pad"}, {}),
+        "pad, limited": ({"val_end": "pad"}, {"limit_val_batches": 2}),
+    }
+    outcomes = {}
+    for name, (options, limits) in ways.items():
+        module, trainer = Evaluated(meets="pad" in name), new_trainer(**on_ranks(), **limits)
+        [logged] = trainer.validate(
+            module, data_module({**data, **options}), ckpt_path=checkpoint, weights_only=False, verbose=False
+        )
+        outcomes[name] = module.validated, logged["mean"]
+    fitted = fit(data, {**on_ranks(), "num_sanity_val_steps": 3, "max_epochs": 1}, module=Evaluated())
+    outcomes["fit"] = fitted.validated, fitted.trainer.callback_metrics["mean"].item()
+    return outcomes
+
+
+def save_first_batch(data, folder):
+    fit(data, {**on_ranks(), "max_steps": 1}, callbacks=[SaveEverywhere(folder)], module=Evaluated())
+
+
+@pytest.fixture(scope="module")
+def saved_by_two(resumable, tmp_path_factory):
+    """A checkpoint of two ranks."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(2, save_first_batch, resumable, folder)
+    return folder / "batch1.ckpt"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_meets_every_sample_once_on_any_number_of_ranks(resumable, saved_by_two, tmp_path, world_size):
+    shards = [[0], list(range(100, 117)), list(range(200, 205))]
+    numbers = [number for shard in shards for number in shard]
+    data = {**resumable, "val": write_numbered(tmp_path, shards), "batch_size": 4}
+    by_rank = run_ranks(world_size, validate_each, data, saved_by_two)
+    given = [int(key) for outcomes in by_rank for keys in outcomes["each"][0] for key in keys]
+    assert sorted(given) == numbers
+    num_batches = [len(outcomes["each"][0]) for outcomes in by_rank]
+    assert world_size == 1 or len(set(num_batches)) > 1  # else the shards show nothing
+    for outcomes, num in zip(by_rank, num_batches, strict=True):
+        validated = {way: batches for way, (batches, _) in outcomes.items()}
+        assert validated["limited"] == validated["each"][:1]
+        assert validated["fit"][: min(3, num)] == validated["each"][:3]  # the sanity check
+        assert validated["fit"][min(3, num) :] == validated["each"]
+        assert [len(keys) for keys in validated["pad"]] == [4] * max(num_batches)
+        assert validated["pad, limited"] == validated["pad"][:2]
+        for way in ("each", "pad", "fit"):
+            assert outcomes[way][1] == pytest.approx(sum(numbers) / len(numbers)), way
+
+
+def validate_one_sample(data):
+    with pytest.raises(RuntimeError, match="have nothing to evaluate") as raised:
+        fit(data, on_ranks())  # at once, in the sanity check
+    return str(raised.value)
+
+
+def test_a_rank_with_nothing_to_validate_on_ends_all_with_cause_and_cure(resumable, tmp_path):
+    told = run_ranks(2, validate_one_sample, {**resumable, "val": write_numbered(tmp_path, [[7]])})
+    assert told[0] == told[1]
+    assert "rank 1 keeps none of its 0 samples. Evaluate on fewer ranks (such as Trainer(devices=1))" in told[0]
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
