@@ -9,7 +9,7 @@ from clipfilter_wds.workers.config import WorkerConfig
 
 TrainEnd = Literal["sync", "repeat"]
 EvalEnd = Literal["each", "pad"]
-End = TrainEnd | EvalEnd
+End = Literal[TrainEnd, EvalEnd]
 OnCrash = Literal["skip", "raise"]
 
 
@@ -68,7 +68,7 @@ class LoaderConfig(WorkerConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
-        if self.end not in get_args(TrainEnd) + get_args(EvalEnd):
+        if self.end not in get_args(End):
             raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat' to train, 'each' or 'pad' to evaluate")
         if self.drop_last and self.is_evaluation:
             raise ValueError(f"end is {self.end!r}, which gives every sample; it does not go with drop_last")

@@ -165,10 +165,8 @@ class ClipFilterDataModule(L.LightningDataModule):
             self.train_loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of every rank's training stream; empty unless the Trainer has fitted."""
-        if self._fit_loader is None or self._fit_loader.trainer is not self.trainer:
-            return {}
-        return self._fit_loader.position()
+        """The position of every rank's training stream; empty before there is one."""
+        return {} if self._fit_loader is None else self._fit_loader.position()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume there, if a Trainer is about to fit. What only evaluates begins at the beginning."""

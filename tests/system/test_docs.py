@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,11 @@ def _run_blocks(page: Path, folder: Path) -> int:
     """Run a page's blocks one after the other, as a reader would in one session; how many there were."""
     os.chdir(folder)
     session: dict[str, object] = {"__name__": "__main__"}
-    for number, code in enumerate(blocks(page, "python"), start=1):
-        exec(compile(code, f"{page.name}, python block {number}", "exec"), session)
+    with warnings.catch_warnings(record=True) as warned:
+        for number, code in enumerate(blocks(page, "python"), start=1):
+            exec(compile(code, f"{page.name}, python block {number}", "exec"), session)
+    # Lightning's, of batches whose size it does not find and loaders that are empty.
+    assert not [str(warning.message) for warning in warned if re.search("ambiguous|is zero", str(warning.message))]
     return number
 
 
