@@ -26,8 +26,9 @@ class ClipFilterDataModule(L.LightningDataModule):
     """Streams image-caption shards into training and drops mispaired samples on the way.
 
     Batches are those of ``ClipFilterLoader``. Checkpoints hold the exact position on every rank:
-    ``trainer.fit(..., ckpt_path=...)`` resumes with the batch after the one that was trained last. Validation, test and
-    prediction read every sample once, on any number of ranks, unshuffled and from the beginning.
+    ``trainer.fit(..., ckpt_path=...)`` resumes with the batch after the one that was trained last or, on another number
+    of ranks, with what was not given yet. Validation, test and prediction read every sample once, on any number of
+    ranks, unshuffled and from the beginning.
 
     Args:
         train: Shards to train on: a path, glob, brace range, ``@file.txt`` or a list of these.
@@ -194,6 +195,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             drop_last=False,
             end=self.hparams["val_end"],
             batches_per_epoch=None,
+            num_streams=None,
             persistent_workers=False,
         )
         is_filtered = self.hparams[f"filter_{stage}"]

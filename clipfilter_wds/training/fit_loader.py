@@ -22,7 +22,7 @@ class FitLoader:
         resumed: What :meth:`position` was in the checkpoint to resume from, if there is one.
 
     Raises:
-        ValueError: When that is of another number of ranks, or can't be resumed from by this loader.
+        ValueError: When this loader can't be resumed from that.
     """
 
     def __init__(self, loader: ClipFilterLoader, trainer: L.Trainer, resumed: Mapping[str, Any] | None) -> None:
@@ -32,7 +32,7 @@ class FitLoader:
         self._is_through = False  # whether the epoch was, when it was saved
         self._num_before = 0  # batches that were trained before the loader's epoch
         if resumed is not None:
-            loader.load_state_dict(_state_to_load(resumed["ranks"], trainer))
+            loader.load_state_dict(resumed["ranks"])
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -107,11 +107,3 @@ class FitLoader:
         """Called when Lightning resumes within an epoch."""
         # Saved with an epoch's last batch and of unknown length, the flag would end every later epoch before it begins.
         self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
-
-
-def _state_to_load(ranks: list[Any], trainer: L.Trainer) -> Mapping[str, Any]:
-    """What this rank's loader resumes from, of the states of all ranks."""
-    if len(ranks) != trainer.world_size:
-        raise ValueError(f"the checkpoint was written by {len(ranks)} ranks and is read by {trainer.world_size}")
-    state: Mapping[str, Any] = ranks[trainer.global_rank]
-    return state

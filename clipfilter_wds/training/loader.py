@@ -1,6 +1,5 @@
 """Gives training its batches: epoch by epoch, in step with the other ranks, from any saved state on."""
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ from clipfilter_wds.world import Agreement, World
 
 if TYPE_CHECKING:
     from clipfilter_wds.models.scorer import ClipScorer
-
-_log = logging.getLogger(__name__)
 
 _STATE_VERSION = 2
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.

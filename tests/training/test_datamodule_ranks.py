@@ -205,11 +205,25 @@ def test_ranks_that_max_steps_cut_off_resume_where_they_were(resumable, tmp_path
         assert [keys for _, *keys in rest] == [keys for _, *keys in whole[2 : 2 + len(rest)]] != []
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_both(resumable, tmp_path):
-    one = Fit(data=resumable, trainer={"max_steps": 1}, save=tmp_path)
-    trained_by_each(2, [one])
-    [[outcome]] = run_ranks(1, fit_each, [replace(one, save=None, checkpoint=tmp_path / "batch1.ckpt")])
-    assert outcome.error == (ValueError, "the checkpoint was written by 2 ranks and is read by 1")
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_three(resumable, tmp_path):
+    # Many streams and small windows, so that each rank of three has some of what is left.
+    data = {**resumable, "shuffle": 3, "batch_size": 4, "num_streams": 12, "val": resumable["train"].replace("*", "0")}
+    validating = {"max_epochs": 2, "val_check_interval": 2}
+    [[whole]] = trained_by_each(1, [Fit(data=data, trainer={"max_epochs": 1})])
+    kept = sorted(key for _, *keys in whole for key in keys)
+    two = trained_by_each(2, [Fit(data=data, trainer=validating, save=tmp_path)])[0]
+    before = [key for rank in two for _, *keys in rank[:3] for key in keys]
+    resumed = Fit(data=data, trainer=validating, checkpoint=tmp_path / "batch3.ckpt")
+    for world_size in (1, 3):
+        [rests] = trained_by_each(world_size, [resumed])
+        assert len({len(rest) for rest in rests}) == 1
+        given = before + [key for rest in rests for number, *keys in rest if number == 0 for key in keys]
+        assert len(given) == len(set(given)) > len(before)
+        assert set(given) <= set(kept)
+        if world_size == 1:
+            assert sorted(given) == kept
+        following = [key for rest in rests for number, *keys in rest if number == 1 for key in keys]
+        assert len(following) == len(set(following)) > 0
 
 
 # --- validation ---
