@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata, read_scores
@@ -80,6 +81,10 @@ class ScoreFolder:
         """A shard's table."""
         name = self._find(url)
         return None if name is None else self.folder / f"{name}.parquet"
+
+    def embedding_files(self, path: Path) -> EmbeddingFiles:
+        """The embeddings that go with one of the tables."""
+        return EmbeddingFiles.beside(self.folder, path.relative_to(self.folder).with_suffix("").as_posix())
 
     def lacking(self, urls: Iterable[str]) -> list[str]:
         """The shards that have no table."""

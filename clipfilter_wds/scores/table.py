@@ -25,7 +25,7 @@ _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
 
 #: Entries of the metadata that the first tables lack.
-_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high)}
+_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high), "embeddings": None}
 
 _SCHEMA = pa.schema(
     [
@@ -60,6 +60,8 @@ class ScoreMetadata:
             none, or in float32.
         members: What the shard's members are called, and how many are; see ``shards/found.py``.
         range: The lowest and the highest score that there can be; None for no such limit.
+        embeddings: What was saved beside the table: ``dtype`` (``float16``, ``float32``), ``dim``, and the model's
+            ``temperature``, which is 1 / exp(logit_scale), or None where the checkpoint has none. None when none were.
     """
 
     version: int = _FORMAT_VERSION
@@ -73,6 +75,7 @@ class ScoreMetadata:
     rechecked_at: float | None = None
     members: Mapping[str, int] = field(default_factory=dict)
     range: tuple[float | None, float | None] = (COSINES.low, COSINES.high)
+    embeddings: Mapping[str, Any] | None = None
 
     @property
     def kind(self) -> ScoreKind:
