@@ -1,13 +1,16 @@
 """Finds the files of a checkpoint, and says which are missing and how to get them."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor, nn
 
 from clipfilter_wds.models.dual_encoder import ModelError, ModelSource
 from clipfilter_wds.models.naming import adapter_error, hub_id_of
@@ -139,6 +142,20 @@ def check_loaded_weights(source: ModelSource, file: str, missing: Iterable[str],
                 f"can't load {source.name!r}: {len(wrong)} of its weights {fault} {file} (such as {wrong[0]!r}), so "
                 "scores would be random; take config and weights of one model, and all of them"
             )
+
+
+def temperature_of(model: nn.Module, missing: Collection[str]) -> float | None:
+    """What the model divided cosines by in training, 1 / exp(logit_scale); None where the checkpoint does not tell.
+
+    Args:
+        model: With its weights.
+        missing: Weights of it that are not in the checkpoint.
+    """
+    scale = getattr(model, "logit_scale", None)
+    if not isinstance(scale, Tensor) or scale.numel() != 1 or "logit_scale" in missing:
+        return None
+    temperature = float(torch.exp(-scale.detach().double()))
+    return temperature if 0.0 < temperature < math.inf else None
 
 
 def check_towers(checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clipfilter_wds.models.config import Reduce
 from clipfilter_wds.models.device import to_device
@@ -40,6 +41,36 @@ def cosines(images: Tensor, captions: Tensor, input_ids: Tensor, reduce: Reduce)
     similarities = (images[image_of] * captions).sum(dim=-1)
     scores = similarities.new_empty(len(images))
     return torch.scatter_reduce(scores, 0, image_of, similarities, _REDUCTIONS[reduce], include_self=False)
+
+
+def unit_embeddings(images: Tensor, captions: Tensor, input_ids: Tensor, reduce: Reduce) -> Tensor:
+    """One embedding for each image and one for its captions.
+
+    Args:
+        images: As :func:`cosines` takes them, but of any length.
+        captions: Likewise.
+        input_ids: Likewise.
+        reduce: Of several captions, ``max`` and ``min`` take the first whose similarity is the one that counts, and
+            ``mean`` the mean.
+
+    Returns:
+        float32 ``[2, N, D]``: of the images, and of the captions, all L2-normalised.
+    """
+    if input_ids.ndim == 2:
+        return functional.normalize(torch.stack([images, captions]), dim=-1)
+    if reduce == "mean":
+        counts = to_device(torch.tensor(num_captions(input_ids)), images.device)
+        # Each image's captions one after another, so that the sum is the same at any time; lengths need no check.
+        found = torch.segment_reduce(captions, "mean", lengths=counts, axis=0, unsafe=True)
+    else:
+        owners, turns = (to_device(places, images.device) for places in _is_caption(input_ids).nonzero(as_tuple=True))
+        sign = 1.0 if reduce == "max" else -1.0
+        similarities = images.new_full(input_ids.shape[:2], -torch.inf)
+        similarities[owners, turns] = sign * (images[owners] * captions).sum(dim=-1)
+        caption_of = owners.new_zeros(input_ids.shape[:2])
+        caption_of[owners, turns] = torch.arange(len(captions), device=images.device)
+        found = captions[caption_of.gather(1, similarities.argmax(dim=1, keepdim=True))[:, 0]]
+    return functional.normalize(torch.stack([images, found]), dim=-1)
 
 
 def _is_caption(input_ids: Tensor) -> Tensor:

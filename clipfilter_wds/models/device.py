@@ -1,7 +1,13 @@
 """Picks the device to compute on, and moves tensors there."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -37,3 +43,33 @@ def pixels_to_device(pixel_values: Tensor, device: torch.device) -> Tensor:
         return to_device(pixel_values, device)
     padded = pixel_values.as_strided((num_views, height, width, 4), (height * width * 4, width * 4, 4, 1))
     return to_device(padded, device).permute(0, 3, 1, 2)[:, :3]
+
+
+def fetching(
+    finish: Callable[[], tuple[Sequence[Tensor], T]], device: torch.device
+) -> Callable[[], tuple[list[np.ndarray], T]]:
+    """Start copying tensors to the host. Returns a function that waits for them; what comes with them stays as it is.
+
+    Args:
+        finish: Gives the tensors, and what comes with them. What runs on the host is waited for when they are.
+        device: Where they are computed.
+    """
+    if device.type != "cuda":
+
+        def finished() -> tuple[list[np.ndarray], T]:
+            tensors, rest = finish()
+            return [tensor.cpu().numpy() for tensor in tensors], rest
+
+        return finished
+    tensors, rest = finish()
+    hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for host, tensor in zip(hosts, tensors, strict=True):
+        host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+
+    def wait() -> tuple[list[np.ndarray], T]:
+        copied.synchronize()
+        return [host.numpy() for host in hosts], rest
+
+    return wait

@@ -93,6 +93,7 @@ class DualEncoder:
         std: Per channel, of pixels in [0, 1].
         rescale: What pixels in 0..255 are multiplied by.
         width: Of the wider tower.
+        temperature: 1 / exp(logit_scale), what cosines are divided by in training; None where the checkpoint has none.
 
     Raises:
         ValueError: When pixels can't be normalised so.
@@ -105,6 +106,7 @@ class DualEncoder:
     std: Sequence[float]
     rescale: float = 1 / 255
     width: int
+    temperature: float | None
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -29,6 +29,7 @@ from clipfilter_wds.models.checkpoint import (
     check_towers,
     check_vocabulary,
     check_weights,
+    temperature_of,
 )
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
 from clipfilter_wds.models.naming import check_folder
@@ -130,6 +131,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
         std=processor.image_std,
         rescale=processor.rescale_factor,
         width=max(config.vision_config.hidden_size, config.text_config.hidden_size),
+        temperature=temperature_of(model, info["missing_keys"]),
     )
 
 

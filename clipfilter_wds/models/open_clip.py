@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from clipfilter_wds.models.checkpoint import Checkpoint, check_loaded_weights, check_tokenizer_files, check_vocabulary
+from clipfilter_wds.models.checkpoint import (
+    Checkpoint,
+    check_loaded_weights,
+    check_tokenizer_files,
+    check_vocabulary,
+    temperature_of,
+)
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
 from clipfilter_wds.models.naming import OPEN_CLIP, check_folder
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
@@ -59,7 +65,7 @@ def load_open_clip(source: ModelSource) -> DualEncoder:
     _check_files(checkpoint, config)
     where = f"local-dir:{folder}"
     try:
-        model = _load_towers(source, folder)
+        model, temperature = _load_towers(source, folder)
         tokenizer = open_clip.get_tokenizer(where)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, ModelError):
@@ -76,11 +82,15 @@ def load_open_clip(source: ModelSource) -> DualEncoder:
         mean=images.mean,
         std=images.std,
         width=max(widths),
+        temperature=temperature,
     )
 
 
-def _load_towers(source: ModelSource, folder: Path) -> Any:
-    """The model with its weights; open_clip's own way resizes position embeddings and asks for ``logit_scale``."""
+def _load_towers(source: ModelSource, folder: Path) -> tuple[Any, float | None]:
+    """The model with its weights, and its temperature.
+
+    open_clip's own way to load resizes position embeddings, and asks for ``logit_scale``.
+    """
     import open_clip
 
     root = logging.getLogger()
@@ -104,7 +114,7 @@ def _load_towers(source: ModelSource, folder: Path) -> Any:
             f"can't load {source.name!r}: {file} holds {len(differences.unexpected_keys)} weights that {_CONFIG} knows "
             f"nothing of (such as {min(differences.unexpected_keys)!r}); take both from one checkpoint"
         )
-    return model
+    return model, temperature_of(model, differences.missing_keys)
 
 
 def _is_no_false_alarm(record: logging.LogRecord) -> bool:

@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from clipfilter_wds.models.cosine import captions_of, cosines, num_captions
-from clipfilter_wds.models.device import pixels_to_device, to_device
+from clipfilter_wds.models.cosine import captions_of, cosines, num_captions, unit_embeddings
+from clipfilter_wds.models.device import fetching, pixels_to_device, to_device
 from clipfilter_wds.models.encoder import Check
 from clipfilter_wds.models.forward_pool import ForwardPool, forward_pool
 from clipfilter_wds.models.scorer import ClipScorer
@@ -17,7 +17,6 @@ from clipfilter_wds.models.undecided import NUM_TOWERS, Undecided, first_places
 
 T = TypeVar("T")
 U = TypeVar("U")
-V = TypeVar("V")
 
 #: Samples that the error is first measured on. All pairings of images and captions are compared, so a few will do.
 NUM_MEASURED = 32
@@ -45,10 +44,13 @@ class BatchScores:
     Attributes:
         scores: float32 ``[N]``: raw cosines.
         num_rechecked: How many of them were computed again in float32.
+        embeddings: Of images and captions, L2-normalised, ``[2, N, D]``, where they were asked for: the fast ones, also
+            of samples whose scores were computed again.
     """
 
     scores: np.ndarray
     num_rechecked: int = 0
+    embeddings: np.ndarray | None = None
 
 
 class Recheck:
@@ -69,13 +71,17 @@ class Recheck:
         scorer: The model.
         threshold: What scores are compared with; None rechecks only what is not finite.
         seed: Chooses the audited samples. No score depends on it.
+        embeddings: Give the embeddings too, in this type.
     """
 
-    def __init__(self, scorer: ClipScorer, threshold: float | None, *, seed: int = 0) -> None:
+    def __init__(
+        self, scorer: ClipScorer, threshold: float | None, *, seed: int = 0, embeddings: torch.dtype | None = None
+    ) -> None:
         self.scorer, self._is_exact = scorer, scorer.fast is scorer.exact
         # At a threshold of 0 or less everything is kept, whatever its score.
         self._threshold = threshold if threshold is not None and threshold > 0 else None
         self._random = np.random.default_rng(seed)
+        self._embeddings = embeddings
         self._num_measured = 0
         #: Of the band of fast scores, and of that of scores with the caption in float32.
         self._half_widths = [0.0] * NUM_TOWERS
@@ -155,14 +161,16 @@ class Recheck:
         is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
         is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
         pixel_values = pixels_to_device(pixel_values, self.scorer.device)
-        fetch = _fetch(pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled), self.scorer.device)
+        scored = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
+        fetch = fetching(scored, self.scorer.device)
 
         def finish() -> None:
-            scores, image_embeds = fetch()
+            (scores, *embeddings), image_embeds = fetch()
             is_near = self._is_near(scores, _WHOLE if is_all_near else self._half_widths[0])
             undecided = Undecided(
                 scores, is_near, is_audited, pixel_values, input_ids, image_embeds, is_all_near=is_all_near
             )
+            undecided.embeddings = embeddings[0] if embeddings else None
             may_be_kept = is_near if self._threshold is None else is_near | (scores >= self._threshold - _ROUNDING)
             waiting.append((hold(batch, may_be_kept | (self._threshold is None)), undecided))
 
@@ -170,10 +178,14 @@ class Recheck:
 
     def _score_fast(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, check: Check
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fast scores, and the embeddings of the images."""
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Fast scores and, where asked for, both embeddings; and the embeddings of the images as they are."""
         images, captions = self.scorer.fast(pixel_values, input_ids, check=check)
-        return cosines(images, captions, input_ids, self.scorer.reduce), images
+        found = [cosines(images, captions, input_ids, self.scorer.reduce)]
+        if self._embeddings is not None:
+            units = unit_embeddings(images, captions, input_ids, self.scorer.reduce)
+            found.append(units.to(self._embeddings))
+        return found, images
 
     def _rechecks(
         self, pool: ForwardPool, waiting: "deque[tuple[U, Undecided]]", *, most_waiting: int
@@ -196,10 +208,10 @@ class Recheck:
         for each, places in parts:
             each.is_busy[places] = True
         scored = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)
-        fetch = _fetch(lambda: (scored(), None), self.scorer.device)
+        fetch = fetching(lambda: ([scored()], None), self.scorer.device)
 
         def finish() -> None:
-            scores, _ = fetch()
+            [scores], _ = fetch()
             for each, places in parts:
                 each.scores[num_fp32 + 1, places], scores = scores[: len(places)], scores[len(places) :]
                 each.num_fp32[places] = num_fp32 + 1
@@ -232,7 +244,7 @@ class Recheck:
                 return
             waiting.popleft()
             scores = undecided.final_scores(np.where(self._is_near_still(undecided), 2, 1))
-            yield held, BatchScores(scores, int(undecided.is_near.sum()))
+            yield held, BatchScores(scores, int(undecided.is_near.sum()), undecided.embeddings)
 
     def _todo(self, undecided: Undecided, num_fp32: int) -> np.ndarray:
         """Which samples have this many float32 towers and need another; more than before, once a band is wider."""
@@ -260,25 +272,3 @@ class Recheck:
             largest = float(some[np.isfinite(some)].max(initial=0.0))
             if largest > _WIDENS * self._half_widths[num_fp32]:
                 self._half_widths[num_fp32] = _MARGIN * largest
-
-
-def _fetch(finish: Callable[[], tuple[torch.Tensor, V]], device: torch.device) -> Callable[[], tuple[np.ndarray, V]]:
-    """Start copying scores to the host. Returns a function that waits for them; embeddings stay where they are."""
-    if device.type != "cuda":
-
-        def finished() -> tuple[np.ndarray, V]:
-            scores, image_embeds = finish()
-            return scores.cpu().numpy(), image_embeds
-
-        return finished
-    scores, image_embeds = finish()
-    host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-    host.copy_(scores, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(scores.device))
-
-    def wait() -> tuple[np.ndarray, V]:
-        copied.synchronize()
-        return host.numpy(), image_embeds
-
-    return wait

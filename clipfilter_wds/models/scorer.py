@@ -1,5 +1,6 @@
 """Scores batches of images and captions with a CLIP model."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class ClipScorer(nn.Module):
         preprocess: Samples -> ``pixel_values`` and ``input_ids``; picklable, for workers.
         precision: What ``auto`` has become.
         reduce: Which similarity counts where an image has several captions.
+        flip: Whether the mirrored image is scored too.
+        temperature: 1 / exp(logit_scale), what cosines are divided by in training; None where the checkpoint has none.
         exact: Embeds in float32.
         fast: Embeds in :attr:`precision`; where that is fp32, the same as :attr:`exact`.
 
@@ -48,7 +51,8 @@ class ClipScorer(nn.Module):
         config = ScorerConfig(model=model, **options)
         loaded = load_model(config.model, config.revision)
         device = resolve_device(config.device)
-        self.model_name, self.reduce = str(config.model), config.reduce
+        self.model_name, self.reduce, self.flip = str(config.model), config.reduce, config.flip
+        self.temperature = loaded.temperature
         self.precision = resolve_precision(config.precision, device, loaded.width)
         self.preprocess = loaded.preprocess.with_view(fast_decode=config.fast_decode)
         self._fingerprint = {
@@ -88,6 +92,12 @@ class ClipScorer(nn.Module):
     def copies_inputs(self) -> bool:
         """Whether batches are copied to a memory of its own before anything is computed, as a GPU's is."""
         return self.device.type != "cpu"
+
+    @cached_property
+    def embedding_dim(self) -> int:
+        """How many numbers an embedding has."""
+        caption = torch.zeros(1, self.preprocess.tokenize.max_length, dtype=torch.int64)
+        return self.exact.encode_text(caption).shape[1]
 
     @property
     def fingerprint(self) -> dict[str, Any]:

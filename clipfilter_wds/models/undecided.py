@@ -34,6 +34,7 @@ class Undecided:
             computed.
         num_fp32: int64 ``[M]``: how many towers were computed in float32; indexes each sample's best score.
         is_busy: bool ``[M]``: which are being computed.
+        embeddings: ``[2, N, D]``: what is to be saved of the batch; None where nothing is.
         caption_embeds: By place among the M, the captions' embeddings in float32.
     """
 
@@ -58,6 +59,7 @@ class Undecided:
         self.scores = np.stack([again, *[np.full_like(again, np.nan)] * NUM_TOWERS])
         self.num_fp32 = np.zeros(len(again), dtype=np.int64)
         self.is_busy = np.zeros(len(again), dtype=bool)
+        self.embeddings: np.ndarray | None = None
         self.caption_embeds: dict[int, torch.Tensor] = {}
 
     def final_scores(self, num_fp32: np.ndarray) -> np.ndarray:

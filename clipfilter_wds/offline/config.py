@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.selection import Choice
@@ -15,6 +15,11 @@ from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_m
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
+
+Embeddings = Literal["fp16", "fp32"]
+
+#: Types of saved embeddings, as numpy and torch call them.
+DTYPES: dict[Embeddings, str] = {"fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,8 @@ class ScoreConfig(WorkerConfig):
             image.
         image: Extension of the member that holds the image (``input.jpg``); of several, separated by commas, the first
             that a sample has. By default jpg, jpeg, png, webp, bmp, gif, tif, tiff, ppm, jp2, avif, jfif.
+        embeddings: Save the embeddings of images and captions too, beside the score tables, as fp16 or fp32: per shard
+            and tower a ``.npy`` with a row for each sample.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
 
@@ -44,10 +51,13 @@ class ScoreConfig(WorkerConfig):
     output: str | Path
     caption: str = "txt"
     image: str | None = None
+    embeddings: Embeddings | None = None
     skip_missing_shards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.embeddings not in (None, *get_args(Embeddings)):
+            raise ValueError(f"embeddings is {self.embeddings!r}; use fp16 or fp32, or leave it out")
         _ = self.layout  # checks itself
         _check_apart(self.names, self.folder)
         check_writable(self.folder)
@@ -131,6 +141,10 @@ class RewriteConfig(ScoreConfig):
         _ = self.choice  # checks itself
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
+        if self.embeddings is not None and self.scores is not None:
+            raise ValueError(
+                "embeddings are saved when shards are scored, and scores names what was scored before; give one"
+            )
         super().__post_init__()
 
     @cached_property

@@ -12,6 +12,7 @@ from clipfilter_wds.offline.copying import CopyOptions, CopyTask
 from clipfilter_wds.offline.duplicate_keys import find_suffixes
 from clipfilter_wds.offline.packing import AnyCopyTask, PackTask, Source, check_covered, left_over
 from clipfilter_wds.offline.scoring import ScoreTask
+from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cut, Cutoff, find_cutoffs
 from clipfilter_wds.scores.selection import Choice
@@ -28,7 +29,16 @@ def plan_scoring(config: ScoreConfig, fingerprint: Fingerprint, rechecked_at: fl
         table, copy = config.table_folder / f"{name}.parquet", None
         if isinstance(config, RewriteConfig) and not config.needs_all_scores:
             copy = _copy_task(config, CopyOptions.of(config, fingerprint), url, table)
-        tasks.append(ScoreTask(url=url, table=table, fingerprint=fingerprint, rechecked_at=rechecked_at, copy=copy))
+        task = ScoreTask(
+            url=url,
+            table=table,
+            fingerprint=fingerprint,
+            rechecked_at=rechecked_at,
+            files=EmbeddingFiles.beside(config.table_folder, name),
+            embeddings=config.embeddings,
+            copy=copy,
+        )
+        tasks.append(task)
     return tasks
 
 

@@ -2,32 +2,32 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
+import torch
 
 from clipfilter_wds.models.batch_size import default_batch_size
-from clipfilter_wds.models.recheck import NUM_MEASURED, BatchScores, Recheck
+from clipfilter_wds.models.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
 from clipfilter_wds.offline.commit import CURE, check_source
-from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.config import DTYPES, Embeddings, RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.copying import CopyTask, shard_stats
+from clipfilter_wds.offline.pending import PendingShard, ScoredBlock, ScoredBy, ScoredShard
 from clipfilter_wds.offline.tally import ShardStats
-from clipfilter_wds.preprocess.rows import SampleRows
+from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
-from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata
 from clipfilter_wds.shards.open import shard_num_bytes
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.types import ShardEnd, ShardError
+from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import default_num_workers
 from clipfilter_wds.workers.transport import Lent
 
@@ -46,6 +46,7 @@ class ScoringOptions:
         threshold: Scores near it are computed in float32.
         worker_timeout: Seconds that one sample may take to decode; 0 for no limit.
         subset: Decode and score only the samples that are listed.
+        embeddings: Save the embeddings, in this type; None saves none.
         measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
             every process that scores shards of the run, and when it is resumed, so that all compute the same bits.
     """
@@ -56,6 +57,7 @@ class ScoringOptions:
     worker_timeout: float
     threshold: float | None = None
     subset: Subset | None = None
+    embeddings: Embeddings | None = None
     measured_on: tuple[str, ...] = ()
 
     @classmethod
@@ -69,6 +71,7 @@ class ScoringOptions:
             worker_timeout=config.worker_timeout,
             threshold=choice.threshold,
             subset=choice.subset,
+            embeddings=config.embeddings,
             measured_on=tuple(config.urls[:MAX_MEASURED_BLOCKS]),
         )
 
@@ -79,6 +82,14 @@ class ScoringOptions:
             **self.layout.fingerprint,
             **({} if self.subset is None else {"subset": self.subset.digest}),
         }
+
+    def scored_by(self, scorer: ClipScorer) -> ScoredBy:
+        """What the tables say of how they were made."""
+        fingerprint, embeddings = self.fingerprint(scorer), None
+        if self.embeddings is not None:
+            saved = {"dtype": DTYPES[self.embeddings], "dim": scorer.embedding_dim}
+            embeddings = {**saved, "temperature": scorer.temperature}
+        return ScoredBy(fingerprint=fingerprint, rechecked_at=self.rechecked_at(fingerprint), embeddings=embeddings)
 
     def rechecked_at(self, fingerprint: Fingerprint) -> float | None:
         """What score tables say of the threshold; None when all scores are in float32."""
@@ -94,6 +105,8 @@ class ScoreTask:
         table: Where its scores go.
         fingerprint: What they depend on beside the shard.
         rechecked_at: What the table says of the threshold; see ``ScoreMetadata``.
+        files: Where embeddings go.
+        embeddings: Their type; None saves none.
         copy: Makes the tar; None where nothing is copied, or nothing before all shards are scored.
     """
 
@@ -101,6 +114,8 @@ class ScoreTask:
     table: AnyPath
     fingerprint: Fingerprint
     rechecked_at: float | None
+    files: EmbeddingFiles
+    embeddings: Embeddings | None
     copy: CopyTask | None
 
     @property
@@ -115,10 +130,14 @@ class ScoreTask:
 
     def committed(self) -> ShardStats | None:
         """See ``Task``."""
-        if self.copy is not None:
-            return self.copy.committed()
-        scores = self._read_table()
-        return None if scores is None else _stats_of(scores)
+        if self.copy is None:
+            scores = self._read_table()
+            return None if scores is None else _stats_of(scores)
+        stats = self.copy.committed()
+        if stats is None or self.embeddings is None or self._read_table() is not None:
+            return stats
+        self.copy.files.forget()  # it was made without embeddings
+        return None
 
     def copy_left(self) -> CopyTask | None:
         """The task that makes the tar, if a run that was killed has left the table that it takes.
@@ -144,17 +163,37 @@ class ScoreTask:
         check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
         check_source(self.table, found.shard, self.url)
         is_alike = found.rechecked_at == self.rechecked_at and found.num_bytes == shard_num_bytes(self.url)
-        return scores if is_alike else None
+        return scores if is_alike and self._has_embeddings(found) else None
 
-    def commit(self, scores: ShardScores) -> ShardStats:
-        """Write the table, then the tar; when this returns, they are on disk and whole.
+    def _has_embeddings(self, found: ScoreMetadata) -> bool:
+        """Whether the embeddings that this run would save are there."""
+        if self.embeddings is None:
+            return True
+        saved = {} if found.embeddings is None else found.embeddings
+        return saved.get("dtype") == DTYPES[self.embeddings] and self.files.are_there(found)
+
+    def commit(self, shard: ScoredShard) -> ShardStats:
+        """Write the embeddings, the table, then the tar; when this returns, they are on disk and whole.
 
         Raises:
             ShardError: When the shard can't be read again or has changed.
         """
+        self._clear(shard.scores.metadata)
+        if shard.embeddings is not None:
+            self.files.write(shard.embeddings)
         with publish(self.table) as file:
-            scores.write(file)
-        return _stats_of(scores) if self.copy is None else self.copy()
+            shard.scores.write(file)
+        return _stats_of(shard.scores) if self.copy is None else self.copy()
+
+    def _clear(self, metadata: ScoreMetadata) -> None:
+        """Delete a table that goes with other embeddings, and then these; not what another run has made of the same."""
+        try:
+            found = read_metadata(self.table) if self.table.is_file() else metadata
+        except ValueError:
+            found = None
+        if found is None or (found != metadata and (found.embeddings or metadata.embeddings)):
+            self.table.unlink(missing_ok=True)
+            self.files.remove()
 
 
 def _stats_of(scores: ShardScores) -> ShardStats:
@@ -163,7 +202,8 @@ def _stats_of(scores: ShardScores) -> ShardStats:
 
 def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:
     """What scores shards, its error measured on the first samples of ``options.measured_on``."""
-    recheck = Recheck(scorer, options.threshold)
+    dtype = None if options.embeddings is None else getattr(torch, DTYPES[options.embeddings])
+    recheck = Recheck(scorer, options.threshold, embeddings=dtype)
     dataset = _dataset(options.measured_on, scorer, options, batch_size=NUM_MEASURED)
     # One worker gives the blocks in order; none of them is decoded here, where it could kill the run.
     num_workers = 0 if options.num_workers == 0 else 1
@@ -181,12 +221,14 @@ def score_shards(
     options: ScoringOptions,
     *,
     on_batch: Callable[[int], None] = lambda num_samples: None,
-) -> Generator[tuple[str, ShardScores | ShardError]]:
+) -> Generator[tuple[str, ScoredShard | ShardError]]:
     """Score shards. The URL of each is yielded when it is complete, with its scores, or why it can't be used.
 
     The scores of a shard don't depend on the others.
 
-    Memory holds the scores of as many shards as workers are reading, whatever the number of shards.
+    Memory holds the scores of as many shards as workers are reading, whatever the number of shards; embeddings that are
+    to be saved take 4 bytes x dim per sample of these in float16, and 8 in float32, and twice that while they are put
+    in order.
 
     Args:
         urls: One shard or many.
@@ -204,17 +246,16 @@ def score_shards(
         worker_timeout=options.worker_timeout,
         lend=scorer.copies_inputs,
     )
-    fingerprint = options.fingerprint(scorer)
-    rechecked_at = options.rechecked_at(fingerprint)
-    pending: dict[str, _PendingShard] = {}
+    by = options.scored_by(scorer)
+    pending: dict[str, PendingShard] = {}
     with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
         for block, scores in recheck.map(blocks, lambda block: block.item.prepared.inputs, _hold):
-            shard = pending.setdefault(block.part.url, _PendingShard(block.part))
+            shard = pending.setdefault(block.part.url, PendingShard(block.part))
             shard.add(block, scores)
             on_batch(len(block.rows))
             if shard.is_complete:
                 del pending[block.part.url]
-                yield block.part.url, shard.finish(fingerprint, recheck.band, rechecked_at)
+                yield block.part.url, shard.finish(by, recheck.band)
 
 
 def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *, batch_size: int) -> BlockDataset:
@@ -228,70 +269,7 @@ def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *
     )
 
 
-class _ScoredBlock(NamedTuple):
-    """What is left of a block when its pixels are scored."""
-
-    part: ShardPart
-    rows: SampleRows
-    end: ShardEnd | None
-    error: str | None
-
-
-def _hold(block: Lent[Block], may_be_kept: np.ndarray) -> _ScoredBlock:
-    item = block.item
+def _hold(block: Lent[Block], may_be_kept: np.ndarray) -> ScoredBlock:
+    scored = ScoredBlock.of(block.item)
     block.release()
-    return _ScoredBlock(item.part, item.prepared.rows, item.end, item.error)
-
-
-@dataclass
-class _PendingShard:
-    """What has come of a shard.
-
-    Attributes:
-        part: Any of its parts.
-        rows: The samples, per block.
-        scores: Of the usable ones, per block.
-        ends: What each part that was read whole found at the shard's end.
-        errors: Per part that could not be read, why.
-    """
-
-    part: ShardPart
-    rows: list[SampleRows] = field(default_factory=list)
-    scores: list[BatchScores] = field(default_factory=list)
-    ends: list[ShardEnd] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def add(self, block: _ScoredBlock, scores: BatchScores) -> None:
-        self.rows.append(block.rows)
-        self.scores.append(scores)
-        if block.end is not None:
-            self.ends.append(block.end)
-        if block.error is not None:
-            self.errors.append(block.error)
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.ends) + len(self.errors) == self.part.num_parts
-
-    def finish(self, fingerprint: Fingerprint, band: float, rechecked_at: float | None) -> ShardScores | ShardError:
-        if self.errors:
-            return ShardError(self.errors[0])
-        if len(set(self.ends)) > 1:
-            return ShardError("it changed while it was being read")
-        end, url = self.ends[0], public_url(self.part.url)
-        rows = SampleRows.concat(self.rows)
-        if len(rows) != end.num_samples:
-            raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(rows)} arrived")
-        metadata = ScoreMetadata(
-            shard=url,
-            num_bytes=end.num_bytes,
-            num_samples=end.num_samples,
-            torn=end.torn,
-            fingerprint=fingerprint,
-            band=band,
-            rechecked=sum(batch.num_rechecked for batch in self.scores),
-            rechecked_at=rechecked_at,
-            members=end.members,
-        )
-        scores = np.concatenate([batch.scores for batch in self.scores])
-        return ShardScores.from_rows(rows, scores, metadata)
+    return scored

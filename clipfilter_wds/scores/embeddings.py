@@ -78,6 +78,11 @@ class EmbeddingFiles:
                 file.write(_header(array.shape, array.dtype))
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
+    def remove(self) -> None:
+        """Delete both."""
+        for path in (self.image, self.text):
+            path.unlink(missing_ok=True)
+
     def read(self, metadata: ScoreMetadata) -> ShardEmbeddings:
         """Open them: mapped into memory on this machine, read from remote storage.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import hypothesis.strategies as st
@@ -97,6 +98,16 @@ class TestWeights:
         file = next(whole.glob("*model.safetensors"))
         change_weights(file, lambda weights: [weights.pop(f"logit_{name}", None) for name in ("scale", "bias")])
         assert torch.equal(scores(f"{prefix}{whole}"), expected)
+
+    @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
+    def test_the_temperature_is_that_of_the_checkpoint_and_never_made_up(self, kind, tmp_path):
+        make, prefix = FOLDERS[kind]
+        whole = make(tmp_path / "whole")
+        file = next(whole.glob("*model.safetensors"))
+        scale = load_file(file)["logit_scale"].double().item()
+        assert ClipScorer(f"{prefix}{whole}", device="cpu").temperature == pytest.approx(math.exp(-scale), rel=1e-6)
+        change_weights(file, lambda weights: weights.pop("logit_scale"))
+        assert ClipScorer(f"{prefix}{whole}", device="cpu").temperature is None
 
     @pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
     def test_any_other_that_is_missing_is_named(self, kind, tmp_path):

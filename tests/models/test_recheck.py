@@ -60,6 +60,21 @@ def test_low_precision_scores_are_near_and_not_equal(fast, exact, inputs):
     assert torch.equal(fast(*inputs, exact=True), exact(*inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_embeddings_are_those_of_the_fast_pass_whatever_is_computed_again(bf16, inputs, dtype):
+    recheck = Recheck(bf16, 0.1, embeddings=dtype)
+    for batch in batches_of(inputs, 32):
+        found = recheck(*batch)
+        images, captions = bf16.fast(*batch)
+        assert found.num_rechecked
+        assert torch.from_numpy(found.embeddings).dtype == dtype
+        expected = torch.stack([images, captions])
+        tolerance = {"atol": 1e-3, "rtol": 0} if dtype == torch.float16 else {"atol": 1e-6, "rtol": 0}
+        torch.testing.assert_close(torch.from_numpy(found.embeddings).float(), expected, **tolerance)
+        np.testing.assert_array_equal(found.scores, Recheck(bf16, 0.1)(*batch).scores)
+    assert Recheck(bf16, 0.1)(*inputs).embeddings is None
+
+
 def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(bf16, exact, inputs):
     reference = exact(*inputs).numpy()
     thresholds = [float(value) for value in reference if value > 0][:12]

@@ -61,13 +61,13 @@ def threshold(bf16, shards, tmp_path_factory) -> float:
 def whole(bf16, shards, threshold, tmp_path_factory):
     """What an undisturbed run writes."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    process_shards(RewriteConfig(shards=shards, output=output, threshold=threshold, **OPTIONS), bf16)
+    process_shards(RewriteConfig(shards=shards, output=output, threshold=threshold, embeddings="fp16", **OPTIONS), bf16)
     return output
 
 
 @pytest.fixture
 def config(shards, threshold, tmp_path) -> RewriteConfig:
-    return RewriteConfig(shards=shards, output=tmp_path / "out", threshold=threshold, **OPTIONS)
+    return RewriteConfig(shards=shards, output=tmp_path / "out", threshold=threshold, embeddings="fp16", **OPTIONS)
 
 
 def run_and_die(config: RewriteConfig, folder, point: str) -> None:

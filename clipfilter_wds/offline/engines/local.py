@@ -77,7 +77,7 @@ class LocalEngine:
 
     def _measured_recheck(self, options: ScoringOptions) -> Recheck:
         """The same one as long as it would be measured alike."""
-        measured_with = options.threshold, options.measured_on, options.layout
+        measured_with = options.threshold, options.measured_on, options.layout, options.embeddings
         if self._measured is None or self._measured[0] != measured_with:
             self._measured = measured_with, measured_recheck(self.scorer, options)
         return self._measured[1]

@@ -93,7 +93,8 @@ class Ranks:
             self._wait(tasks, own)
             tally, left = _total(tasks, before, own)
             if all(_note_of(task).is_file() for task in left):
-                break  # else a mark was that of a shard that has changed since, and its rank will do it again
+                break
+            time.sleep(_LOOK_SECONDS)  # a mark was that of a shard that has changed since; its rank will do it again
         # A note may be of an earlier run, or the trouble over: try once more before giving up.
         failed = {**own.failed, **tally.failed}
         failed |= do([task for task in left if public_url(task.url) not in failed]).failed

@@ -24,7 +24,7 @@ from tests.support.pace import FOREVER
 from tests.support.processes import context
 from tests.support.toys import pair, write_shard
 
-OPTIONS = {"threshold": 0.12, "batch_size": 8, "num_workers": 0}
+OPTIONS = {"threshold": 0.12, "batch_size": 8, "num_workers": 0, "embeddings": "fp16"}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,8 @@ class TestCommand:
     def test_shares_out_the_shards_with_no_further_option(
         self, monkeypatch, capsys, shards, expected, clip_folder, tmp_path, rank_variable, size_variable
     ):
-        options = ("--threshold", 0.12, "--batch_size", 8, "--num_workers", 0, "--model", clip_folder)
+        options = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+        options += ["--model", clip_folder]
         done = []
         for rank in (2, 1, 0):
             world = {rank_variable: rank, size_variable: 3}

@@ -43,9 +43,10 @@ def test_ray_writes_what_one_process_writes_and_fails_the_shards_that_it_fails(s
         write_shard(tmp_path / "in" / f"{shard}.tar", [pair(100 * shard + i) for i in range(20)])
     (tmp_path / "in" / "garbage.tar").write_bytes(b"garbage" * 1000)
     shards = f"{tmp_path}/in/*.tar"
-    options = {"batch_size": 8, choice[0]: choice[1]}
+    options = {"batch_size": 8, "embeddings": "fp32", choice[0]: choice[1]}
     process_shards(RewriteConfig(shards=shards, output=tmp_path / "local", **options), scorer)
-    assert call("rewrite", shards, tmp_path / "out", clip_folder, f"--{choice[0]}", choice[1]) == 1
+    more = ("--embeddings", "fp32", f"--{choice[0]}", choice[1])
+    assert call("rewrite", shards, tmp_path / "out", clip_folder, *more) == 1
     assert not ray.is_initialized()  # what was started here is gone
     assert bits(tmp_path / "out") == bits(tmp_path / "local")
     summary, local = (check_accounting(tmp_path / name) for name in ("out", "local"))

@@ -1,0 +1,119 @@
+"""Collects the blocks of a shard that have been scored, until all of it is there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from clipfilter_wds.models.recheck import BatchScores
+from clipfilter_wds.offline.blocks import Block
+from clipfilter_wds.preprocess.rows import SampleRows
+from clipfilter_wds.scores.embeddings import ShardEmbeddings
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.shards.split import ShardPart
+from clipfilter_wds.types import ShardEnd, ShardError
+
+
+class ScoredBlock(NamedTuple):
+    """What is left of a block when its pixels are scored."""
+
+    part: ShardPart
+    rows: SampleRows
+    end: ShardEnd | None
+    error: str | None
+
+    @classmethod
+    def of(cls, block: Block) -> Self:
+        """Leave the pixels behind."""
+        return cls(block.part, block.prepared.rows, block.end, block.error)
+
+
+class ScoredShard(NamedTuple):
+    """The scores of a shard, and its embeddings where they are to be saved."""
+
+    scores: ShardScores
+    embeddings: ShardEmbeddings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBy:
+    """What the tables of a run say of how it scores.
+
+    Attributes:
+        fingerprint: What the scores depend on beside the shards.
+        rechecked_at: See ``ScoreMetadata``.
+        embeddings: Likewise.
+    """
+
+    fingerprint: Fingerprint
+    rechecked_at: float | None
+    embeddings: Mapping[str, Any] | None
+
+
+@dataclass
+class PendingShard:
+    """What has come of a shard.
+
+    Attributes:
+        part: Any of its parts.
+        rows: The samples, per block.
+        scores: Of the usable ones, per block.
+        ends: What each part that was read whole found at the shard's end.
+        errors: Per part that could not be read, why.
+    """
+
+    part: ShardPart
+    rows: list[SampleRows] = field(default_factory=list)
+    scores: list[BatchScores] = field(default_factory=list)
+    ends: list[ShardEnd] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, block: ScoredBlock, scores: BatchScores) -> None:
+        """Take in a block with its scores."""
+        self.rows.append(block.rows)
+        self.scores.append(scores)
+        if block.end is not None:
+            self.ends.append(block.end)
+        if block.error is not None:
+            self.errors.append(block.error)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all parts have ended."""
+        return len(self.ends) + len(self.errors) == self.part.num_parts
+
+    def finish(self, by: ScoredBy, band: float) -> ScoredShard | ShardError:
+        """The scores of the shard, or why it can't be used."""
+        if self.errors:
+            return ShardError(self.errors[0])
+        if len(set(self.ends)) > 1:
+            return ShardError("it changed while it was being read")
+        end, url = self.ends[0], public_url(self.part.url)
+        rows = SampleRows.concat(self.rows)
+        if len(rows) != end.num_samples:
+            raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(rows)} arrived")
+        metadata = ScoreMetadata(
+            shard=url,
+            num_bytes=end.num_bytes,
+            num_samples=end.num_samples,
+            torn=end.torn,
+            fingerprint=by.fingerprint,
+            band=band,
+            rechecked=sum(batch.num_rechecked for batch in self.scores),
+            rechecked_at=by.rechecked_at,
+            members=end.members,
+            embeddings=by.embeddings,
+        )
+        scores = ShardScores.from_rows(rows, np.concatenate([batch.scores for batch in self.scores]), metadata)
+        return ScoredShard(scores, None if by.embeddings is None else self._embeddings(rows, scores, by.embeddings))
+
+    def _embeddings(self, rows: SampleRows, scores: ShardScores, saved: Mapping[str, Any]) -> ShardEmbeddings:
+        nothing = np.empty((2, 0, saved["dim"]), dtype=saved["dtype"])
+        found = [batch.embeddings for batch in self.scores if batch.embeddings is not None and len(batch.scores)]
+        embeddings = np.concatenate([nothing, *found], axis=1)
+        indices = rows.numbers["index"][rows.usable]
+        has_score = scores.usable[indices]
+        return ShardEmbeddings.from_rows(embeddings[:, has_score], indices[has_score], len(rows))
