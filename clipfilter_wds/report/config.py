@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.paths import RemotePath, any_path
 from clipfilter_wds.storage.publish import check_writable
@@ -24,7 +23,8 @@ class ReportConfig:
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
             has none, and of those that are not there neither.
         run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
-        threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut.
+        threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut. For
+            scores that are no cosines and have neither, in their middle.
         thumbnails: How many samples to show, at most 200.
 
     Raises:
@@ -40,7 +40,9 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            COSINES.check_threshold(self.threshold)
+            from clipfilter_wds.scores.folder import kind_of_scores  # imports pyarrow, for this alone
+
+            kind_of_scores(self.scores).check_threshold(self.threshold)
         if not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
             raise ValueError(f"thumbnails is {self.thumbnails}; it must lie in 0..{_MAX_THUMBNAILS}")
         check_page(self.output, of=self.scores)

@@ -2,25 +2,29 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipfilter_wds.report.histogram import ScoreCounts
+from clipfilter_wds.report.histogram import COSINE_GRID, Grid, ScoreCounts
 from clipfilter_wds.report.picks import Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.fraction import Cut
-from clipfilter_wds.scores.kind import COSINES
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.types import DropReason
 
 #: Captions longer than the text tower's limit times this number are counted together.
 _TOKEN_LIMITS = 2
+
+#: Of two scores that lie less than so many steps apart, one is shown.
+_STEPS_ALIKE = 10
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class ScoredRun:
         table = ScoreFolder(scores)
         beside = table.folder.parent if table.folder.name == "_scores" else table.folder
         return cls(table, _read_summary((beside if run is None else any_path(run)) / "summary.json"))
+
+    def read_usable(self) -> Iterator[np.ndarray]:
+        """The scores of what could be scored, float32 ``[N]``, one table after another."""
+        for path in self.table.paths:
+            scores = ShardScores.read(path)
+            yield scores.scores[scores.usable]
 
     def name(self, path: Path) -> str:
         """The name of a table's shard in the run's output, without suffix."""
@@ -110,14 +120,18 @@ class Start:
     Attributes:
         threshold: What the slider begins at.
         cut: Where the run's own fraction of the scores ends; None where the threshold alone decides.
+        kind: Of the scores.
+        grid: At which thresholds they are counted.
     """
 
     threshold: float
     cut: Cut | None = None
+    kind: ScoreKind = COSINES
+    grid: Grid = COSINE_GRID
 
     def keeps(self, scores: np.ndarray) -> np.ndarray:
-        """Whether each raw cosine, float32 ``[N]``, is kept: bool ``[N]``."""
-        return COSINES.passes(scores, self.threshold) if self.cut is None else self.cut.keeps(scores)
+        """Whether each raw score, float32 ``[N]``, is kept: bool ``[N]``."""
+        return self.kind.passes(scores, self.threshold) if self.cut is None else self.cut.keeps(scores)
 
 
 def gather(run: ScoredRun, start: Start, num_picks: int) -> Findings:
@@ -126,9 +140,9 @@ def gather(run: ScoredRun, start: Start, num_picks: int) -> Findings:
     Raises:
         ValueError: When a table is damaged.
     """
-    findings = Findings(fingerprint=run.table.fingerprint)
+    findings = Findings(fingerprint=run.table.fingerprint, scores=ScoreCounts(start.grid))
     findings.num_tokens = np.zeros(_TOKEN_LIMITS * findings.max_tokens + 2, dtype=np.int64)
-    picker = Picker(start.threshold, num_picks, keeps=start.keeps)
+    picker = Picker(start.threshold, num_picks, keeps=start.keeps, spread_width=_STEPS_ALIKE / start.grid.steps)
     for number, path in enumerate(run.table.paths):
         scores = ShardScores.read(path)
         _count(findings, scores, run.name(path), start)

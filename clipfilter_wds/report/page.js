@@ -3,6 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en-US");
+const digits = Math.max(Math.round(Math.log10(data.steps)), 1);
 const percent = (part, whole) => (whole ? (100 * part / whole).toFixed(1) : "0.0") + "%";
 
 // --- counting: the tables' own counts, at steps of 1 / data.steps ---
@@ -22,7 +23,7 @@ const isCut = (threshold) => data.is_cut && threshold === data.threshold;
 
 /** The least step that is not below the threshold. What is clipped to 0 passes a threshold of 0 or less. */
 function firstStepKept(threshold) {
-  return threshold <= 0 && !isCut(threshold) ? data.first_step : Math.ceil(threshold * data.steps - 1e-7);
+  return data.is_cosine && threshold <= 0 && !isCut(threshold) ? data.first_step : Math.ceil(threshold * data.steps - 1e-7);
 }
 
 function numKept(threshold) {
@@ -35,7 +36,7 @@ function numWithin(threshold, band) {
 
 const passes = (score, threshold) => isCut(threshold)
   ? data.cut !== null && score >= data.cut
-  : Math.min(Math.max(score, 0), 1) >= threshold;
+  : (data.is_cosine ? Math.min(Math.max(score, 0), 1) : score) >= threshold;
 
 // --- charts ---
 
@@ -87,13 +88,13 @@ function drawScores(threshold) {
   const line = { type: "line", x0: threshold, x1: threshold, yref: "paper", y0: 0, y1: 1, line: { color: colour("--ink"), width: 2, dash: "dot" } };
   const around = { type: "rect", x0: threshold - data.band, x1: threshold + data.band, yref: "paper", y0: 0, y1: 1, line: { width: 0 }, fillcolor: colour("--faint"), opacity: 0.25 };
   draw("scores",
-    `Histogram of ${count(numScored)} scores from ${data.lowest.toFixed(3)} to ${data.highest.toFixed(3)}; ` +
+    `Histogram of ${count(numScored)} scores from ${data.lowest.toFixed(digits - 1)} to ${data.highest.toFixed(digits - 1)}; ` +
     `${count(numKept(threshold))} are at or above the threshold of ${threshold}.`,
     [bars("dropped", dropped, "--dropped"), bars("kept", kept, "--kept")],
     {
       barmode: "stack", shapes: data.band ? [around, line] : [line],
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
-      xaxis: { title: { text: "cosine" }, zeroline: false }, yaxis: { title: { text: "samples" } },
+      xaxis: { title: { text: data.kind }, zeroline: false }, yaxis: { title: { text: "samples" } },
     });
 }
 
@@ -187,7 +188,7 @@ function gallery(id) {
       if (!made.has(card)) made.set(card, makeCard(card));
       const figure = made.get(card), kept = passes(card.score, threshold);
       figure.classList.toggle("kept", kept);
-      figure.querySelector(".score").textContent = `${card.score.toFixed(4)} ${kept ? "kept" : "dropped"}`;
+      figure.querySelector(".score").textContent = `${card.score.toFixed(digits)} ${kept ? "kept" : "dropped"}`;
       return figure;
     });
     element(id).replaceChildren(...(figures.length ? figures : [make("p", "note", "None.")]));
@@ -206,6 +207,9 @@ function drawGallery(threshold) {
 }
 
 // --- the threshold ---
+
+const least = data.is_cosine ? -1 : data.first_step / data.steps;
+const most = data.is_cosine ? 1 : (data.first_step + data.at_least.length - 1) / data.steps;
 
 const slider = element("threshold"), box = element("threshold-number"), reset = element("reset");
 let current = data.threshold;
@@ -228,7 +232,7 @@ let waiting = false;
 
 function choose(threshold, from) {
   if (!Number.isFinite(threshold)) return;
-  current = threshold === data.threshold ? threshold : Math.round(Math.min(Math.max(threshold, -1), 1) * data.steps) / data.steps;
+  current = threshold === data.threshold ? threshold : Math.round(Math.min(Math.max(threshold, least), most) * data.steps) / data.steps;
   if (from !== slider) slider.value = current;
   if (from !== box) box.value = current;
   slider.setAttribute("aria-valuetext", String(current));
@@ -240,8 +244,17 @@ function choose(threshold, from) {
   });
 }
 
-slider.max = Math.min(1, Math.ceil(Math.max(data.highest, data.threshold) * 50 + 1) / 50);
-box.max = 1;
+// Of cosines from 0, where all are kept, to a little more than the highest; of others, over all their steps.
+if (data.is_cosine) {
+  slider.max = Math.min(1, Math.ceil(Math.max(data.highest, data.threshold) * 50 + 1) / 50);
+} else {
+  slider.min = least;
+  slider.max = most;
+}
+slider.step = data.is_cosine ? 10 / data.steps : 1 / data.steps;
+box.min = data.is_cosine ? 0 : least;
+box.max = most;
+box.step = 1 / data.steps;
 reset.textContent = `Back to ${data.threshold}`;
 slider.addEventListener("input", () => choose(slider.valueAsNumber, slider));
 box.addEventListener("input", () => choose(box.valueAsNumber, box));

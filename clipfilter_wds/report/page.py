@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from clipfilter_wds.report.findings import Findings, Start
-from clipfilter_wds.report.histogram import STEPS
 from clipfilter_wds.report.pictures import Card
 from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
 from clipfilter_wds.types import DropReason
@@ -58,6 +57,8 @@ def render(
             "cards": [asdict(card) for card in cards],
         },
         findings=findings,
+        kind=start.kind,
+        step=f"{1 / start.grid.steps:g}",
         facts=_facts(findings, summary),
         outliers=_outlier_lines(findings.shards, flags),
         num_outliers=sum(flags),
@@ -84,12 +85,17 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _scores(findings: Findings, start: Start) -> dict[str, Any]:
     """Counts of scores, from a step below the lowest or 0 to a step above the highest or the threshold."""
-    counts = findings.scores
+    counts, kind = findings.scores, start.kind
     lowest, highest = (counts.lowest, counts.highest) if counts.total else (0.0, 0.0)
-    first = max(-STEPS, min(0, math.floor(lowest * STEPS) - 1))
-    last = min(STEPS, max(math.ceil(max(highest, start.threshold) * STEPS) + 1, 0))
+    grid = counts.grid
+    first, last = grid.first, grid.last
+    if kind.is_cosine:
+        first = max(first, min(0, math.floor(lowest * grid.steps) - 1))
+        last = min(last, max(math.ceil(max(highest, start.threshold) * grid.steps) + 1, 0))
     return {
-        "steps": STEPS,
+        "kind": kind.name,
+        "is_cosine": kind.is_cosine,
+        "steps": grid.steps,
         "first_step": first,
         "at_least": counts.at_least(first, last),
         "lowest": lowest,

@@ -8,6 +8,7 @@ import numpy as np
 
 from clipfilter_wds.scores.kind import COSINES
 
+#: Cosines that lie closer together are alike.
 _SPREAD_WIDTH = 0.001
 
 #: float32 ``[N]`` -> bool ``[N]``.
@@ -33,17 +34,26 @@ class Picker:
     Args:
         threshold: What a score must reach to be kept.
         num_picks: How many samples to choose, if there are that many.
-        keeps: Whether each raw cosine, float32 ``[N]``, is kept; by default when it passes the threshold.
+        keeps: Whether each raw score, float32 ``[N]``, is kept; by default when it passes the threshold as a cosine.
+        spread_width: Scores that lie closer together are alike.
     """
 
-    def __init__(self, threshold: float, num_picks: int, *, keeps: Keeps | None = None) -> None:
+    def __init__(
+        self,
+        threshold: float,
+        num_picks: int,
+        *,
+        keeps: Keeps | None = None,
+        spread_width: float = _SPREAD_WIDTH,
+    ) -> None:
         self._threshold, self._num_picks = threshold, num_picks
         self._keeps = keeps or partial(COSINES.passes, threshold=threshold)
         self._lowest, self._highest, self._below, self._above = (_Least(num_picks) for _ in range(4))
+        self._spread_width = spread_width
         self._spread: dict[int, Pick] = {}
 
     def add(self, table: int, scores: np.ndarray, usable: np.ndarray) -> None:
-        """Add a table: raw cosines, float32 ``[N]``, and which of them are usable, bool ``[N]``."""
+        """Add a table: raw scores, float32 ``[N]``, and which of them are usable, bool ``[N]``."""
         indices = np.nonzero(usable & np.isfinite(scores))[0]
         found = scores[indices].astype(np.float64)
         above = self._keeps(scores[indices])
@@ -51,7 +61,7 @@ class Picker:
         self._highest.add(table, indices, found, costs=-found)
         self._above.add(table, indices[above], found[above], costs=found[above])
         self._below.add(table, indices[~above], found[~above], costs=-found[~above])
-        bins, first = np.unique(np.floor(found / _SPREAD_WIDTH).astype(int), return_index=True)
+        bins, first = np.unique(np.floor(found / self._spread_width).astype(int), return_index=True)
         for number, row in zip(bins.tolist(), first.tolist(), strict=True):
             self._spread.setdefault(number, Pick(float(found[row]), table, int(indices[row])))
 

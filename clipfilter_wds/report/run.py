@@ -1,19 +1,19 @@
 """Makes the report: reads score tables and shards, and writes the page."""
 
 from collections.abc import Sequence
+from functools import partial
+from math import isfinite
 
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.findings import Findings, ScoredRun, Start, gather
+from clipfilter_wds.report.histogram import COSINE_GRID, Grid
 from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
-from clipfilter_wds.scores.fraction import Cut
+from clipfilter_wds.scores.fraction import Cut, find_cutoffs
 from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
 from clipfilter_wds.shards.urls import find_shards
 from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.storage.publish import publish
-
-#: Where the slider begins for a run that kept no score.
-_NOTHING_KEPT = 1.0
 
 
 def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Findings:
@@ -41,11 +41,22 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
 
 def _start(config: ReportConfig, run: ScoredRun) -> Start:
     """Where the slider begins: as configured, at the run's threshold, or exactly where its fraction was cut."""
-    summary = run.summary
+    summary, kind = run.summary, run.table.kind
+    grid = COSINE_GRID if kind.is_cosine else _grid_of(run)
+    start = partial(Start, kind=kind, grid=grid)
     chosen = config.threshold if config.threshold is not None else summary.get("threshold")
     if chosen is not None:
-        return Start(float(chosen))
+        return start(float(chosen))
     if "cut" in summary:
         cut = Cut(score=summary["cut"], num_ties_dropped=summary.get("cut_ties_dropped", 0))
-        return Start(_NOTHING_KEPT if cut.score is None else float(cut.score), cut)
-    return Start(0.0 if summary.get("subset") is not None else DEFAULT_THRESHOLD)
+        return start(grid.last / grid.steps if cut.score is None else float(cut.score), cut)
+    if not kind.is_cosine:
+        middle = find_cutoffs(run.read_usable, 0.5)[0].score
+        return start(middle if isfinite(middle) else 0.0)
+    return start(0.0 if summary.get("subset") is not None else DEFAULT_THRESHOLD)
+
+
+def _grid_of(run: ScoredRun) -> Grid:
+    """Where scores are counted that have no usual range: between the lowest and the highest."""
+    ends = [(float(scores.min()), float(scores.max())) for scores in run.read_usable() if len(scores)]
+    return Grid.over(min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0))

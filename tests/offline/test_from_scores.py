@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import webdataset
 
@@ -14,6 +13,7 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
 from tests.support.outputs import bits, check_accounting, run
+from tests.support.score_tables import derive
 from tests.support.toys import pair, tar_members, write_shard, write_tar
 
 
@@ -156,17 +156,8 @@ def test_samples_within_the_error_band_of_the_cut_are_counted(shards, scores, tm
 @pytest.fixture
 def losses(scores, tmp_path) -> Path:
     """Score tables of another kind: three times what the cosines lack to 0.5."""
-    folder = tmp_path / "losses"
-    shutil.copytree(scores, folder)
-    for path in folder.rglob("*.parquet"):
-        found = ShardScores.read(path)
-        derived = pa.array(np.where(found.usable, 3 * (found.scores - np.float32(0.5)), np.float32(0.0)), pa.float32())
-        table = found.table.set_column(found.table.schema.get_field_index("score"), "score", derived)
-        fingerprint = {**found.metadata.fingerprint, "score": "loss"}
-        metadata = replace(found.metadata, fingerprint=fingerprint, range=(None, 0.0))
-        with path.open("wb") as file:
-            ShardScores(table=table, metadata=metadata).write(file)
-    return folder
+    folder = shutil.copytree(scores, tmp_path / "losses")
+    return derive(folder, "loss", lambda cosines: 3 * (cosines - np.float32(0.5)), limits=(None, 0.0))
 
 
 def test_scores_of_another_kind_are_neither_clipped_nor_given_a_threshold(shards, losses, tmp_path):

@@ -16,8 +16,10 @@ from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
 from clipfilter_wds.report.run import write_report
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason, UnusableError
 from tests.report.conftest import THRESHOLD, Run
+from tests.support.score_tables import derive
 from tests.support.toys import encoded, pair, photo, write_shard
 
 
@@ -231,3 +233,34 @@ def test_tables_of_different_settings_are_refused(run, scorer, tmp_path):
     shutil.copy(run.output / "_scores" / "00000.parquet", tmp_path / "s")
     with pytest.raises(ValueError, match="caption json:caption there, txt here"):
         write_report(ReportConfig(scores=tmp_path / "s", output=tmp_path / "r.html"))
+
+
+@pytest.mark.parametrize("threshold", [None, -7.5])
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_scores_of_another_kind_are_counted_over_their_own_range(run, tmp_path, threshold, scale):
+    folder = shutil.copytree(run.output / "_scores", tmp_path / "scores")
+    derive(folder, "loss", lambda cosines: np.float32(scale) * (cosines - np.float32(0.5)), limits=(None, 0.0))
+    write_report(ReportConfig(scores=folder, output=tmp_path / "r.html", threshold=threshold))
+    data, page = page_data(tmp_path / "r.html"), (tmp_path / "r.html").read_text()
+    tables = [ShardScores.read(path) for path in sorted(folder.glob("*.parquet"))]
+    scores = np.concatenate([table.scores[table.usable] for table in tables]).astype(np.float64)
+    assert (data["kind"], data["is_cosine"]) == ("loss", False)
+    assert "as <strong>loss</strong>" in page
+    assert "clipped to [0, 1]" not in page
+    if threshold is None:
+        assert data["threshold"] == np.sort(scores)[len(scores) - round(len(scores) / 2)]
+    else:
+        assert data["threshold"] == threshold
+    assert data["kept"] == (scores >= data["threshold"]).sum()
+    steps = data["first_step"] + np.arange(len(data["at_least"]))
+    assert steps[0] / data["steps"] < scores.min()
+    assert steps[-1] / data["steps"] > scores.max()
+    assert 500 < len(steps) < 20_000
+    for number in range(0, len(steps), 50):
+        assert data["at_least"][number] == (scores >= steps[number] / data["steps"]).sum()
+
+
+def test_the_threshold_of_another_kind_lies_in_its_range(run, tmp_path):
+    folder = derive(shutil.copytree(run.output / "_scores", tmp_path / "scores"), "loss", np.negative, limits=(None, 0))
+    with pytest.raises(ValueError, match=r"threshold is 0.25; a score of kind 'loss' lies in"):
+        ReportConfig(scores=folder, output=tmp_path / "r.html", threshold=0.25)

@@ -1,6 +1,8 @@
 """Makes score tables of made-up samples."""
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,19 @@ def shard_scores(rows: list[SampleRow], scores=None, **changes) -> ShardScores:
     says = {"shard": "/data/0.tar", "num_bytes": 10_240, "torn": False, "fingerprint": FINGERPRINT, **changes}
     metadata = ScoreMetadata(num_samples=len(rows), **says)
     return ShardScores.from_rows(SampleRows.of(rows), np.asarray(scores, dtype=np.float32), metadata)
+
+
+def derive(folder: Path, kind: str, of, *, limits=(None, None)) -> Path:
+    """Turn the score tables in a folder into ones of another kind: ``of`` cosines, float32 ``[N]``."""
+    for path in folder.rglob("*.parquet"):
+        found = ShardScores.read(path)
+        derived = np.where(found.usable, of(found.scores), 0).astype(np.float32)
+        column = found.table.schema.get_field_index("score")
+        table = found.table.set_column(column, "score", pa.array(derived))
+        fingerprint = {**found.metadata.fingerprint, "score": kind}
+        metadata = replace(found.metadata, fingerprint=fingerprint, range=limits, band=0.0)
+        path.write_bytes(written(ShardScores(table=table, metadata=metadata)))
+    return folder
 
 
 def written(scores: ShardScores) -> bytes:
