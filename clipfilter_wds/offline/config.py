@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
+from clipfilter_wds.scores.where import Where
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
@@ -121,11 +122,13 @@ class RewriteConfig(ScoreConfig):
     Such a run also writes shards of the kept samples.
 
     Attributes:
-        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 where neither
-            ``keep_fraction`` nor ``subset`` is given. Scores of another kind are compared as they are, and have no
-            default.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; 0.25 where no
+            ``keep_fraction``, ``subset`` or ``where`` is given. Scores of another kind are compared as they are, and
+            have no default.
         keep_fraction: Keep this share of all pairs that can be scored, those with the highest scores.
         subset: Keep only what this file lists: a ``.npy`` of uids like DataComp's, or a text file with a key per line.
+        where: Keep only what meets this condition on the columns of the score tables, such as
+            ``width >= 200 and num_tokens > 3``.
         scores: Folder of score tables that were made before; then no model is loaded and no image decoded.
         samples_per_shard: Pack what is kept into shards of this many samples, ``00000.tar`` and so on; by default each
             input shard has an output shard of its own.
@@ -134,11 +137,13 @@ class RewriteConfig(ScoreConfig):
     threshold: float | None = None
     keep_fraction: float | None = None
     subset: str | Path | None = None
+    where: str | None = None
     scores: str | Path | None = None
     samples_per_shard: int | None = None
 
     def __post_init__(self) -> None:
-        _ = self.choice  # checks itself
+        if self.choice.where is not None:
+            self._check_where(self.choice.where)
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
         if self.embeddings is not None and self.scores is not None:
@@ -151,10 +156,19 @@ class RewriteConfig(ScoreConfig):
     def choice(self) -> Choice:
         """What is kept."""
         subset = None if self.subset is None else Subset(Path(self.subset))
-        is_default = self.threshold is None and self.keep_fraction is None and subset is None
+        where = None if self.where is None else Where(self.where)
+        is_default = self.threshold is None and self.keep_fraction is None and subset is None and where is None
         kind = self._kind
         threshold = kind.default_threshold if is_default else self.threshold
-        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind)
+        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind, where=where)
+
+    def _check_where(self, where: Where) -> None:
+        from clipfilter_wds.scores.folder import schema_of_scores  # imports pyarrow, for this alone
+        from clipfilter_wds.scores.table import no_rows
+
+        schema = no_rows().schema if self.scores is None else schema_of_scores(self.scores)
+        if schema is not None:
+            where.check(schema)
 
     @property
     def _kind(self) -> ScoreKind:

@@ -101,7 +101,7 @@ def _check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple
             return "there is no score table of it; score it first"
         try:
             check_table(table, url)
-            if choice.subset is not None:
+            if choice.is_among:
                 choice.candidates(ShardScores.read(table))
         except ShardError as error:
             return str(error)

@@ -20,6 +20,9 @@ from clipfilter_wds.version import __version__
 _MAX_SHARD_POINTS, _MAX_OUTLIERS, _MAX_OUTLIER_LINES = 2000, 500, 50
 _MAX_FAILED_LINES = 20
 
+#: Why the run dropped samples without looking at their scores.
+_NOT_CHOSEN = ("not_in_subset", "not_selected")
+
 
 def render(
     findings: Findings, cards: Sequence[Card], summary: Mapping[str, Any], start: Start, *, has_shards: bool
@@ -65,7 +68,7 @@ def render(
         outlier_deviations=OUTLIER_DEVIATIONS,
         failed=list(summary.get("failed_shards", {}).items())[:_MAX_FAILED_LINES],
         num_failed=len(summary.get("failed_shards", {})),
-        not_in_subset=summary.get("dropped", {}).get("not_in_subset", 0),
+        not_chosen={name: summary.get("dropped", {}).get(name, 0) for name in _NOT_CHOSEN},
         keep_fraction=summary.get("keep_fraction"),
         run_kept=summary.get("kept"),
         run_cut=start.cut,

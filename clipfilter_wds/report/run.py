@@ -53,7 +53,7 @@ def _start(config: ReportConfig, run: ScoredRun) -> Start:
     if not kind.is_cosine:
         middle = find_cutoffs(run.read_usable, 0.5)[0].score
         return start(middle if isfinite(middle) else 0.0)
-    return start(0.0 if summary.get("subset") is not None else DEFAULT_THRESHOLD)
+    return start(DEFAULT_THRESHOLD if summary.get("subset") is None and summary.get("where") is None else 0.0)
 
 
 def _grid_of(run: ScoredRun) -> Grid:

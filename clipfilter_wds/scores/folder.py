@@ -5,6 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
@@ -109,6 +112,12 @@ def kind_of_scores(folder: str | Path) -> ScoreKind:
     """
     path = next(_table_folder(folder).rglob("*.parquet"), None)
     return COSINES if path is None else read_metadata(path).kind
+
+
+def schema_of_scores(folder: str | Path) -> pa.Schema | None:
+    """The columns of the tables in a folder, by any of them; None where there is none yet."""
+    path = next(_table_folder(folder).rglob("*.parquet"), None)
+    return None if path is None else pq.read_schema(path)
 
 
 def _table_folder(folder: str | Path) -> Path:

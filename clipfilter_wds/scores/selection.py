@@ -9,6 +9,7 @@ from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.subset import Subset
+from clipfilter_wds.scores.where import Where
 from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason, FilterStats, ShardError
 
 if TYPE_CHECKING:  # a config holds a choice, and pyarrow takes a tenth of a second to import
@@ -53,6 +54,7 @@ class Choice:
         keep_fraction: Keep this share of all, those with the highest scores; None for no such limit.
         subset: Keep what is listed only.
         kind: Of the scores.
+        where: Keep what meets this condition only.
 
     Raises:
         ValueError: When one of them can't be used, or they contradict each other.
@@ -62,6 +64,7 @@ class Choice:
     keep_fraction: float | None = None
     subset: Subset | None = None
     kind: ScoreKind = COSINES
+    where: Where | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep_fraction is not None:
@@ -78,11 +81,17 @@ class Choice:
     def settings(self) -> dict[str, Any]:
         """What it is, ready for JSON."""
         subset = None if self.subset is None else self.subset.digest
-        return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset}
+        where = None if self.where is None else self.where.text
+        return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset, "where": where}
+
+    @property
+    def is_among(self) -> bool:
+        """Whether it is made among some of the samples, and not of all that could be scored."""
+        return self.subset is not None or self.where is not None
 
     def candidates(self, scores: "ShardScores") -> np.ndarray:
         """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
-        candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset).keep]
+        candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset, where=self.where).keep]
         return candidates
 
     def num_in_band(self, scores: "ShardScores", cutoff: Cutoff | None) -> int:
@@ -99,11 +108,16 @@ class Choice:
     def select(self, scores: "ShardScores", cutoff: Cutoff | None) -> Selection:
         """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""
         assert (cutoff is None) == (self.keep_fraction is None)
-        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset)
+        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset, where=self.where)
 
 
 def select(
-    scores: "ShardScores", threshold: float | None, *, cutoff: Cutoff | None = None, subset: Subset | None = None
+    scores: "ShardScores",
+    threshold: float | None,
+    *,
+    cutoff: Cutoff | None = None,
+    subset: Subset | None = None,
+    where: Where | None = None,
 ) -> Selection:
     """Keep what could be scored, passes and is in the subset.
 
@@ -114,15 +128,19 @@ def select(
         threshold: Keep what passes it, as the kind of the scores has it; None sets none.
         cutoff: Keep what is among the run's highest scores; None for no such limit.
         subset: Keep what is listed; None for no such limit.
+        where: Keep what meets this condition; None for no such limit.
 
     Raises:
-        ShardError: When the subset lists uids and no sample of the shard has one.
+        ShardError: When the subset lists uids and no sample of the shard has one, or the table lacks a column of the
+            condition.
     """
     reasons = scores.reasons
     if subset is not None:
         # A sample that was not read is dropped for that: nobody knows what it is.
         is_read = ~np.isin(reasons, [REASON_CODES[DropReason.TORN], REASON_CODES[DropReason.MEMBER_TOO_LARGE]])
         reasons[is_read & ~_listed(scores, subset, is_read)] = REASON_CODES[DropReason.NOT_IN_SUBSET]
+    if where is not None:
+        reasons[(reasons == NO_REASON) & ~_meets(scores, where)] = REASON_CODES[DropReason.NOT_SELECTED]
     if threshold is not None:
         passed = scores.metadata.kind.passes(scores.scores, threshold)
         reasons[(reasons == NO_REASON) & ~passed] = REASON_CODES[DropReason.BELOW_THRESHOLD]
@@ -131,6 +149,13 @@ def select(
         low = candidates[~cutoff.keeps(scores.scores[candidates])]
         reasons[low] = REASON_CODES[DropReason.BELOW_THRESHOLD]
     return Selection(reasons=reasons)
+
+
+def _meets(scores: "ShardScores", where: Where) -> np.ndarray:
+    try:
+        return where.selects(scores.table)
+    except ValueError as error:
+        raise ShardError(str(error)) from None
 
 
 def _listed(scores: "ShardScores", subset: Subset, is_read: np.ndarray) -> np.ndarray:

@@ -181,3 +181,19 @@ def test_a_fraction_of_scores_of_another_kind_is_that_of_the_cosines_they_were_m
     from_scores(shards, tmp_path / "losses", losses, keep_fraction=0.4)
     for name in ("00000.tar", "00001.tar", "00002.tar"):
         assert (tmp_path / "losses" / name).read_bytes() == (tmp_path / "cosines" / name).read_bytes()
+
+
+def test_a_condition_on_the_columns_chooses_among_all(scorer, shards, scores, tmp_path):
+    condition = "index >= 5 and num_tokens > 3"
+    summary = from_scores(shards, tmp_path / "later", scores, where=condition)
+    assert summary["where"] == condition
+    assert summary["dropped"] == {"unreadable_image": 3, "not_selected": 15}
+    run(scorer, f"{shards}/*.tar", tmp_path / "fresh", where=condition, threshold=-1)
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "later" / name).read_bytes()
+    summary = from_scores(shards, tmp_path / "half", scores, where=condition, keep_fraction=0.5)
+    assert summary["kept"] == round(0.5 * 3 * 24)
+    with pytest.raises(ValueError, match=r"where index >= 5 .* there, null here"):
+        from_scores(shards, tmp_path / "later", scores, threshold=0.1)
+    with pytest.raises(ValueError, match="there is no column 'wdith'; the tables have key, index"):
+        RewriteConfig(shards=f"{shards}/*.tar", output=tmp_path / "none", where="wdith > 3", scores=scores)
