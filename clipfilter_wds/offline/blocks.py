@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.json_columns import JsonColumns, JsonValue
 from clipfilter_wds.preprocess.members import read_uid
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.shards.samples import SampleLayout, read_part, read_samples
@@ -33,12 +34,14 @@ class Block:
     Attributes:
         part: The worker's share of the shard that the samples come from.
         prepared: The samples.
+        columns: Per sample, the values of ``json_columns``.
         end: Set on the part's last block, which may hold no samples.
         error: Set instead of ``end`` when the shard can't be used; the shard's earlier blocks don't count then.
     """
 
     part: ShardPart
     prepared: PreparedBatch
+    columns: Sequence[tuple[JsonValue, ...]] = ()
     end: ShardEnd | None = None
     error: str | None = None
 
@@ -68,6 +71,7 @@ class BlockDataset(IterableDataset[Block]):
         preprocess: The scorer's ``preprocess``.
         batch_size: Samples per block; a shard's last block may hold fewer.
         layout: Which members are image and caption.
+        json_columns: Fields of the json member to read, None for none.
         subset: Samples that it does not list are not decoded; they have the reason ``not_in_subset``.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
         interleaved: See ``BatchBuilder``.
@@ -82,6 +86,7 @@ class BlockDataset(IterableDataset[Block]):
     preprocess: ClipPreprocess
     batch_size: int = 64
     layout: SampleLayout = field(default_factory=SampleLayout)
+    json_columns: JsonColumns | None = None
     subset: Subset | None = None
     allow_pipe: bool = False
     interleaved: bool = False
@@ -110,16 +115,20 @@ class BlockDataset(IterableDataset[Block]):
 
         read = partial(read_samples, layout=self.layout, wanted=wanted, pair_only=True)
         builder = BatchBuilder(self.preprocess, self.batch_size, slot_buffer, interleaved=self.interleaved)
+        columns: list[tuple[JsonValue, ...]] = []
         try:
             worker_tracker.begin_shard(part.url)
             for item in read_part(part, read, allow_pipe=self.allow_pipe):
                 if isinstance(item, ShardEnd):
-                    yield Block(part=part, prepared=builder.build(), end=item)
+                    yield Block(part=part, prepared=builder.build(), columns=columns, end=item)
                     continue
                 with worker_tracker.at(part.url, item.index):
                     self._add(worker_tracker.checked(part.url, item), builder)
+                    if self.json_columns is not None:
+                        columns.append(self.json_columns.read(item))
                 if len(builder) == self.batch_size:
-                    yield Block(part=part, prepared=builder.build())
+                    yield Block(part=part, prepared=builder.build(), columns=columns)
+                    columns = []
         except ShardError as error:
             yield Block(part=part, prepared=builder.build(), error=str(error))
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
@@ -41,6 +42,8 @@ class ScoreConfig(WorkerConfig):
             that a sample has. By default jpg, jpeg, png, webp, bmp, gif, tif, tiff, ppm, jp2, avif, jfif.
         embeddings: Save the embeddings of images and captions too, beside the score tables, as fp16 or fp32: per shard
             and tower a ``.npy`` with a row for each sample.
+        columns: Fields of the json member to put into the score tables, to select by:
+            ``json:punsafe,json:LANGUAGE=text``. Each is a number, unless =integer, =text or =bool says otherwise.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
 
@@ -53,6 +56,7 @@ class ScoreConfig(WorkerConfig):
     caption: str = "txt"
     image: str | None = None
     embeddings: Embeddings | None = None
+    columns: str | None = None
     skip_missing_shards: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +64,10 @@ class ScoreConfig(WorkerConfig):
         if self.embeddings not in (None, *get_args(Embeddings)):
             raise ValueError(f"embeddings is {self.embeddings!r}; use fp16 or fp32, or leave it out")
         _ = self.layout  # checks itself
+        if self.column_sources:
+            from clipfilter_wds.scores.table import table_schema  # imports pyarrow, for this alone
+
+            table_schema(self.column_sources)
         _check_apart(self.names, self.folder)
         check_writable(self.folder)
 
@@ -109,6 +117,16 @@ class ScoreConfig(WorkerConfig):
         """Where image and caption are."""
         return SampleLayout(caption=self.caption, image=self.image)
 
+    @cached_property
+    def json_columns(self) -> JsonColumns | None:
+        """Fields of the json member that become columns of the tables."""
+        return None if self.columns is None else JsonColumns(self.columns)
+
+    @property
+    def column_sources(self) -> tuple[str, ...]:
+        """These, as score tables name them."""
+        return () if self.json_columns is None else self.json_columns.sources
+
     @property
     def settings(self) -> dict[str, Any]:
         """What the summary says of the options."""
@@ -146,10 +164,11 @@ class RewriteConfig(ScoreConfig):
             self._check_where(self.choice.where)
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
-        if self.embeddings is not None and self.scores is not None:
-            raise ValueError(
-                "embeddings are saved when shards are scored, and scores names what was scored before; give one"
-            )
+        for name in ("embeddings", "columns"):
+            if getattr(self, name) is not None and self.scores is not None:
+                raise ValueError(
+                    f"{name} are saved when shards are scored, and scores names what was scored before; give one"
+                )
         super().__post_init__()
 
     @cached_property
@@ -164,9 +183,9 @@ class RewriteConfig(ScoreConfig):
 
     def _check_where(self, where: Where) -> None:
         from clipfilter_wds.scores.folder import schema_of_scores  # imports pyarrow, for this alone
-        from clipfilter_wds.scores.table import no_rows
+        from clipfilter_wds.scores.table import table_schema
 
-        schema = no_rows().schema if self.scores is None else schema_of_scores(self.scores)
+        schema = table_schema(self.column_sources) if self.scores is None else schema_of_scores(self.scores)
         if schema is not None:
             where.check(schema)
 

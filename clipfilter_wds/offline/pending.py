@@ -1,6 +1,6 @@
 """Collects the blocks of a shard that have been scored, until all of it is there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from clipfilter_wds.models.recheck import BatchScores
 from clipfilter_wds.offline.blocks import Block
+from clipfilter_wds.preprocess.json_columns import JsonValue
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.embeddings import ShardEmbeddings
 from clipfilter_wds.scores.fingerprint import Fingerprint
@@ -22,13 +23,14 @@ class ScoredBlock(NamedTuple):
 
     part: ShardPart
     rows: SampleRows
+    columns: Sequence[tuple[JsonValue, ...]]
     end: ShardEnd | None
     error: str | None
 
     @classmethod
     def of(cls, block: Block) -> Self:
         """Leave the pixels behind."""
-        return cls(block.part, block.prepared.rows, block.end, block.error)
+        return cls(block.part, block.prepared.rows, block.columns, block.end, block.error)
 
 
 class ScoredShard(NamedTuple):
@@ -46,11 +48,13 @@ class ScoredBy:
         fingerprint: What the scores depend on beside the shards.
         rechecked_at: See ``ScoreMetadata``.
         embeddings: Likewise.
+        columns: Likewise.
     """
 
     fingerprint: Fingerprint
     rechecked_at: float | None
     embeddings: Mapping[str, Any] | None
+    columns: tuple[str, ...]
 
 
 @dataclass
@@ -60,6 +64,7 @@ class PendingShard:
     Attributes:
         part: Any of its parts.
         rows: The samples, per block.
+        columns: Of each sample, the values of further columns.
         scores: Of the usable ones, per block.
         ends: What each part that was read whole found at the shard's end.
         errors: Per part that could not be read, why.
@@ -67,6 +72,7 @@ class PendingShard:
 
     part: ShardPart
     rows: list[SampleRows] = field(default_factory=list)
+    columns: list[tuple[JsonValue, ...]] = field(default_factory=list)
     scores: list[BatchScores] = field(default_factory=list)
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -74,6 +80,7 @@ class PendingShard:
     def add(self, block: ScoredBlock, scores: BatchScores) -> None:
         """Take in a block with its scores."""
         self.rows.append(block.rows)
+        self.columns += block.columns
         self.scores.append(scores)
         if block.end is not None:
             self.ends.append(block.end)
@@ -106,8 +113,10 @@ class PendingShard:
             rechecked_at=by.rechecked_at,
             members=end.members,
             embeddings=by.embeddings,
+            columns=by.columns,
         )
-        scores = ShardScores.from_rows(rows, np.concatenate([batch.scores for batch in self.scores]), metadata)
+        cosines = np.concatenate([batch.scores for batch in self.scores])
+        scores = ShardScores.from_rows(rows, cosines, metadata, self.columns)
         return ScoredShard(scores, None if by.embeddings is None else self._embeddings(rows, scores, by.embeddings))
 
     def _embeddings(self, rows: SampleRows, scores: ShardScores, saved: Mapping[str, Any]) -> ShardEmbeddings:

@@ -36,6 +36,7 @@ def plan_scoring(config: ScoreConfig, fingerprint: Fingerprint, rechecked_at: fl
             rechecked_at=rechecked_at,
             files=EmbeddingFiles.beside(config.table_folder, name),
             embeddings=config.embeddings,
+            columns=config.column_sources,
             copy=copy,
         )
         tasks.append(task)

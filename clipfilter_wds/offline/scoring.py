@@ -18,6 +18,7 @@ from clipfilter_wds.offline.config import DTYPES, Embeddings, RewriteConfig, Sco
 from clipfilter_wds.offline.copying import CopyTask, shard_stats
 from clipfilter_wds.offline.pending import PendingShard, ScoredBlock, ScoredBy, ScoredShard
 from clipfilter_wds.offline.tally import ShardStats
+from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.selection import Choice, select
@@ -47,6 +48,7 @@ class ScoringOptions:
         worker_timeout: Seconds that one sample may take to decode; 0 for no limit.
         subset: Decode and score only the samples that are listed.
         embeddings: Save the embeddings, in this type; None saves none.
+        columns: Fields of the json member that the tables hold too; None for none.
         measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
             every process that scores shards of the run, and when it is resumed, so that all compute the same bits.
     """
@@ -58,6 +60,7 @@ class ScoringOptions:
     threshold: float | None = None
     subset: Subset | None = None
     embeddings: Embeddings | None = None
+    columns: JsonColumns | None = None
     measured_on: tuple[str, ...] = ()
 
     @classmethod
@@ -72,6 +75,7 @@ class ScoringOptions:
             threshold=choice.threshold,
             subset=choice.subset,
             embeddings=config.embeddings,
+            columns=config.json_columns,
             measured_on=tuple(config.urls[:MAX_MEASURED_BLOCKS]),
         )
 
@@ -89,7 +93,12 @@ class ScoringOptions:
         if self.embeddings is not None:
             saved = {"dtype": DTYPES[self.embeddings], "dim": scorer.embedding_dim}
             embeddings = {**saved, "temperature": scorer.temperature}
-        return ScoredBy(fingerprint=fingerprint, rechecked_at=self.rechecked_at(fingerprint), embeddings=embeddings)
+        return ScoredBy(
+            fingerprint=fingerprint,
+            rechecked_at=self.rechecked_at(fingerprint),
+            embeddings=embeddings,
+            columns=() if self.columns is None else self.columns.sources,
+        )
 
     def rechecked_at(self, fingerprint: Fingerprint) -> float | None:
         """What score tables say of the threshold; None when all scores are in float32."""
@@ -107,6 +116,7 @@ class ScoreTask:
         rechecked_at: What the table says of the threshold; see ``ScoreMetadata``.
         files: Where embeddings go.
         embeddings: Their type; None saves none.
+        columns: What further columns the table has at least; see ``ScoreMetadata``.
         copy: Makes the tar; None where nothing is copied, or nothing before all shards are scored.
     """
 
@@ -116,6 +126,7 @@ class ScoreTask:
     rechecked_at: float | None
     files: EmbeddingFiles
     embeddings: Embeddings | None
+    columns: tuple[str, ...]
     copy: CopyTask | None
 
     @property
@@ -134,9 +145,9 @@ class ScoreTask:
             scores = self._read_table()
             return None if scores is None else _stats_of(scores)
         stats = self.copy.committed()
-        if stats is None or self.embeddings is None or self._read_table() is not None:
+        if stats is None or not (self.embeddings or self.columns) or self._read_table() is not None:
             return stats
-        self.copy.files.forget()  # it was made without embeddings
+        self.copy.files.forget()  # it was made without embeddings, or columns
         return None
 
     def copy_left(self) -> CopyTask | None:
@@ -163,7 +174,8 @@ class ScoreTask:
         check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
         check_source(self.table, found.shard, self.url)
         is_alike = found.rechecked_at == self.rechecked_at and found.num_bytes == shard_num_bytes(self.url)
-        return scores if is_alike and self._has_embeddings(found) else None
+        has_columns = set(self.columns) <= set(found.columns)
+        return scores if is_alike and has_columns and self._has_embeddings(found) else None
 
     def _has_embeddings(self, found: ScoreMetadata) -> bool:
         """Whether the embeddings that this run would save are there."""
@@ -264,6 +276,7 @@ def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *
         preprocess=scorer.preprocess,
         batch_size=batch_size,
         layout=options.layout,
+        json_columns=options.columns,
         subset=options.subset,
         interleaved=scorer.copies_inputs,
     )

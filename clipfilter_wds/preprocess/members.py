@@ -16,7 +16,7 @@ from clipfilter_wds.storage.text import decode_text
 from clipfilter_wds.types import DropReason, Sample, UnusableError
 
 _UID = re.compile(r"[0-9a-fA-F]{32}")
-_MAX_UID_BYTES = SampleLayout().max_text_bytes
+_MAX_JSON_BYTES = SampleLayout().max_text_bytes
 
 #: An image has no more captions than this.
 MAX_CAPTIONS = 1000
@@ -142,12 +142,20 @@ def read_uid(sample: Sample) -> bytes | None:
 
     A large json is not looked into, and one that doesn't have the word is not parsed.
     """
-    data = next((member.data for member in sample.members if member.extension == "json"), None)
-    if data is None or len(data) > _MAX_UID_BYTES:
-        return None
-    text = decode_text(data, errors="replace")
-    uids = _json_texts(text, "uid") if '"uid"' in text else []
+    text = json_member(sample)
+    uids = _json_texts(text, "uid") if text is not None and '"uid"' in text else []
     return bytes.fromhex(uids[0]) if len(uids) == 1 and _UID.fullmatch(uids[0]) else None
+
+
+def json_member(sample: Sample) -> str | None:
+    """The text of a sample's json member; None where there is none, or it is large."""
+    data = next((member.data for member in sample.members if member.extension == "json"), None)
+    return None if data is None or len(data) > _MAX_JSON_BYTES else decode_text(data, errors="replace")
+
+
+def json_values(record: Any, field: str) -> Iterator[Any]:
+    """What a field holds; of a list, each entry. Names after dots are those of fields in the one before."""
+    return _values_of(record, field.split("."))
 
 
 def _json_texts(record: Any, field: str) -> list[str]:
@@ -157,7 +165,7 @@ def _json_texts(record: Any, field: str) -> list[str]:
             record = json.loads(record)
         except (ValueError, RecursionError):
             return []
-    values = _values_of(record, field.split("."))
+    values = json_values(record, field)
     return [_encodable(text) for text in values if isinstance(text, str)]
 
 

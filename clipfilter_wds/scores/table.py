@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipfilter_wds.preprocess.json_columns import JsonValue
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
@@ -25,7 +26,7 @@ _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
 
 #: Entries of the metadata that the first tables lack.
-_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high), "embeddings": None}
+_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high), "embeddings": None, "columns": ()}
 
 _SCHEMA = pa.schema(
     [
@@ -40,6 +41,9 @@ _SCHEMA = pa.schema(
         ("uid", pa.binary(16)),
     ]
 )
+
+#: Types of further columns, as ``COLUMN_TYPES`` calls them.
+_ARROW_TYPES = {"number": pa.float64(), "integer": pa.int64(), "text": pa.string(), "bool": pa.bool_()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class ScoreMetadata:
         range: The lowest and the highest score that there can be; None for no such limit.
         embeddings: What was saved beside the table: ``dtype`` (``float16``, ``float32``), ``dim``, and the model's
             ``temperature``, which is 1 / exp(logit_scale), or None where the checkpoint has none. None when none were.
+        columns: Where the further columns of the table come from, and their types: ``json:punsafe=number``.
     """
 
     version: int = _FORMAT_VERSION
@@ -76,6 +81,7 @@ class ScoreMetadata:
     members: Mapping[str, int] = field(default_factory=dict)
     range: tuple[float | None, float | None] = (COSINES.low, COSINES.high)
     embeddings: Mapping[str, Any] | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def kind(self) -> ScoreKind:
@@ -93,7 +99,7 @@ class ScoreMetadata:
         if found["version"] != _FORMAT_VERSION:
             raise _VersionError(f"has format {found['version']}, this version reads {_FORMAT_VERSION}")
         found = {**_CAME_LATER, **found}
-        found["range"] = tuple(found["range"])
+        found["range"], found["columns"] = tuple(found["range"]), tuple(found["columns"])
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
@@ -119,7 +125,13 @@ class ShardScores:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
 
     @classmethod
-    def from_rows(cls, rows: SampleRows, scores: np.ndarray, metadata: ScoreMetadata) -> Self:
+    def from_rows(
+        cls,
+        rows: SampleRows,
+        scores: np.ndarray,
+        metadata: ScoreMetadata,
+        values: Sequence[tuple[JsonValue, ...]] = (),
+    ) -> Self:
         """Make a table of rows in any order.
 
         Args:
@@ -127,6 +139,7 @@ class ShardScores:
             scores: Of the rows without a reason, in the same order: raw, float32 ``[N]``. One that is NaN or
                 infinite is none: its sample gets the reason ``not_finite``.
             metadata: What the table says of itself.
+            values: Of all rows, in the same order, those of the metadata's ``columns``.
 
         Raises:
             ValueError: When there are more or fewer scores than rows without a reason.
@@ -135,7 +148,9 @@ class ShardScores:
         texts = pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
         numbers = {name: rows.numbers[name] for name in rows.numbers.dtype.names or ()}
         columns = {**numbers, "key": rows.keys, "uid": rows.uids, "score": all_scores, "reason": texts}
-        table = pa.table([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
+        schema = table_schema(metadata.columns)
+        columns |= dict(zip(schema.names[len(_SCHEMA) :], zip(*values, strict=True), strict=False))
+        table = pa.table([columns.get(name, ()) for name in schema.names], schema=schema)
         return cls(table=table.sort_by("index").combine_chunks(), metadata=metadata)
 
     def write(self, file: BinaryIO) -> None:
@@ -194,6 +209,19 @@ class ShardScores:
         """Per reason, how many samples could not be scored."""
         counts = Counter(self.table["reason"].drop_null().to_pylist())
         return {reason: counts[reason] for reason in DropReason if counts[reason]}
+
+
+def table_schema(sources: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a table, with further ones that are named as ``ScoreMetadata.columns`` does.
+
+    Raises:
+        ValueError: When one has the name of a column that every table has.
+    """
+    fields = [source.removeprefix("json:").rpartition("=") for source in sources]
+    for name, _, _ in fields:
+        if name in _SCHEMA.names:
+            raise ValueError(f"columns: json:{name} has the name of a column that every score table has")
+    return pa.schema([*_SCHEMA, *(pa.field(name, _ARROW_TYPES[kind]) for name, _, kind in fields)])
 
 
 def no_rows() -> pa.Table:

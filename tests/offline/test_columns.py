@@ -1,0 +1,80 @@
+"""Fields of the json member in the score tables, and selecting by them."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.scores.table import ShardScores
+from tests.support.outputs import bits, check_accounting
+from tests.support.toys import pair, tar_members, write_shard
+
+COLUMNS = "json:punsafe,json:meta.lang=text"
+OPTIONS = {"batch_size": 4, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("in")
+    for shard in range(2):
+        samples = [{**pair(i), "json": json.dumps(record(i)).encode()} for i in range(11)]
+        samples[3] = {"jpg": b"no image", **{name: samples[3][name] for name in ("txt", "json")}}
+        del samples[5]["json"]
+        write_shard(folder / f"{shard}.tar", samples, start=100 * shard)
+    write_shard(folder / "empty.tar", [])
+    return f"{folder}/*.tar"
+
+
+def record(number: int) -> dict:
+    return {"punsafe": number / 10, "meta": {"lang": "en" if number % 2 else "de"}}
+
+
+def test_they_are_columns_of_their_types_and_choose(scorer, shards, tmp_path):
+    config = ScoreConfig(shards=shards, output=tmp_path / "scores", columns=COLUMNS, **OPTIONS)
+    process_shards(config, scorer)
+    for name, num_samples in (("0", 11), ("1", 11), ("empty", 0)):
+        scores = ShardScores.read(tmp_path / "scores" / f"{name}.parquet")
+        assert scores.metadata.columns == ("json:punsafe=number", "json:meta.lang=text")
+        assert scores.table.schema.field("punsafe").type == pa.float64()
+        expected = [record(i) if i != 5 else {"punsafe": None, "meta": {"lang": None}} for i in range(num_samples)]
+        assert scores.table["punsafe"].to_pylist() == [one["punsafe"] for one in expected]
+        assert scores.table["meta.lang"].to_pylist() == [one["meta"]["lang"] for one in expected]
+    where = "punsafe < 0.55 and meta.lang == 'en'"
+    process_shards(RewriteConfig(shards=shards, output=tmp_path / "out", scores=tmp_path / "scores", where=where))
+    check_accounting(tmp_path / "out")
+    assert [name for name, _ in tar_members(tmp_path / "out/0.tar") if name.endswith("jpg")] == ["000000001.jpg"]
+
+
+def test_they_are_the_same_bits_whatever_the_workers(scorer, shards, tmp_path):
+    for num_workers in (0, 2):
+        output = tmp_path / str(num_workers)
+        plain = {"batch_size": 4, "num_workers": num_workers, "columns": COLUMNS, "where": "punsafe >= 0.5"}
+        process_shards(RewriteConfig(shards=shards, output=output, **plain), scorer)
+    assert bits(tmp_path / "0") == bits(tmp_path / "2")
+
+
+@pytest.mark.parametrize("rewrites", [False, True], ids=["score", "rewrite"])
+def test_tables_that_lack_them_are_made_again(scorer, shards, tmp_path, rewrites):
+    def run(columns: str | None) -> int:
+        config = RewriteConfig if rewrites else ScoreConfig
+        plain = {"shards": shards, "output": tmp_path / "out", **OPTIONS, **({"threshold": 0.1} if rewrites else {})}
+        return process_shards(config(columns=columns, **plain), scorer).num_scored
+
+    assert [run(columns) for columns in (None, COLUMNS, COLUMNS, None, "json:punsafe")] == [22, 22, 0, 0, 0]
+    assert run("json:punsafe=integer") == 22
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "json:width"}, "json:width has the name of a column that every score table has"),
+        ({"columns": "json:a", "scores": "scores"}, "columns are saved when shards are scored"),
+        ({"columns": "json:a", "where": "b > 1"}, "there is no column 'b'; the tables have key, .*, uid, a$"),
+        ({"columns": "json:a=text", "where": "a > 1"}, "does not go with the types"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(shards, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        RewriteConfig(shards=shards, output=tmp_path / "out", **options)
