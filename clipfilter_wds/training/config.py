@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
+from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
 from clipfilter_wds.workers.config import WorkerConfig
 
 TrainEnd = Literal["sync", "repeat"]
@@ -19,7 +19,7 @@ class LoaderConfig(WorkerConfig):
 
     Attributes:
         threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; None keeps all pairs and
-            only adds their scores.
+            only adds their scores. Scores of another kind, from a score folder, are compared as they are.
         batch_size: Pairs per training batch and rank.
         score_batch_size: Samples per forward pass of the scorer; by default as many as suit the model on its device, 64
             on a CPU.
@@ -60,8 +60,6 @@ class LoaderConfig(WorkerConfig):
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold is not None:
-            COSINES.check_threshold(self.threshold)
         super().__post_init__()
         for name in ("score_batch_size", "starvation_limit", "num_streams"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

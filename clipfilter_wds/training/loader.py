@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clipfilter_wds.options import changed_options, check_options
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
@@ -66,7 +67,12 @@ class ClipFilterLoader:
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
         check_options(type(self).__name__, options, LoaderConfig)
+        kind = COSINES if self.table is None else self.table.kind
+        if "threshold" not in options:
+            options["threshold"] = kind.default_threshold
         self.config = LoaderConfig(**options)
+        if self.config.threshold is not None:
+            kind.check_threshold(self.config.threshold)
         if scorer is None and self.config.threshold is not None:
             raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
         self.world = world or getattr(dataset, "world", None)
@@ -97,7 +103,7 @@ class ClipFilterLoader:
         if table is not None:
             lookup = FolderLookup.of(table, dataset.urls, dataset.layout, config.threshold)
             view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
-            return BatchSource(dataset, config, scorer, lookup=lookup, view=view)
+            return BatchSource(dataset, config, scorer, lookup=lookup, view=view, kind=table.kind)
         if dataset.preprocess is None:
             raise ValueError("the dataset has no preprocess: give it the scorer's, or the loader a ScoreFolder")
         if config.record is None or scorer is None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfilter_wds.scores.kind import ScoreKind
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.keep_rate import KeepRateWatch
 from clipfilter_wds.training.rebatch import Rebatcher
@@ -43,14 +44,15 @@ class Packer:
         config: The loader's.
         begin: Where the iteration begins.
         has_scores: Whether batches get a column ``score``.
+        kind: Of the scores.
 
     Attributes:
         progress: How far the stream is.
         watch: Knows the scores seen, for errors.
     """
 
-    def __init__(self, config: LoaderConfig, begin: LoaderState, *, has_scores: bool) -> None:
-        self._config, self._begin, self._has_scores = config, begin, has_scores
+    def __init__(self, config: LoaderConfig, begin: LoaderState, *, has_scores: bool, kind: ScoreKind) -> None:
+        self._config, self._begin, self._has_scores, self._kind = config, begin, has_scores, kind
         self.progress = begin.progress
         self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
         self._num_seen = self._num_kept = 0
@@ -80,7 +82,7 @@ class Packer:
         yield self._packed(None)
 
     def _take_in(self, scored: Scored) -> None:
-        keep, stats = scored.decide(self._config.threshold)
+        keep, stats = scored.decide(self._config.threshold, self._kind)
         before = self.progress
         kept, given = stats.kept, before.streams[scored.stream].given
         self.progress = before.advance(scored, stats, given=max(0, given - kept))

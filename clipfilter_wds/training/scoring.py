@@ -11,7 +11,7 @@ import torch
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.finite import finite_scores
-from clipfilter_wds.scores.kind import COSINES
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.rebatch import NewTensor, take
 from clipfilter_wds.training.record import Recorder
@@ -51,9 +51,9 @@ class Scored:
     after: StreamProgress = field(default_factory=StreamProgress)
     failures: tuple[tuple[str, str], ...] = ()
 
-    def decide(self, threshold: float | None) -> tuple[np.ndarray, FilterStats]:
+    def decide(self, threshold: float | None, kind: ScoreKind = COSINES) -> tuple[np.ndarray, FilterStats]:
         """Which of the usable samples are kept, bool ``[N]``, and the counts of all; None as threshold keeps all."""
-        keep = np.ones(len(self.scores), dtype=bool) if threshold is None else COSINES.passes(self.scores, threshold)
+        keep = np.ones(len(self.scores), dtype=bool) if threshold is None else kind.passes(self.scores, threshold)
         kept = int(keep.sum())
         dropped = +Counter({**self.unusable, DropReason.BELOW_THRESHOLD: len(keep) - kept})
         return keep, FilterStats(seen=len(keep) + sum(self.unusable.values()), kept=kept, dropped=dict(dropped))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.columns import score_columns
 from clipfilter_wds.training.config import LoaderConfig
@@ -42,6 +43,7 @@ class BatchSource:
         lookup: What workers know of a shard before they read it.
         view: How images are decoded; None for that of the dataset's ``preprocess``.
         recorder: Records the scores that are made.
+        kind: Of the scores.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class BatchSource:
         lookup: ScoreLookup = no_scores,
         view: ImageView | None = None,
         recorder: Recorder | None = None,
+        kind: ScoreKind = COSINES,
     ) -> None:
         self._dataset, self._config, self._scorer = dataset, config, scorer
-        self._lookup, self._view, self._recorder = lookup, view, recorder
+        self._lookup, self._view, self._recorder, self.kind = lookup, view, recorder, kind
         #: Samples that are scored together.
         self.score_batch_size = config.score_batch_size or _score_batch_size(scorer)
         self.has_scores = scorer is not None or lookup is not no_scores

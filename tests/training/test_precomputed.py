@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clipfilter_wds.offline.config import ScoreConfig
@@ -37,6 +38,7 @@ from tests.support.restore import (
     threshold_that_keeps,
     write_numbered,
 )
+from tests.support.score_tables import derive
 from tests.support.toys import make_clip, write_shard
 
 
@@ -111,6 +113,26 @@ def test_shards_and_tables_may_have_moved(scored, tabled, tmp_path):
     moved = Recipe(clip=scored.clip, shards=f"{tmp_path}/data/*.tar", dataset=scored.dataset, loader=scored.loader)
     check = [keys(recipe.build()) for recipe in (moved.from_table(tmp_path / "copied"), moved)]
     assert check[0] == check[1] != [[]]
+
+
+def test_scores_of_another_kind_decide_as_they_are(tabled, tmp_path):
+    folder = shutil.copytree(tabled.scores, tmp_path / "losses")
+    derive(folder, "loss", lambda cosines: 3 * (cosines - np.float32(0.5)), limits=(None, 0.0))
+    losses = tabled.from_table(folder)
+    with pytest.raises(ValueError, match="a score of kind 'loss' lies in"):
+        losses.but(threshold=0.25).build()
+    with pytest.raises(ValueError, match="of kind 'loss', which has no usual threshold"):
+        ClipFilterLoader(ClipWebDataset(losses.shards), ScoreFolder(folder))
+    found = {
+        key: score
+        for table in map(ShardScores.read, folder.rglob("*.parquet"))
+        for key, score, usable in zip(table.keys, table.scores.tolist(), table.usable, strict=True)
+        if usable
+    }
+    threshold = sorted(found.values())[len(found) // 2]
+    assert threshold < 0
+    loader = losses.but(threshold=threshold).build()
+    assert sorted(flat(keys(loader))) == sorted(key for key, score in found.items() if score >= threshold)
 
 
 # --- what it does not do ---
