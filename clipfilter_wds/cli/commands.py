@@ -15,6 +15,7 @@ from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
 from clipfilter_wds.report.config import ReportConfig, RunReportConfig, check_page
+from clipfilter_wds.scores.export.config import ExportConfig
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.version import __version__
@@ -53,6 +54,16 @@ def report(config: ReportConfig) -> int:
 
     _refuse_ranks()
     write_report(config)
+    return ALL_DONE
+
+
+def export(config: ExportConfig) -> int:
+    """Write scores and embeddings as clip-retrieval or DataComp keeps them."""
+    from clipfilter_wds.scores.export.run import export as write_export
+
+    _refuse_ranks()
+    num_samples, num_shards = write_export(config)
+    print(printable(f"{num_samples:,} samples of {num_shards:,} shards are in {config.folder}"))
     return ALL_DONE
 
 
@@ -149,6 +160,7 @@ COMMANDS = {
         Command(rewrite, "'data/{00000..00099}.tar' --output kept --threshold 0.28", "shards"),
         Command(score, "'data/{00000..00099}.tar' --output scores", "shards"),
         Command(report, "scores --output report.html --shards 'data/*.tar'", "scores"),
+        Command(export, "scores --format clip_retrieval --output exported", "scores"),
         Command(table, "photos.csv --output kept.csv --score_key clip_score", "input"),
     )
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from clipfilter_wds.preprocess.members import json_member, json_values
+from clipfilter_wds.preprocess.json_member import encodable, json_member, json_values
 from clipfilter_wds.types import Sample
 
 #: What a column may hold, as the option calls it; the first is the default.
@@ -73,7 +73,7 @@ def _value(record: Any, name: str, kind: str) -> JsonValue:
     if kind == "integer" and is_number and abs(value) < 1 << 63 and value == int(value):
         return int(value)
     if (kind == "text" and isinstance(value, str)) or (kind == "bool" and isinstance(value, bool)):
-        return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
+        return encodable(value) if isinstance(value, str) else value
     return None
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
+from clipfilter_wds.preprocess.json_member import encodable, json_member, json_texts
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.storage.text import decode_text
 from clipfilter_wds.types import DropReason, Sample, UnusableError
 
 _UID = re.compile(r"[0-9a-fA-F]{32}")
-_MAX_JSON_BYTES = SampleLayout().max_text_bytes
 
 #: An image has no more captions than this.
 MAX_CAPTIONS = 1000
@@ -94,7 +94,7 @@ def captions_in(value: str | Sequence[str] | None) -> list[str]:
     captions = [value] if isinstance(value, str) else list(value or [])
     if not captions:
         raise UnusableError(DropReason.MISSING_CAPTION)
-    return list(map(_encodable, captions))
+    return list(map(encodable, captions))
 
 
 def first_image(data: Mapping[str, Any], layout: SampleLayout) -> Any:
@@ -133,7 +133,7 @@ def _captions_of(data: Mapping[str, Any], layout: SampleLayout, extension: str, 
             raise UnusableError(DropReason.TEXT_TOO_LARGE)
         caption = decode_text(caption[:max_bytes], errors="replace")
     if field is not None:
-        return _json_texts(caption, field)
+        return json_texts(caption, field)
     return [caption] if isinstance(caption, str) else []
 
 
@@ -143,53 +143,8 @@ def read_uid(sample: Sample) -> bytes | None:
     A large json is not looked into, and one that doesn't have the word is not parsed.
     """
     text = json_member(sample)
-    uids = _json_texts(text, "uid") if text is not None and '"uid"' in text else []
+    uids = json_texts(text, "uid") if text is not None and '"uid"' in text else []
     return bytes.fromhex(uids[0]) if len(uids) == 1 and _UID.fullmatch(uids[0]) else None
-
-
-def json_member(sample: Sample) -> str | None:
-    """The text of a sample's json member; None where there is none, or it is large."""
-    data = next((member.data for member in sample.members if member.extension == "json"), None)
-    return None if data is None or len(data) > _MAX_JSON_BYTES else decode_text(data, errors="replace")
-
-
-def json_values(record: Any, field: str) -> Iterator[Any]:
-    """What a field holds; of a list, each entry. Names after dots are those of fields in the one before."""
-    return _values_of(record, field.split("."))
-
-
-def _json_texts(record: Any, field: str) -> list[str]:
-    """What a field of a JSON object holds: a text, or the texts of a list."""
-    if isinstance(record, str):
-        try:
-            record = json.loads(record)
-        except (ValueError, RecursionError):
-            return []
-    values = json_values(record, field)
-    return [_encodable(text) for text in values if isinstance(text, str)]
-
-
-def _encodable(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
-    return text.encode("utf-8", errors="replace").decode()
-
-
-def _values_of(value: Any, names: Sequence[str]) -> Iterator[Any]:
-    """What a field holds, or of a list each entry; names after the first are those of fields in the one before.
-
-    A field whose own name has the dots comes before one in another.
-    """
-    if isinstance(value, list):
-        for entry in value:
-            if not isinstance(entry, list):
-                yield from _values_of(entry, names)
-    elif not names:
-        yield value
-    elif isinstance(value, dict):
-        for end in range(len(names), 0, -1):
-            if (name := ".".join(names[:end])) in value:
-                yield from _values_of(value[name], names[end:])
-                return
 
 
 def decode_member(extension: str, data: bytes) -> Any:

@@ -1,0 +1,132 @@
+"""Exports, read as the tools that they are for read them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clipfilter_wds.offline.config import ScoreConfig
+from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.scores.export.config import ExportConfig
+from clipfilter_wds.scores.export.run import export
+from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.table import ShardScores
+from tests.support.toys import pair, write_shard
+
+NUM_SHARDS, PER_SHARD, UNREADABLE = 11, 5, 2
+
+
+@pytest.fixture(scope="module")
+def scores(scorer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("in")
+    for shard in range(NUM_SHARDS):
+        samples = [{**pair(10 * shard + i), "json": record(shard, i)} for i in range(PER_SHARD)]
+        samples[UNREADABLE] = {"jpg": b"no image", "txt": b"a caption"}
+        write_shard(folder / f"{shard:05d}.tar", samples if shard != 4 else [], start=1000 * shard)
+    output = tmp_path_factory.mktemp("scores")
+    process_shards(
+        ScoreConfig(shards=f"{folder}/*.tar", output=output, embeddings="fp16", batch_size=64, num_workers=0), scorer
+    )
+    return output
+
+
+def record(shard: int, number: int) -> bytes:
+    return json.dumps({"uid": f"{1000 * shard + number:032x}"}).encode()
+
+
+def expected(scores) -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """The rows that have a score, in order, and their embeddings."""
+    folder, rows, images, texts = ScoreFolder(scores), [], [], []
+    for path in folder.paths:
+        table = ShardScores.read(path)
+        embeddings = folder.embedding_files(path).read(table.metadata)
+        rows += [row for row in table.table.to_pylist() if row["reason"] is None]
+        images.append(embeddings.image[table.usable])
+        texts.append(embeddings.text[table.usable])
+    assert len(rows) == (NUM_SHARDS - 1) * (PER_SHARD - 1)
+    return rows, np.concatenate(images), np.concatenate(texts)
+
+
+@pytest.fixture
+def clip_retrieval(scores, tmp_path):
+    config = ExportConfig(scores=scores, output=tmp_path / "out", format="clip_retrieval")
+    assert export(config) == ((NUM_SHARDS - 1) * (PER_SHARD - 1), NUM_SHARDS - 1)
+    return tmp_path / "out"
+
+
+def test_the_layout_is_clip_retrievals(scores, clip_retrieval):
+    names = sorted(str(path.relative_to(clip_retrieval)) for path in clip_retrieval.rglob("*.*"))
+    numbers = [f"{number:02d}" for number in range(NUM_SHARDS) if number != 4]
+    assert names == [
+        *(f"img_emb/img_emb_{number}.npy" for number in numbers),
+        *(f"metadata/metadata_{number}.parquet" for number in numbers),
+        *(f"text_emb/text_emb_{number}.npy" for number in numbers),
+    ]
+    rows, images, texts = expected(scores)
+    for tower, vectors in (("img", images), ("text", texts)):
+        files = sorted((clip_retrieval / f"{tower}_emb").iterdir())
+        np.testing.assert_array_equal(np.concatenate([np.load(file) for file in files]), vectors)
+    metadata = pd.concat([pd.read_parquet(file) for file in sorted((clip_retrieval / "metadata").iterdir())])
+    assert metadata["image_path"].tolist() == [row["key"] for row in rows]
+    assert metadata["score"].tolist() == [row["score"] for row in rows]
+    assert metadata["uid"].tolist() == [row["uid"].hex() for row in rows]
+
+
+def test_clip_retrievals_reader_reads_it(scores, clip_retrieval):
+    """``pip install embedding_reader`` asks for an older pandas; without, this is skipped."""
+    reader = pytest.importorskip("embedding_reader").EmbeddingReader(
+        embeddings_folder=str(clip_retrieval / "img_emb"),
+        metadata_folder=str(clip_retrieval / "metadata"),
+        meta_columns=["image_path", "score"],
+        file_format="parquet_npy",
+    )
+    rows, images, _ = expected(scores)
+    assert (reader.count, reader.dimension) == images.shape
+    found = list(reader(batch_size=7, start=0, end=reader.count, show_progress=False))
+    np.testing.assert_array_equal(np.concatenate([vectors for vectors, _ in found]), images)
+    metadata = pd.concat([rows for _, rows in found])
+    assert metadata["image_path"].tolist() == [row["key"] for row in rows]
+
+
+def test_datacomps_baselines_can_read_it(scores, tmp_path):
+    """They open ``NAME.npz`` beside ``NAME.parquet`` and index one by the rows of the other."""
+    export(ExportConfig(scores=scores, output=tmp_path / "out", format="datacomp", datacomp_model="b32"))
+    rows, images, texts = expected(scores)
+    uids, similarities, found = [], [], {"b32_img": [], "b32_txt": []}
+    for path in sorted((tmp_path / "out").glob("*.parquet")):
+        metadata = pd.read_parquet(path, columns=["uid", "clip_b32_similarity_score", "original_width"])
+        uids += [(int(uid[:16], 16), int(uid[16:32], 16)) for uid in metadata["uid"]]
+        similarities += metadata["clip_b32_similarity_score"].tolist()
+        arrays = np.load(path.with_suffix(".npz"))
+        assert set(arrays) == set(found)
+        for name in found:
+            found[name].append(arrays[name])
+    assert uids == [divmod(int(row["uid"].hex(), 16), 2**64) for row in rows]
+    assert similarities == [row["score"] for row in rows]
+    np.testing.assert_array_equal(np.concatenate(found["b32_img"]), images)
+    np.testing.assert_array_equal(np.concatenate(found["b32_txt"]), texts)
+
+
+def test_the_command_says_what_it_wrote(command, scores, tmp_path):
+    arguments = ("export", scores, "--format", "clip_retrieval", "--output", tmp_path / "out")
+    code, said = command(*arguments)
+    assert code == 0
+    assert "40 samples of 10 shards" in " ".join(said.split())
+    code, said = command(*arguments)
+    assert code == 2
+    assert "is not empty" in said
+
+
+def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
+    with pytest.raises(ValueError, match="format is 'csv'; use clip_retrieval or datacomp"):
+        ExportConfig(scores=scores, output=tmp_path / "out", format="csv")
+    write_shard(tmp_path / "0.tar", [pair(0)])
+    for embeddings, layout, message in (
+        (None, "datacomp", "made without embeddings; score again with --embeddings"),
+        ("fp16", "datacomp", "sample '000000000' has no uid"),
+    ):
+        plain = {"shards": tmp_path / "0.tar", "output": tmp_path / str(embeddings), "num_workers": 0}
+        process_shards(ScoreConfig(embeddings=embeddings, **plain), scorer)
+        with pytest.raises(ValueError, match=message):
+            export(ExportConfig(scores=plain["output"], output=tmp_path / f"{embeddings}-out", format=layout))
