@@ -81,7 +81,7 @@ class StreamBatch:
         images: What training gets of the images of these rows, collated; None where it is ``prepared.pixel_values``,
             which are then sent once.
         texts: What training gets of their captions, collated.
-        others: What training gets of their other members, collated by column.
+        others: What training gets of their other members, and of their rows in the score table, by column.
         failures: Shards that could not be used, with the reason.
         ends: Shards of which this stream's samples are all given, in this batch or before, and what is at their end.
         num_bytes: Size of the rows' shards as stored, -1 when unknown.
@@ -206,13 +206,22 @@ class StreamBatchBuilder:
             has_views=np.array(self._has_views, dtype=bool),
             images=None if are_clips_views else _collate(self._images),
             texts=self._texts if transform is None else _collate(list(map(transform, self._texts))),
-            others=self._settings.members.collate(self._others),
+            others={**self._settings.members.collate(self._others), **self._score_columns()},
             failures=self.failures,
             ends=self.ends,
             num_bytes={item.url: item.num_bytes for item in self._items},
         )
         self._clear()
         return batch
+
+    def _score_columns(self) -> dict[str, Any]:
+        pairs = zip(self._items, self._has_views, strict=True)
+        rows = [item.known.values for item, has_views in pairs if has_views and item.known is not None]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        return {
+            name: torch.tensor(values, dtype=torch.float32) if isinstance(values[0], float) else values
+            for name, values in columns.items()
+        }
 
     def _all_rows(self, prepared: PreparedBatch) -> SampleRows:
         is_known = np.array([item.known is not None for item in self._items], dtype=bool)

@@ -1,5 +1,6 @@
 """Checks the options of a training loader. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,6 +36,8 @@ class LoaderConfig(WorkerConfig):
             the fewest shards are read by several of them.
         record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
             and samples that were dropped are not decoded again.
+        score_columns: Columns of the tables of a ``ScoreFolder`` that batches hold too: numbers as float32, NaN where
+            one is missing; texts as a list.
         starvation_limit: Raise an error after this many samples in a row of which none is kept.
         on_crash: What happens to a sample that kills its worker, or takes longer than ``worker_timeout``. ``skip``: it
             is tried once more and then dropped as ``decoder_crash``. ``raise``: a ``WorkerDiedError`` names it.
@@ -54,6 +57,7 @@ class LoaderConfig(WorkerConfig):
     batches_per_epoch: int | None = None
     num_streams: int | None = None
     record: str | Path | None = None
+    score_columns: Sequence[str] = ()
     starvation_limit: int = 100_000
     on_crash: OnCrash = "skip"
     persistent_workers: bool = False

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from clipfilter_wds.options import changed_options, check_options
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
-from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.epoch import Epoch, training_batches
 from clipfilter_wds.training.evaluation import evaluation_batches
-from clipfilter_wds.training.precomputed import FolderLookup
+from clipfilter_wds.training.precomputed import FolderLookup, config_for
 from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
 from clipfilter_wds.training.resume import check_settings, check_streams, share_out
 from clipfilter_wds.training.source import BatchSource
@@ -67,12 +66,7 @@ class ClipFilterLoader:
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
         check_options(type(self).__name__, options, LoaderConfig)
-        kind = COSINES if self.table is None else self.table.kind
-        if "threshold" not in options:
-            options["threshold"] = kind.default_threshold
-        self.config = LoaderConfig(**options)
-        if self.config.threshold is not None:
-            kind.check_threshold(self.config.threshold)
+        self.config = config_for(self.table, options)
         if scorer is None and self.config.threshold is not None:
             raise ValueError(f"threshold is {self.config.threshold}, but there is no scorer; pass threshold=None")
         self.world = world or getattr(dataset, "world", None)
@@ -101,7 +95,7 @@ class ClipFilterLoader:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
             return BatchSource(dataset, config, scorer)
         if table is not None:
-            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, config.threshold)
+            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, config.threshold, config.score_columns)
             view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
             return BatchSource(dataset, config, scorer, lookup=lookup, view=view, kind=table.kind)
         if dataset.preprocess is None:

@@ -1,18 +1,28 @@
 """Looks up the scores that are known before a shard is read."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from itertools import repeat
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import check_fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.types import DropReason, ShardError
+
+#: What batches hold under these names is not a column of a table.
+_TAKEN = ("image", "text", "score", "__key__", "__url__", "is_padding")
 
 
 class PrecomputedScore(NamedTuple):
@@ -20,15 +30,17 @@ class PrecomputedScore(NamedTuple):
 
     Attributes:
         key: The sample's.
-        score: Raw cosine; 0.0 where there is a ``reason``.
+        score: Raw; 0.0 where there is a ``reason``.
         reason: Why it can't be used, if so.
         keep: Whether it passes the filter. If not, its members are not read.
+        values: By name, those of further columns: numbers, NaN where they are missing; texts, None where they are.
     """
 
     key: str
     score: float
     reason: DropReason | None
     keep: bool
+    values: Mapping[str, float | str | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,19 +73,29 @@ class FolderLookup:
         table: Holds the scores.
         threshold: Decides which samples are kept; None keeps all.
         failed: Shards that could not be scored, and why; they are left out.
+        columns: Columns of the tables that training gets.
     """
 
     table: ScoreFolder
     threshold: float | None
     failed: Mapping[str, str]
+    columns: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, table: ScoreFolder, urls: Sequence[str], layout: SampleLayout, threshold: float | None) -> Self:
+    def of(
+        cls,
+        table: ScoreFolder,
+        urls: Sequence[str],
+        layout: SampleLayout,
+        threshold: float | None,
+        columns: Sequence[str] = (),
+    ) -> Self:
         """For these shards, with captions of this layout.
 
         Raises:
-            ValueError: When some have no scores, or the scores are of other captions.
+            ValueError: When some have no scores, the scores are of other captions, or the tables lack a column.
         """
+        _check_columns(table, columns)
         check_fingerprint(
             SampleLayout.from_fingerprint(table.fingerprint).fingerprint,
             layout.fingerprint,
@@ -86,7 +108,7 @@ class FolderLookup:
                 f"{len(missing)} of {len(urls)} shards have no score table in {str(table.folder)!r}, the first "
                 f"is {missing[0]!r}; write them with `clipfilter-wds score`, or leave these shards out"
             )
-        return cls(table=table, threshold=threshold, failed=failed)
+        return cls(table=table, threshold=threshold, failed=failed, columns=tuple(columns))
 
     def __call__(self, url: str) -> PrecomputedScores:
         """See :data:`ScoreLookup`.
@@ -103,18 +125,61 @@ class FolderLookup:
             raise ValueError(f"{public_url(url)}: {error}") from error
         if not np.array_equal(scores.table["index"], np.arange(scores.table.num_rows)):
             raise ValueError(f"the score table of {public_url(url)} lacks samples; score the shard again")
-        return precomputed_scores(scores, self.threshold)
+        return precomputed_scores(scores, self.threshold, self.columns)
 
 
-def precomputed_scores(scores: ShardScores, threshold: float | None) -> PrecomputedScores:
-    """The scores of a shard from its table."""
+def _check_columns(table: ScoreFolder, columns: Sequence[str]) -> None:
+    names = pq.read_schema(table.paths[0]).names
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"score_columns: there is no column {name!r}; the score tables have {', '.join(names)}")
+        if name in _TAKEN:
+            raise ValueError(f"score_columns: {name!r} is what batches call something else")
+
+
+def config_for(table: ScoreFolder | None, options: Mapping[str, Any]) -> LoaderConfig:
+    """A loader's options, which must suit the scores that it is given beforehand, if any.
+
+    Raises:
+        ValueError: When they don't.
+    """
+    kind = COSINES if table is None else table.kind
+    config = LoaderConfig(**options if "threshold" in options else {**options, "threshold": kind.default_threshold})
+    if config.threshold is not None:
+        kind.check_threshold(config.threshold)
+    if config.score_columns and table is None:
+        raise ValueError(f"score_columns are {list(config.score_columns)}, but there is no ScoreFolder that has them")
+    return config
+
+
+def precomputed_scores(scores: ShardScores, threshold: float | None, columns: Sequence[str] = ()) -> PrecomputedScores:
+    """The scores of a shard from its table, with the values of some of its columns."""
     table = scores.table
     keep = select(scores, threshold).keep
+    further = [_values_of(table[name]) for name in columns]
+    values = [dict(zip(columns, row, strict=True)) for row in zip(*further, strict=True)]
     rows = zip(
-        table["key"].to_pylist(), scores.scores.tolist(), table["reason"].to_pylist(), keep.tolist(), strict=True
+        table["index"].to_pylist(),
+        table["key"].to_pylist(),
+        scores.scores.tolist(),
+        table["reason"].to_pylist(),
+        keep.tolist(),
+        values if columns else repeat(PrecomputedScore._field_defaults["values"], table.num_rows),
+        strict=True,
     )
     samples = {
-        index: PrecomputedScore(key, score, reason and DropReason(reason), kept)
-        for index, (key, score, reason, kept) in zip(table["index"].to_pylist(), rows, strict=True)
+        index: PrecomputedScore(key, score, reason and DropReason(reason), kept, own)
+        for index, key, score, reason, kept, own in rows
     }
     return PrecomputedScores(samples=samples, num_samples=table.num_rows)
+
+
+def _values_of(column: pa.ChunkedArray) -> list[float | str | None]:
+    """Numbers as floats, NaN where they are missing; anything else as text."""
+    if pa.types.is_string(column.type):
+        texts: list[float | str | None] = column.to_pylist()
+        return texts
+    if pa.types.is_binary(column.type) or pa.types.is_fixed_size_binary(column.type):
+        return [None if data is None else data.hex() for data in column.to_pylist()]
+    numbers: list[float | str | None] = column.cast(pa.float64()).fill_null(math.nan).to_pylist()
+    return numbers
