@@ -6,6 +6,9 @@ from typing import Self
 
 import numpy as np
 
+from clipfilter_wds.scores.fraction import ReadScores
+from clipfilter_wds.scores.kind import ScoreKind
+
 #: Steps per unit of cosine: thresholds are multiples of 0.0001.
 STEPS = 10_000
 
@@ -45,6 +48,19 @@ class Grid:
 COSINE_GRID = Grid()
 
 
+def grid_of(kind: ScoreKind, read: ReadScores) -> Grid:
+    """Where scores are counted: cosines at every 0.0001, others between the lowest and the highest.
+
+    Args:
+        kind: Of the scores.
+        read: Reads them, float32 ``[N]`` at a time.
+    """
+    if kind.is_cosine:
+        return COSINE_GRID
+    ends = [(float(scores.min()), float(scores.max())) for scores in read() if len(scores)]
+    return Grid.over(min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0))
+
+
 class ScoreCounts:
     """Counts exactly how many scores reach each threshold that is a step of a grid.
 
@@ -75,6 +91,13 @@ class ScoreCounts:
         reached = np.cumsum(self._counts[::-1])[::-1][1:]
         counts: list[int] = reached[first - self.grid.first : last - self.grid.first + 1].tolist()
         return counts
+
+    def shares_below(self, scores: np.ndarray) -> np.ndarray:
+        """Per score, float32 ``[N]``, the share of the counted ones that don't reach its step: float64 ``[N]``."""
+        reached = np.cumsum(self._counts[::-1])[::-1]
+        steps = np.searchsorted(self._values, scores.astype(np.float64), side="right")
+        shares: np.ndarray = 1.0 - reached[steps] / max(self.total, 1)
+        return shares
 
     @property
     def total(self) -> int:

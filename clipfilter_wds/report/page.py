@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from clipfilter_wds.report.compare import Comparison
 from clipfilter_wds.report.findings import Findings, Start
 from clipfilter_wds.report.pictures import Card
 from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
@@ -25,7 +26,13 @@ _NOT_CHOSEN = ("not_in_subset", "not_selected")
 
 
 def render(
-    findings: Findings, cards: Sequence[Card], summary: Mapping[str, Any], start: Start, *, has_shards: bool
+    findings: Findings,
+    cards: Sequence[Card],
+    summary: Mapping[str, Any],
+    start: Start,
+    compared: Comparison | None = None,
+    *,
+    has_shards: bool,
 ) -> str:
     """The page's HTML.
 
@@ -37,6 +44,7 @@ def render(
         cards: The gallery, lowest score first.
         summary: The run's ``summary.json``, or empty.
         start: Where the slider begins.
+        compared: What another folder of scores makes of the samples, if one is named.
         has_shards: Whether there were shards to take pictures from.
     """
     from plotly.offline import get_plotlyjs  # takes 0.3 s, and no other command needs it
@@ -61,6 +69,7 @@ def render(
         },
         findings=findings,
         kind=start.kind,
+        compared=compared,
         step=f"{1 / start.grid.steps:g}",
         facts=_facts(findings, summary),
         outliers=_outlier_lines(findings.shards, flags),

@@ -48,7 +48,7 @@ class Picker:
     ) -> None:
         self._threshold, self._num_picks = threshold, num_picks
         self._keeps = keeps or partial(COSINES.passes, threshold=threshold)
-        self._lowest, self._highest, self._below, self._above = (_Least(num_picks) for _ in range(4))
+        self._lowest, self._highest, self._below, self._above = (Least(num_picks) for _ in range(4))
         self._spread_width = spread_width
         self._spread: dict[int, Pick] = {}
 
@@ -78,7 +78,7 @@ class Picker:
         return sorted(chosen | set(near[: self._num_picks - len(chosen)]))
 
 
-class _Least:
+class Least:
     """Keeps the ``size`` rows of lowest cost so far."""
 
     def __init__(self, size: int) -> None:
@@ -87,6 +87,7 @@ class _Least:
         self.picks: list[Pick] = []
 
     def add(self, table: int, indices: np.ndarray, scores: np.ndarray, *, costs: np.ndarray) -> None:
+        """Add rows of a table: their indices, scores and costs, ``[N]`` each."""
         if self._size == 0 or not len(costs):
             return
         # Only rows that can be chosen are sorted; the sort is stable, so a tie goes to the earlier row.

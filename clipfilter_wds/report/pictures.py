@@ -59,7 +59,18 @@ class Card:
 
 
 def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> list[Card]:
-    """Read the picked samples, each shard only as far as needed. Cards come lowest score first.
+    """Read the picked samples. Cards come lowest score first.
+
+    Args:
+        picks: The samples.
+        run: The tables that they were picked from.
+        urls: As :func:`cards_by_pick` takes them.
+    """
+    return sorted(cards_by_pick(picks, run, urls).values(), key=lambda card: card.score)
+
+
+def cards_by_pick(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> dict[Pick, Card]:
+    """Read the picked samples, each shard only as far as needed.
 
     Args:
         picks: The samples.
@@ -67,17 +78,18 @@ def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> li
         urls: Shards to read captions and pictures from; they may be those of some tables only, or none.
     """
     shards = {run.table.path(url): url for url in urls}
-    cards: list[Card] = []
+    cards: dict[Pick, Card] = {}
     for table, group in groupby(sorted(picks, key=lambda pick: (pick.table, pick.index)), key=lambda pick: pick.table):
         path = run.table.paths[table]
         scores, name = ShardScores.read(path), run.name(path)
-        bare = {pick.index: _bare_card(pick, name, scores) for pick in group}
+        of_table = {pick.index: pick for pick in group}
+        bare = {index: _bare_card(pick, name, scores) for index, pick in of_table.items()}
         if (url := shards.get(path)) is not None:
             bare = _illustrate(bare, url, scores.metadata.fingerprint)
         elif urls:
             bare = _with_problem(bare, "its shard is not among those given")
-        cards += bare.values()
-    return sorted(cards, key=lambda card: card.score)
+        cards |= {of_table[index]: card for index, card in bare.items()}
+    return cards
 
 
 def _bare_card(pick: Pick, name: str, scores: ShardScores) -> Card:

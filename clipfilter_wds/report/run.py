@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 
+from clipfilter_wds.report.compare import compare
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.findings import Findings, ScoredRun, Start, gather
-from clipfilter_wds.report.histogram import COSINE_GRID, Grid
+from clipfilter_wds.report.histogram import grid_of
 from clipfilter_wds.report.page import render
 from clipfilter_wds.report.pictures import make_cards
 from clipfilter_wds.scores.fraction import Cut, find_cutoffs
@@ -33,7 +34,10 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
     start = _start(config, run)
     findings = gather(run, start, config.thumbnails)
     cards = make_cards(findings.picks, run, urls)
-    page = render(findings, cards, run.summary, start, has_shards=bool(urls))
+    compared = None
+    if config.compare is not None:
+        compared = compare(run, ScoredRun.open(config.compare), start, findings.scores, urls)
+    page = render(findings, cards, run.summary, start, compared, has_shards=bool(urls))
     with publish(any_path(config.output)) as file:
         file.write(page.encode())
     return findings
@@ -42,7 +46,7 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
 def _start(config: ReportConfig, run: ScoredRun) -> Start:
     """Where the slider begins: as configured, at the run's threshold, or exactly where its fraction was cut."""
     summary, kind = run.summary, run.table.kind
-    grid = COSINE_GRID if kind.is_cosine else _grid_of(run)
+    grid = grid_of(kind, run.read_usable)
     start = partial(Start, kind=kind, grid=grid)
     chosen = config.threshold if config.threshold is not None else summary.get("threshold")
     if chosen is not None:
@@ -54,9 +58,3 @@ def _start(config: ReportConfig, run: ScoredRun) -> Start:
         middle = find_cutoffs(run.read_usable, 0.5)[0].score
         return start(middle if isfinite(middle) else 0.0)
     return start(DEFAULT_THRESHOLD if summary.get("subset") is None and summary.get("where") is None else 0.0)
-
-
-def _grid_of(run: ScoredRun) -> Grid:
-    """Where scores are counted that have no usual range: between the lowest and the highest."""
-    ends = [(float(scores.min()), float(scores.max())) for scores in run.read_usable() if len(scores)]
-    return Grid.over(min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0))

@@ -264,3 +264,38 @@ def test_the_threshold_of_another_kind_lies_in_its_range(run, tmp_path):
     folder = derive(shutil.copytree(run.output / "_scores", tmp_path / "scores"), "loss", np.negative, limits=(None, 0))
     with pytest.raises(ValueError, match=r"threshold is 0.25; a score of kind 'loss' lies in"):
         ReportConfig(scores=folder, output=tmp_path / "r.html", threshold=0.25)
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0], ids=["same order", "reversed"])
+def test_a_comparison_says_how_many_move_and_shows_which_most(run, tmp_path, scale):
+    folder = shutil.copytree(run.output / "_scores", tmp_path / "scores")
+    derive(folder, "loss", lambda cosines: np.float32(scale) * cosines)
+    config = ReportConfig(
+        scores=run.output, output=tmp_path / "r.html", compare=folder, shards=f"{run.shards}/*.tar", thumbnails=5
+    )
+    write_report(config)
+    page = (tmp_path / "r.html").read_text()
+    [section] = re.findall(r"<h2>Compared with loss</h2>(.*?)</section>", page, flags=re.DOTALL)
+    both, only_here, only_there, neither = (int(number) for number in re.findall(r"<td>(\d+)</td>", section))
+    scores = run.all_scores().astype(np.float64)
+    here = scores >= THRESHOLD
+    there = np.argsort(np.argsort(-scale * scores, kind="stable")) < here.sum()
+    assert (both, only_here) == ((here & there).sum(), (here & ~there).sum())
+    assert both + only_here == both + only_there == run.kept(THRESHOLD)
+    assert both + only_here + only_there + neither == sum(len(table.scores) for table in run.tables)
+    risen, fallen = section.split("<h3>Rank lower there</h3>")
+    if scale > 0:
+        assert only_here == only_there == 0
+    else:
+        assert risen.count("data:image/jpeg;base64") == fallen.count("data:image/jpeg;base64") == 12
+        lowest = scores[:12]
+        shown = [float(text) for text in re.findall(r'class="score">(\S+) here', risen)]
+        np.testing.assert_allclose(np.sort(shown), lowest, atol=1e-4)
+    assert "<script>alert" not in section
+
+
+def test_scores_of_other_shards_are_not_compared(run, scorer, tmp_path):
+    write_shard(tmp_path / "other.tar", [pair(1)])
+    process_shards(ScoreConfig(shards=tmp_path / "other.tar", output=tmp_path / "scores", num_workers=0), scorer)
+    with pytest.raises(ValueError, match="has no scores of the shard of"):
+        report(run, tmp_path, compare=tmp_path / "scores")
