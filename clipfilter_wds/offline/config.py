@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clipfilter_wds.preprocess.json_columns import JsonColumns
+from clipfilter_wds.scores.groups import Groups
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
@@ -147,6 +148,8 @@ class RewriteConfig(ScoreConfig):
         subset: Keep only what this file lists: a ``.npy`` of uids like DataComp's, or a text file with a key per line.
         where: Keep only what meets this condition on the columns of the score tables, such as
             ``width >= 200 and num_tokens > 3``.
+        group_by: Column of the score tables whose values make groups: ``keep_fraction`` is then one of each group.
+        group_limits: Fractions, or thresholds, of some groups: ``en=0.3,de=0.5``; the others have that of all.
         scores: Folder of score tables that were made before; then no model is loaded and no image decoded.
         samples_per_shard: Pack what is kept into shards of this many samples, ``00000.tar`` and so on; by default each
             input shard has an output shard of its own.
@@ -156,12 +159,13 @@ class RewriteConfig(ScoreConfig):
     keep_fraction: float | None = None
     subset: str | Path | None = None
     where: str | None = None
+    group_by: str | None = None
+    group_limits: str | None = None
     scores: str | Path | None = None
     samples_per_shard: int | None = None
 
     def __post_init__(self) -> None:
-        if self.choice.where is not None:
-            self._check_where(self.choice.where)
+        self._check_columns(self.choice)
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
         for name in ("embeddings", "columns"):
@@ -177,17 +181,28 @@ class RewriteConfig(ScoreConfig):
         subset = None if self.subset is None else Subset(Path(self.subset))
         where = None if self.where is None else Where(self.where)
         is_default = self.threshold is None and self.keep_fraction is None and subset is None and where is None
+        if self.group_limits is not None and self.group_by is None:
+            raise ValueError("group_limits names groups, and group_by no column whose values they are")
+        groups = None if self.group_by is None else Groups.parse(self.group_by, self.group_limits)
         kind = self._kind
         threshold = kind.default_threshold if is_default else self.threshold
-        return Choice(threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind, where=where)
+        return Choice(
+            threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind, where=where, groups=groups
+        )
 
-    def _check_where(self, where: Where) -> None:
+    def _check_columns(self, choice: Choice) -> None:
+        """See that the tables have the columns that are named."""
+        if choice.where is None and choice.groups is None:
+            return
         from clipfilter_wds.scores.folder import schema_of_scores  # imports pyarrow, for this alone
         from clipfilter_wds.scores.table import table_schema
 
         schema = table_schema(self.column_sources) if self.scores is None else schema_of_scores(self.scores)
-        if schema is not None:
-            where.check(schema)
+        if schema is not None and choice.where is not None:
+            choice.where.check(schema)
+        if schema is not None and choice.groups is not None and choice.groups.column not in schema.names:
+            names = ", ".join(schema.names)
+            raise ValueError(f"group_by: there is no column {choice.groups.column!r}; the tables have {names}")
 
     @property
     def _kind(self) -> ScoreKind:

@@ -12,8 +12,8 @@ from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.duplicate_keys import suffixes_of_neighbours
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
-from clipfilter_wds.scores.fraction import Cutoff
-from clipfilter_wds.scores.selection import Choice
+from clipfilter_wds.scores.groups import GroupCutoffs
+from clipfilter_wds.scores.selection import AnyCutoff, Choice
 from clipfilter_wds.scores.table import ShardScores, read_scores
 from clipfilter_wds.shards.found import LINK
 from clipfilter_wds.shards.names import public_url
@@ -69,7 +69,7 @@ class CopyTask:
 
     url: str
     table: AnyPath | None
-    cutoff: Cutoff | None
+    cutoff: AnyCutoff | None
     files: OutputFiles
     options: CopyOptions
 
@@ -124,9 +124,11 @@ def stored_members(samples: Iterable[Sample], suffixes: Mapping[int, str]) -> It
         yield from (member if suffix is None else with_suffix(member, suffix) for member in sample.stored)
 
 
-def _cutoff_record(cutoff: Cutoff | None) -> list[float | None] | None:
+def _cutoff_record(cutoff: AnyCutoff | None) -> Any:
     if cutoff is None:
         return None
+    if isinstance(cutoff, GroupCutoffs):
+        return {group: _cutoff_record(one) for group, one in cutoff.by_group.items()}
     return [cutoff.score if np.isfinite(cutoff.score) else None, cutoff.num_ties]  # JSON has no infinity
 
 

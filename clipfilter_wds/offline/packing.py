@@ -8,7 +8,7 @@ from clipfilter_wds.offline.commit import CURE, OutputFiles, read_record
 from clipfilter_wds.offline.copying import CopyOptions, CopyTask, read_kept, shard_stats, stored_members
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
-from clipfilter_wds.scores.fraction import Cutoff
+from clipfilter_wds.scores.selection import AnyCutoff
 from clipfilter_wds.scores.table import read_scores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
@@ -33,7 +33,7 @@ class Source:
     url: str
     table: AnyPath
     num_bytes: int
-    cutoff: Cutoff | None
+    cutoff: AnyCutoff | None
     start: int
     stop: int
     num_kept: int

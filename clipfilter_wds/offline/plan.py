@@ -14,8 +14,9 @@ from clipfilter_wds.offline.packing import AnyCopyTask, PackTask, Source, check_
 from clipfilter_wds.offline.scoring import ScoreTask
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint
-from clipfilter_wds.scores.fraction import Cut, Cutoff, find_cutoffs
-from clipfilter_wds.scores.selection import Choice
+from clipfilter_wds.scores.fraction import Cut, Cutoff, find_group_cutoffs
+from clipfilter_wds.scores.groups import GroupCutoffs
+from clipfilter_wds.scores.selection import AnyCutoff, Choice
 from clipfilter_wds.scores.table import ShardScores, check_table
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
@@ -76,7 +77,8 @@ def plan_copying(config: RewriteConfig, fingerprint: Fingerprint, tables: Mappin
         return CopyPlan(tasks=[_copy_task(config, options, url, table) for url, table in tables.items()])
     whole, failed = _check_tables(config.choice, tables)
     cutoffs = _cutoffs_of(config.choice, whole)
-    cut = None if config.choice.keep_fraction is None else Cut.of([cutoff for cutoff in cutoffs if cutoff])
+    whole_run = [cutoff for cutoff in cutoffs if isinstance(cutoff, Cutoff)]
+    cut = Cut.of(whole_run) if config.choice.keep_fraction is not None and config.choice.groups is None else None
     if config.samples_per_shard is None:
         shards = zip(whole.items(), cutoffs, strict=True)
         tasks = [_copy_task(config, options, url, table, cutoff) for (url, table), cutoff in shards]
@@ -87,7 +89,7 @@ def plan_copying(config: RewriteConfig, fingerprint: Fingerprint, tables: Mappin
 
 
 def _copy_task(
-    config: RewriteConfig, options: CopyOptions, url: str, table: AnyPath | None, cutoff: Cutoff | None = None
+    config: RewriteConfig, options: CopyOptions, url: str, table: AnyPath | None, cutoff: AnyCutoff | None = None
 ) -> CopyTask:
     files = OutputFiles(folder=config.folder, name=config.names[url])
     return CopyTask(url=url, table=table, cutoff=cutoff, files=files, options=options)
@@ -117,19 +119,20 @@ def _check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple
     return whole, failed
 
 
-def _cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> list[Cutoff | None]:
+def _cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> Sequence[AnyCutoff | None]:
     """Per shard, the cutoff that the choice comes to. Holds one table at a time."""
     if choice.keep_fraction is None:
         return [None] * len(tables)
 
-    def read() -> Iterator[np.ndarray]:
-        return (choice.candidates(ShardScores.read(table)) for table in tables.values())
+    def read() -> Iterator[dict[str, np.ndarray]]:
+        return (choice.candidates_by_group(ShardScores.read(table)) for table in tables.values())
 
-    return list(find_cutoffs(read, choice.keep_fraction))
+    found = find_group_cutoffs(read, choice.fraction_of)
+    return [cutoffs[""] for cutoffs in found] if choice.groups is None else list(map(GroupCutoffs, found))
 
 
 def _plan_packing(
-    config: RewriteConfig, options: CopyOptions, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]
+    config: RewriteConfig, options: CopyOptions, tables: Mapping[str, AnyPath], cutoffs: Sequence[AnyCutoff | None]
 ) -> list[PackTask]:
     def read_keys() -> Iterator[list[str]]:
         for table, cutoff in zip(tables.values(), cutoffs, strict=True):
@@ -151,7 +154,9 @@ def _plan_packing(
     return tasks
 
 
-def _pack(config: RewriteConfig, tables: Mapping[str, AnyPath], cutoffs: Sequence[Cutoff | None]) -> list[list[Source]]:
+def _pack(
+    config: RewriteConfig, tables: Mapping[str, AnyPath], cutoffs: Sequence[AnyCutoff | None]
+) -> list[list[Source]]:
     """Per output, where its samples come from. An output ends behind its last kept sample, the last one at the end."""
     samples_per_shard = config.samples_per_shard
     assert samples_per_shard is not None

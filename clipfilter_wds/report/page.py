@@ -79,6 +79,7 @@ def render(
         num_failed=len(summary.get("failed_shards", {})),
         not_chosen={name: summary.get("dropped", {}).get(name, 0) for name in _NOT_CHOSEN},
         keep_fraction=summary.get("keep_fraction"),
+        run_groups=summary.get("groups"),
         run_kept=summary.get("kept"),
         run_cut=start.cut,
         has_shards=has_shards,

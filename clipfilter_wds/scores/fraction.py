@@ -1,6 +1,6 @@
 """Finds the lowest score that a fraction of a run's samples reaches, exactly and in little memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,28 +87,76 @@ def find_cutoffs(read: ReadScores, fraction: float) -> list[Cutoff]:
     scores are read three times, first for the upper half of their bits, then for the lower half of those that share
     the cutoff's upper half, then for the ties.
     """
-    counts = np.zeros(1 << _HALF_BITS, dtype=np.int64)
-    for scores in read():
-        counts += _histogram(_ranks(scores) >> _HALF_BITS)
-    num_kept = round(fraction * int(counts.sum()))
-    if num_kept == 0:
-        return [Cutoff(score=np.inf, num_ties=0) for _ in read()]
 
-    upper, num_above = _bin_of(counts, num_kept)
-    counts[:] = 0
-    for scores in read():
+    def read_as_one() -> Iterator[dict[str, np.ndarray]]:
+        return ({"": scores} for scores in read())
+
+    return [cutoffs[""] for cutoffs in find_group_cutoffs(read_as_one, lambda group: fraction)]
+
+
+def find_group_cutoffs(
+    read: Callable[[], Iterable[Mapping[str, np.ndarray]]], fraction_of: Callable[[str], float]
+) -> list[dict[str, Cutoff]]:
+    """Per shard and group, what to keep so that of each group its fraction is kept, as :func:`find_cutoffs` does.
+
+    Args:
+        read: Reads the scores of one shard after another, by group.
+        fraction_of: What is kept of a group. There is a histogram for each.
+    """
+    searches: dict[str, _Search] = {}
+    for by_group in read():
+        for group, scores in by_group.items():
+            searches.setdefault(group, _Search()).count_upper(scores)
+    for group, search in searches.items():
+        search.settle_upper(fraction_of(group))
+    for by_group in read():
+        for group, scores in by_group.items():
+            searches[group].count_lower(scores)
+    for search in searches.values():
+        search.settle_lower()
+    return [{group: searches[group].cutoff(scores) for group, scores in by_group.items()} for by_group in read()]
+
+
+class _Search:
+    """Finds the lowest score that is kept, half of its bits after the other."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(1 << _HALF_BITS, dtype=np.int64)
+        self._num_left = self._upper = 0
+        self._score: np.float32 | None = None
+
+    def count_upper(self, scores: np.ndarray) -> None:
+        """Count the upper halves of a shard's scores."""
+        self._counts += _histogram(_ranks(scores) >> _HALF_BITS)
+
+    def settle_upper(self, fraction: float) -> None:
+        """Find the upper half of the lowest score that is kept."""
+        self._num_left = round(fraction * int(self._counts.sum()))
+        if self._num_left:
+            self._upper, num_above = _bin_of(self._counts, self._num_left)
+            self._num_left -= num_above
+        self._counts[:] = 0
+
+    def count_lower(self, scores: np.ndarray) -> None:
+        """Count the lower halves of those with that upper half."""
         ranks = _ranks(scores)
-        counts += _histogram(ranks[ranks >> _HALF_BITS == upper] & 0xFFFF)
-    lower, num_above_in_bin = _bin_of(counts, num_kept - num_above)
-    cutoff = _score_of(upper << _HALF_BITS | lower)
+        self._counts += _histogram(ranks[ranks >> _HALF_BITS == self._upper] & 0xFFFF)
 
-    num_ties_left, cutoffs = num_kept - num_above - num_above_in_bin, []
-    for scores in read():
-        num_equal = int(np.count_nonzero(scores == cutoff))
-        num_ties = min(num_equal, num_ties_left)
-        num_ties_left -= num_ties
-        cutoffs.append(Cutoff(score=float(cutoff), num_ties=num_ties, num_ties_dropped=num_equal - num_ties))
-    return cutoffs
+    def settle_lower(self) -> None:
+        """Find the score."""
+        if self._num_left:
+            lower, num_above = _bin_of(self._counts, self._num_left)
+            self._num_left -= num_above
+            self._score = _score_of(self._upper << _HALF_BITS | lower)
+
+    def cutoff(self, scores: np.ndarray) -> Cutoff:
+        """What is kept of the next shard."""
+        if self._score is None:
+            return Cutoff(score=np.inf, num_ties=0)
+        num_equal = int(np.count_nonzero(scores == self._score))
+        num_ties = min(num_equal, self._num_left)
+        self._num_left -= num_ties
+        return Cutoff(score=float(self._score), num_ties=num_ties, num_ties_dropped=num_equal - num_ties)
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:

@@ -60,12 +60,12 @@ class ScoreKind:
         )
         raise ValueError(f"threshold is {threshold:g}; a cosine lies in [-1, 1].{hint}")
 
-    def passes(self, scores: np.ndarray, threshold: float) -> np.ndarray:
+    def passes(self, scores: np.ndarray, threshold: float | np.ndarray) -> np.ndarray:
         """Whether each score is kept: of cosines, if ``clip(score, 0, 1) >= threshold``, else if it is at least that.
 
         Args:
             scores: float32 ``[N]``. One that is not a number is never kept.
-            threshold: What they are compared with.
+            threshold: What they are compared with; one for all, or one for each, float64 ``[N]``.
 
         Returns:
             bool ``[N]``.

@@ -7,6 +7,7 @@ import numpy as np
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
+from clipfilter_wds.scores.groups import GroupCutoffs, Groups
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.where import Where
@@ -14,6 +15,9 @@ from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason, FilterStat
 
 if TYPE_CHECKING:  # a config holds a choice, and pyarrow takes a tenth of a second to import
     from clipfilter_wds.scores.table import ShardScores
+
+#: What a fraction comes to for one shard.
+AnyCutoff = Cutoff | GroupCutoffs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +59,7 @@ class Choice:
         subset: Keep what is listed only.
         kind: Of the scores.
         where: Keep what meets this condition only.
+        groups: Groups with limits of their own; a fraction is one of each group.
 
     Raises:
         ValueError: When one of them can't be used, or they contradict each other.
@@ -65,6 +70,7 @@ class Choice:
     subset: Subset | None = None
     kind: ScoreKind = COSINES
     where: Where | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep_fraction is not None:
@@ -76,48 +82,83 @@ class Choice:
             self.kind.check_threshold(self.threshold)
         if self.keep_fraction is not None:
             check_fraction(self.keep_fraction)
+        if self.groups is not None and self.threshold is None and self.keep_fraction is None:
+            raise ValueError("group_by needs a threshold or keep_fraction, for the groups that group_limits leaves out")
+        for limit in self.groups.limits.values() if self.groups is not None else ():
+            check_fraction(limit) if self.threshold is None else self.kind.check_threshold(limit)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What it is, ready for JSON."""
         subset = None if self.subset is None else self.subset.digest
         where = None if self.where is None else self.where.text
-        return {"threshold": self.threshold, "keep_fraction": self.keep_fraction, "subset": subset, "where": where}
+        groups = None if self.groups is None else {"column": self.groups.column, "limits": dict(self.groups.limits)}
+        limits = {"threshold": self.threshold, "keep_fraction": self.keep_fraction}
+        return {**limits, "subset": subset, "where": where, "groups": groups}
 
     @property
     def is_among(self) -> bool:
-        """Whether it is made among some of the samples, and not of all that could be scored."""
-        return self.subset is not None or self.where is not None
+        """Whether it takes more of a table than scores: it is made among some of the samples, or in groups."""
+        return self.subset is not None or self.where is not None or self.groups is not None
 
     def candidates(self, scores: "ShardScores") -> np.ndarray:
         """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
-        candidates: np.ndarray = scores.scores[select(scores, None, subset=self.subset, where=self.where).keep]
+        candidates: np.ndarray = scores.scores[self._are_candidates(scores)]
         return candidates
 
-    def num_in_band(self, scores: "ShardScores", cutoff: Cutoff | None) -> int:
+    def _are_candidates(self, scores: "ShardScores") -> np.ndarray:
+        return select(scores, None, subset=self.subset, where=self.where).keep
+
+    def candidates_by_group(self, scores: "ShardScores") -> dict[str, np.ndarray]:
+        """The same, by group; in one group, called "", where there are none."""
+        if self.groups is None:
+            return {"": self.candidates(scores)}
+        are_candidates, groups = self._are_candidates(scores), self.groups.of(scores)
+        names = dict.fromkeys(groups.tolist())
+        return {name: scores.scores[are_candidates & (groups == name)] for name in names}
+
+    def fraction_of(self, group: str) -> float:
+        """What is kept of a group."""
+        assert self.keep_fraction is not None
+        return self.keep_fraction if self.groups is None else self.groups.limits.get(group, self.keep_fraction)
+
+    def num_in_band(self, scores: "ShardScores", cutoff: AnyCutoff | None) -> int:
         """How many candidates of a shard score so near the threshold or cutoff that float32 might decide otherwise.
 
         None where the scores were rechecked at this very threshold. At another limit this is an upper bound: scores
         that were computed again in float32 count as well.
         """
-        limit, band = self.threshold if cutoff is None else cutoff.score, scores.metadata.band
-        if band == 0.0 or limit is None or (cutoff is None and limit == scores.metadata.rechecked_at):
+        band, rechecked_at = scores.metadata.band, scores.metadata.rechecked_at
+        if band == 0.0:
             return 0
-        return int((np.abs(self.candidates(scores).astype(np.float64) - limit) <= band).sum())
+        num_in_band = 0
+        for group, candidates in self.candidates_by_group(scores).items():
+            limit = self._limit_of(group, cutoff)
+            if limit is not None and (cutoff is not None or limit != rechecked_at):
+                num_in_band += int((np.abs(candidates.astype(np.float64) - limit) <= band).sum())
+        return num_in_band
 
-    def select(self, scores: "ShardScores", cutoff: Cutoff | None) -> Selection:
+    def _limit_of(self, group: str, cutoff: AnyCutoff | None) -> float | None:
+        if isinstance(cutoff, GroupCutoffs):
+            return cutoff.by_group[group].score
+        if cutoff is not None:
+            return cutoff.score
+        return self.threshold if self.groups is None else self.groups.limits.get(group, self.threshold or 0.0)
+
+    def select(self, scores: "ShardScores", cutoff: AnyCutoff | None) -> Selection:
         """Keep or drop the samples of a shard. ``cutoff`` is the shard's, when there is a ``keep_fraction``."""
         assert (cutoff is None) == (self.keep_fraction is None)
-        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset, where=self.where)
+        return select(scores, self.threshold, cutoff=cutoff, subset=self.subset, where=self.where, groups=self.groups)
 
 
 def select(
     scores: "ShardScores",
     threshold: float | None,
     *,
-    cutoff: Cutoff | None = None,
+    cutoff: AnyCutoff | None = None,
     subset: Subset | None = None,
     where: Where | None = None,
+    groups: Groups | None = None,
 ) -> Selection:
     """Keep what could be scored, passes and is in the subset.
 
@@ -129,6 +170,7 @@ def select(
         cutoff: Keep what is among the run's highest scores; None for no such limit.
         subset: Keep what is listed; None for no such limit.
         where: Keep what meets this condition; None for no such limit.
+        groups: Groups with thresholds of their own, or those that the cutoff is for.
 
     Raises:
         ShardError: When the subset lists uids and no sample of the shard has one, or the table lacks a column of the
@@ -142,11 +184,17 @@ def select(
     if where is not None:
         reasons[(reasons == NO_REASON) & ~_meets(scores, where)] = REASON_CODES[DropReason.NOT_SELECTED]
     if threshold is not None:
-        passed = scores.metadata.kind.passes(scores.scores, threshold)
+        limits = threshold if groups is None else groups.limits_of(groups.of(scores), threshold)
+        passed = scores.metadata.kind.passes(scores.scores, limits)
         reasons[(reasons == NO_REASON) & ~passed] = REASON_CODES[DropReason.BELOW_THRESHOLD]
     if cutoff is not None:
         candidates = np.flatnonzero(reasons == NO_REASON)
-        low = candidates[~cutoff.keeps(scores.scores[candidates])]
+        found = scores.scores[candidates]
+        if isinstance(cutoff, GroupCutoffs):
+            assert groups is not None
+            low = candidates[~cutoff.keeps(found, groups.of(scores)[candidates])]
+        else:
+            low = candidates[~cutoff.keeps(found)]
         reasons[low] = REASON_CODES[DropReason.BELOW_THRESHOLD]
     return Selection(reasons=reasons)
 

@@ -73,8 +73,34 @@ def test_tables_that_lack_them_are_made_again(scorer, shards, tmp_path, rewrites
         ({"columns": "json:a", "scores": "scores"}, "columns are saved when shards are scored"),
         ({"columns": "json:a", "where": "b > 1"}, "there is no column 'b'; the tables have key, .*, uid, a$"),
         ({"columns": "json:a=text", "where": "a > 1"}, "does not go with the types"),
+        (
+            {"group_by": "language", "keep_fraction": 0.3},
+            "group_by: there is no column 'language'; the tables have key",
+        ),
+        ({"group_limits": "en=0.3", "keep_fraction": 0.3}, "group_limits names groups, and group_by no column"),
     ],
 )
 def test_what_can_not_be_used_is_refused(shards, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         RewriteConfig(shards=shards, output=tmp_path / "out", **options)
+
+
+def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_path):
+    plain = {"shards": shards, "columns": COLUMNS, "group_by": "meta.lang", "keep_fraction": 0.5, **OPTIONS}
+    process_shards(RewriteConfig(output=tmp_path / "out", group_limits="de=0.25", **plain), scorer)
+    summary = check_accounting(tmp_path / "out")
+    seen = {"en": 10 - 4, "de": 12, "null": 2}
+    assert summary["kept"] == round(0.5 * 6) + round(0.25 * 12) + round(0.5 * 2)
+    assert sum(seen.values()) == summary["seen"] - 2
+    assert summary["groups"] == {"column": "meta.lang", "limits": {"de": 0.25}}
+    expected = bits(tmp_path / "out")
+    assert process_shards(RewriteConfig(output=tmp_path / "out", group_limits="de=0.25", **plain), scorer).resumed == 3
+    from_scores = RewriteConfig(
+        shards=shards, output=tmp_path / "later", scores=tmp_path / "out", group_by="meta.lang", keep_fraction=0.5,
+        group_limits="de=0.25",
+    )  # fmt: skip
+    process_shards(from_scores)
+    later = bits(tmp_path / "later")
+    assert later == {name: digest for name, digest in expected.items() if not name.startswith("_scores")}
+    with pytest.raises(ValueError, match=r"groups .* there"):
+        process_shards(RewriteConfig(output=tmp_path / "out", **plain), scorer)
