@@ -110,10 +110,11 @@ def _fail_lost(config: ScoreConfig, run: "_Run", tasks: Sequence[Task], tally: T
     """Fail the shards that are done and whose output is not there: something has deleted it since."""
     if run.ranks.world.rank > 0:
         return
-    there = {str(path) for end in ("*_stats.json", "*.tar", "*.parquet") for path in config.folder.rglob(end)}
+    there = {str(path) for end in ("*_stats.json", "*.tar", "*.parquet", "*.npy") for path in config.folder.rglob(end)}
 
     def is_lost(task: Task) -> bool:
-        if str(task.mark) not in there:
+        beside = task.embedding_paths if isinstance(task, ScoreTask) else ()
+        if any(str(path) not in there for path in (task.mark, *beside)):
             return True
         return task.tar is not None and str(task.tar) not in there and read_record(task.mark)["kept"] > 0
 

@@ -139,6 +139,11 @@ class ScoreTask:
         """See ``Task``."""
         return None if self.copy is None else self.copy.tar
 
+    @property
+    def embedding_paths(self) -> tuple[AnyPath, ...]:
+        """The files of the embeddings that are saved."""
+        return () if self.embeddings is None else (self.files.image, self.files.text)
+
     def committed(self) -> ShardStats | None:
         """See ``Task``."""
         if self.copy is None:

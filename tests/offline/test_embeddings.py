@@ -142,6 +142,16 @@ def test_of_mirrored_images_the_mean_is_made_of_length_one(clip_folder, shards, 
     np.testing.assert_allclose(np.linalg.norm(embeddings.image[table.usable], axis=1), 1.0, atol=1e-5)
 
 
+def test_those_that_something_deletes_while_the_run_goes_on_are_failures(scorer, shards, tmp_path):
+    deleted = tmp_path / "out/_embeddings/00000.text.npy"
+    config = ScoreConfig(shards=shards, output=tmp_path / "out", embeddings="fp16", **OPTIONS)
+    tally = process_shards(config, scorer, on_progress=lambda tally: deleted.unlink(missing_ok=True))
+    [why] = tally.failed.values()
+    assert "something has deleted it" in why
+    assert process_shards(config, scorer).num_scored == PER_SHARD
+    assert deleted.is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
