@@ -104,7 +104,7 @@ def _check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple
             return "there is no score table of it; score it first"
         try:
             check_table(table, url)
-            if choice.is_among:
+            if choice.needs_columns:
                 choice.candidates(ShardScores.read(table))
         except ShardError as error:
             return str(error)

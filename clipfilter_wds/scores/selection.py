@@ -97,8 +97,8 @@ class Choice:
         return {**limits, "subset": subset, "where": where, "groups": groups}
 
     @property
-    def is_among(self) -> bool:
-        """Whether it takes more of a table than scores: it is made among some of the samples, or in groups."""
+    def needs_columns(self) -> bool:
+        """Whether it takes more of a table than its scores, which a table may lack."""
         return self.subset is not None or self.where is not None or self.groups is not None
 
     def candidates(self, scores: "ShardScores") -> np.ndarray:
