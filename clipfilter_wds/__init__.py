@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from clipfilter_wds.models.config import ScorerConfig
     from clipfilter_wds.models.scorer import ClipScorer
     from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+    from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
+    from clipfilter_wds.offline.rescoring.run import rescore_shards
     from clipfilter_wds.offline.run import process_shards
     from clipfilter_wds.scores.folder import ScoreFolder
     from clipfilter_wds.tables.operator import ImageClipFilter
@@ -25,16 +27,19 @@ _HOME = {
     "ClipFilterMonitor": "training.monitor",
     "ClipScorer": "models.scorer",
     "ClipWebDataset": "training.dataset",
+    "DedupConfig": "offline.rescoring.config",
     "DropReason": "types",
     "FilterStats": "types",
     "ImageClipFilter": "tables.operator",
     "LoaderConfig": "training.config",
+    "RescoreConfig": "offline.rescoring.config",
     "RewriteConfig": "offline.config",
     "ScoreConfig": "offline.config",
     "ScoreFolder": "scores.folder",
     "ScorerConfig": "models.config",
     "clip_filter": "training.pipeline",
     "process_shards": "offline.run",
+    "rescore_shards": "offline.rescoring.run",
 }
 
 __all__ = [
@@ -43,16 +48,19 @@ __all__ = [
     "ClipFilterMonitor",
     "ClipScorer",
     "ClipWebDataset",
+    "DedupConfig",
     "DropReason",
     "FilterStats",
     "ImageClipFilter",
     "LoaderConfig",
+    "RescoreConfig",
     "RewriteConfig",
     "ScoreConfig",
     "ScoreFolder",
     "ScorerConfig",
     "clip_filter",
     "process_shards",
+    "rescore_shards",
 ]
 
 

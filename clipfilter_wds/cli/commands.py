@@ -14,6 +14,7 @@ from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
+from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
 from clipfilter_wds.report.config import ReportConfig, RunReportConfig, check_page
 from clipfilter_wds.scores.export.config import ExportConfig
 from clipfilter_wds.storage.errors import without_secrets
@@ -46,6 +47,17 @@ def rewrite(config: RewriteConfig, scorer: ScorerConfig, engine: EngineConfig, p
 def score(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig) -> int:
     """Write a table of scores for every shard, and no samples."""
     return _process(config, scorer, engine)
+
+
+def rescore(config: RescoreConfig) -> int:
+    """Derive better scores from score tables and saved embeddings."""
+    return _rescore(config)
+
+
+def dedup(config: DedupConfig) -> int:
+    """Drop near-duplicate images from score tables, by saved embeddings."""
+    _refuse_ranks()
+    return _rescore(config)
 
 
 def report(config: ReportConfig) -> int:
@@ -97,6 +109,17 @@ def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig) ->
         failed = run_with_progress(config, load, world=world, rank_timeout=engine.rank_timeout).failed
     # Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
     return SOME_FAILED if failed and world.rank == 0 else ALL_DONE
+
+
+def _rescore(config: RescoreConfig | DedupConfig) -> int:
+    """Make score tables from score tables."""
+    from clipfilter_wds.offline.rescoring.progress import run_with_progress
+    from clipfilter_wds.world import World
+
+    world = World.from_env()
+    world.claim_gpu()
+    run_with_progress(config, world=world)
+    return ALL_DONE
 
 
 def _report_on(config: RewriteConfig, page: str | Path) -> None:
@@ -159,6 +182,8 @@ COMMANDS = {
         Command(demo, "--output clipfilter_demo"),
         Command(rewrite, "'data/{00000..00099}.tar' --output kept --threshold 0.28", "shards"),
         Command(score, "'data/{00000..00099}.tar' --output scores", "shards"),
+        Command(rescore, "scores --output better --method neg_clip_loss", "scores"),
+        Command(dedup, "scores --output distinct --similarity 0.95", "scores"),
         Command(report, "scores --output report.html --shards 'data/*.tar'", "scores"),
         Command(export, "scores --format clip_retrieval --output exported", "scores"),
         Command(table, "photos.csv --output kept.csv --score_key clip_score", "input"),

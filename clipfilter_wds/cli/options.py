@@ -17,6 +17,8 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 _EXPECTED = {bool: "true or false", float: "a number", int: "a whole number", Path: "a path", str: "text"}
 #: What stands for a value in the help, instead of the option's name.
 _METAVARS = {float: "NUMBER", int: "N"}
+#: Choices that are longer together, in characters, are named in an option's help alone.
+_MAX_CHOICES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,8 @@ class Option:
         else:
             if self._types[0] in _METAVARS:
                 settings["metavar"] = _METAVARS[self._types[0]]
+            elif len(",".join(get_args(self._types[0]))) > _MAX_CHOICES:
+                settings["metavar"] = self.name.upper()
             group.add_argument(f"--{self.name}", **settings)
 
     def check(self, value: Any, parser: ArgumentParser, where: str = "") -> Any:

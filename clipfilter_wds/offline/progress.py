@@ -40,13 +40,13 @@ def run_with_progress(
             scorer = load_scorer()
     with show_progress(console) as show:
         tally = process_shards(
-            config, scorer, world=world, rank_timeout=rank_timeout, on_progress=lambda tally: show(_shown(tally))
+            config, scorer, world=world, rank_timeout=rank_timeout, on_progress=lambda tally: show(shown(tally))
         )
     if is_first:
         kept_as = "kept" if isinstance(config, RewriteConfig) else "scored"
         print_summary(
             Console(),
-            _rows(tally, kept_as),
+            closing_rows(tally, kept_as),
             seconds=tally.seconds,
             samples_per_second=tally.samples_per_second,
             notes=[*_notes(tally), *map(plain, advice(tally, config))],
@@ -54,7 +54,8 @@ def run_with_progress(
     return tally
 
 
-def _shown(tally: Tally) -> Shown:
+def shown(tally: Tally) -> Shown:
+    """How far a run is."""
     finished = tally.done + len(tally.failed)
     left, done_here = tally.num_shards - finished, finished - tally.resumed
     seconds_left = tally.seconds / done_here * left if done_here and left else None
@@ -68,7 +69,8 @@ def _shown(tally: Tally) -> Shown:
     )
 
 
-def _rows(tally: Tally, kept_as: str) -> list[Row]:
+def closing_rows(tally: Tally, kept_as: str) -> list[Row]:
+    """The closing table; ``kept_as`` is what kept samples are called there."""
     counts, stats = tally.counts, tally.stats
     rows = count_rows(counts.seen, counts.kept, counts.dropped.items(), kept_as=kept_as)
     rows.append(("shards", tally.done, f"of {tally.num_shards:,}"))

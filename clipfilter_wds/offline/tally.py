@@ -86,6 +86,7 @@ class Phase(StrEnum):
 
     SCORING = "scoring"
     COPYING = "copying"
+    RESCORING = "rescoring"
     WAITING = "waiting for the other ranks"
 
 

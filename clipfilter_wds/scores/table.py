@@ -145,8 +145,8 @@ class ShardScores:
             ValueError: When there are more or fewer scores than rows without a reason.
         """
         all_scores, reasons = finite_scores(rows.reasons, scores)
-        texts = pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
         numbers = {name: rows.numbers[name] for name in rows.numbers.dtype.names or ()}
+        texts = reason_texts(reasons)
         columns = {**numbers, "key": rows.keys, "uid": rows.uids, "score": all_scores, "reason": texts}
         schema = table_schema(metadata.columns)
         columns |= dict(zip(schema.names[len(_SCHEMA) :], zip(*values, strict=True), strict=False))
@@ -222,6 +222,11 @@ def table_schema(sources: Sequence[str] = ()) -> pa.Schema:
         if name in _SCHEMA.names:
             raise ValueError(f"columns: json:{name} has the name of a column that every score table has")
     return pa.schema([*_SCHEMA, *(pa.field(name, _ARROW_TYPES[kind]) for name, _, kind in fields)])
+
+
+def reason_texts(reasons: np.ndarray) -> pa.Array:
+    """Reasons as the column holds them, given int8 ``[N]`` of ``REASON_CODES``, or ``NO_REASON``."""
+    return pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
 
 
 def no_rows() -> pa.Table:

@@ -305,7 +305,7 @@ def test_an_error_names_option_found_and_expected(fails, args, says):
 
 
 def test_a_missing_or_unknown_command(fails):
-    known = r"use one of demo, rewrite, score, report, export, table (see clipfilter-wds --help)"
+    known = r"use one of demo, rewrite, score, rescore, dedup, report, export, table (see clipfilter-wds --help)"
     assert fails() == f"no command is given; {known}"
     assert fails("rewrit") == f"'rewrit' is no command; {known}"
 

@@ -1,0 +1,56 @@
+"""Runs ``rescore`` or ``dedup``, and shows how far it is and what came of it."""
+
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from clipfilter_wds.console import Shown, plain, print_summary, show_progress
+from clipfilter_wds.offline.progress import closing_rows, shown
+from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
+from clipfilter_wds.offline.rescoring.method import Preparing
+from clipfilter_wds.offline.rescoring.run import rescore_shards
+from clipfilter_wds.offline.tally import Tally
+from clipfilter_wds.world import World
+
+
+def run_with_progress(config: RescoreConfig | DedupConfig, *, world: World | None = None) -> Tally:
+    """Make the tables, and show how far the run is and what came of it; of several ranks, rank zero does."""
+    is_first = world is None or world.rank == 0
+    began = time.perf_counter()  # preparing may take longer than all that comes after it
+    with show_progress(Console(stderr=True, quiet=not is_first)) as show:
+        tally = rescore_shards(
+            config,
+            world=world,
+            on_preparing=lambda preparing: show(_preparing(preparing)),
+            on_progress=lambda tally: show(shown(tally)),
+        )
+    if is_first:
+        seconds = time.perf_counter() - began
+        print_summary(
+            Console(),
+            closing_rows(tally, "kept" if _drops(config) else "scored"),
+            seconds=seconds,
+            samples_per_second=tally.num_scored / max(seconds, 1e-9),
+            notes=_notes(config, tally),
+        )
+    return tally
+
+
+def _drops(config: RescoreConfig | DedupConfig) -> bool:
+    return isinstance(config, DedupConfig) or config.method == "then"
+
+
+def _preparing(preparing: Preparing) -> Shown:
+    phase, done, total, unit = preparing
+    count = f"{done:,}/{total:,} {unit}"
+    return Shown(
+        phase=phase, share=done / max(total, 1), beside_bar=f"[progress.download]{count}[/]", line=f"{phase}: {count}"
+    )
+
+
+def _notes(config: RescoreConfig | DedupConfig, tally: Tally) -> Iterator[str]:
+    if tally.counts.seen and not tally.counts.kept:
+        yield "none of the samples has a score"
+    choice = "--keep_fraction 1" if _drops(config) else "--keep_fraction 0.3"
+    yield f"next: clipfilter-wds rewrite SHARDS --scores {plain(str(config.folder))} {choice} --output DIR"

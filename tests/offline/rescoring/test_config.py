@@ -1,0 +1,46 @@
+"""Options of ``rescore`` and ``dedup`` that can't be used are refused, with what to do."""
+
+import pytest
+
+from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "clip"}, "use one of neg_clip_loss"),
+        ({"method": "norm_sim_2"}, "needs a target"),
+        ({"method": "sum"}, "give at least two"),
+        ({"method": "neg_clip_loss", "scores": "a,b"}, "takes one score folder, and 2 are given"),
+        ({"method": "neg_clip_loss", "temperature": 0.0}, "must be above 0"),
+        ({"method": "neg_clip_loss", "weights": "1"}, "weights is for method sum"),
+        ({"method": "neg_clip_loss", "num_batches": 0}, "at least 1"),
+        ({"method": "sum", "scores": "a,b", "weights": "1,2,3"}, "3 weights for 2 score folders"),
+        ({"method": "sum", "scores": "a,b", "weights": "1,x"}, "give numbers"),
+        ({"method": "then", "scores": "a,b"}, "needs fractions"),
+        ({"method": "then", "scores": "a,b", "fractions": [0.2, 0.3]}, "none can be above the one before"),
+        ({"method": "then", "scores": "a,b", "fractions": "30,20"}, "Did you mean 0.3"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        RescoreConfig(**{"scores": "a", "output": tmp_path / "out", **options})
+
+
+@pytest.mark.parametrize("similarity", [0.0, 1.01, 95])
+def test_a_similarity_that_is_no_cosine_is_refused(tmp_path, similarity):
+    with pytest.raises(ValueError, match="similarity is"):
+        DedupConfig(scores="a", output=tmp_path / "out", similarity=similarity)
+
+
+def test_tables_are_not_written_over_those_that_are_read(tmp_path):
+    for output in (tmp_path, tmp_path / "_scores"):
+        with pytest.raises(ValueError, match="choose another folder"):
+            DedupConfig(scores=tmp_path, output=output)
+
+
+def test_numbers_are_a_list_a_text_or_one_number(tmp_path):
+    options = {"scores": "a,b", "output": tmp_path / "out", "method": "sum"}
+    assert RescoreConfig(**options, weights="1,0.5").folder_weights == [1, 0.5]
+    assert RescoreConfig(**options, weights=[1, "0.5"]).folder_weights == [1, 0.5]
+    assert RescoreConfig(**options).folder_weights == [1, 1]
