@@ -40,17 +40,17 @@ from clipfilter_wds.demo.scenes import describe, different_scene, random_scene
 from clipfilter_wds.models.loading import BUNDLED_MODELS
 
 GALLERY_SIZE = 100
-NUM_EVALUATIONS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the three runs have in common."""
+    """What the runs have in common."""
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int
+    num_evaluations: int = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Training:
             schedule.step()
             model.logit_scale.data.clamp_(max=math.log(100))
             num_true += sum(map(is_true, batch["__key__"]))
-            if step % max(1, plan.steps // NUM_EVALUATIONS) == 0 or step == plan.steps:
+            if step % max(1, plan.steps // plan.num_evaluations) == 0 or step == plan.steps:
                 seconds += time.perf_counter() - began
                 recall = self._evaluate(model)
                 recalls.append((step, recall))

@@ -133,6 +133,20 @@ def test_filtering_pays_off_when_half_of_the_captions_are_false(tmp_path):
     assert rewritten > 2 * raw
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compare_scores_trains_on_what_each_score_chooses(tmp_path):
+    output = run("compare_scores.py", "--steps=100", "--seeds=1", "--num_samples=2000", "--galleries=2", cwd=tmp_path)
+    runs = json.loads((tmp_path / "compare_scores/figures.json").read_bytes())["runs"]
+    cosine, neg_clip_loss, chance = (runs[name][0] for name in ("cosine", "neg_clip_loss", "chance"))
+    for choice in (cosine, neg_clip_loss):
+        assert choice["auc_generic"] > 0.99
+        assert choice["true_share"] > 0.95
+        assert choice["image_to_text"] > chance["image_to_text"]
+    assert 0.4 < chance["true_share"] < 0.6
+    assert f"{neg_clip_loss['true_share']:.1%}" in output
+
+
 def test_help_of_train_clip_explains_every_option():
     text = in_fresh_process(_help)
     sections = re.split(r"\n  (?=--)", text[text.index("\n  --model CONFIG") :])
