@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 
 class DropReason(StrEnum):
@@ -87,6 +87,35 @@ class Sample:
     problem: DropReason | None = None
 
 
+class ShardIdentity(NamedTuple):
+    """What tells a shard from another one that had or will have its name.
+
+    Attributes:
+        num_bytes: Its size as stored (compressed, if it is), -1 when the storage doesn't tell.
+        storage_version: Its ETag or time of change, whatever the storage tells; None when that is nothing.
+        signature: A hash of all headers of the tar: names, sizes and times of its members. None when it is not known.
+    """
+
+    num_bytes: int = -1
+    storage_version: str | None = None
+    signature: str | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """What a JSON object says that has these names among its own; the first ones had ``num_bytes`` only."""
+        return cls(record["num_bytes"], record.get("storage_version"), record.get("signature"))
+
+    def matches(self, scored: "ShardIdentity") -> bool | None:
+        """Whether this is the shard that was scored; None when it takes this one's signature to tell."""
+        if -1 not in (self.num_bytes, scored.num_bytes) and self.num_bytes != scored.num_bytes:
+            return False
+        if self.signature is not None and scored.signature is not None:
+            return self.signature == scored.signature
+        if self.storage_version == scored.storage_version:
+            return True
+        return scored.storage_version is None if scored.signature is None else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEnd:
     """What reading a shard to its end has found. Always the last thing that a shard yields.
@@ -94,14 +123,23 @@ class ShardEnd:
     Attributes:
         num_samples: How many samples the shard holds, unusable ones included.
         torn: Whether the archive is damaged or cut: no end-of-archive mark follows its members.
-        num_bytes: Size of the shard as stored (compressed, if it is), -1 when the storage doesn't tell.
+        num_bytes: See :class:`ShardIdentity`.
+        storage_version: Likewise.
+        signature: Likewise.
         members: What its members are called, and how many are; see ``shards/found.py``.
     """
 
     num_samples: int
     torn: bool
     num_bytes: int
+    storage_version: str | None = field(default=None, compare=False)
+    signature: str | None = None
     members: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def identity(self) -> ShardIdentity:
+        """What tells the shard from another one."""
+        return ShardIdentity(self.num_bytes, self.storage_version, self.signature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,14 @@ from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.groups import GroupCutoffs
 from clipfilter_wds.scores.selection import AnyCutoff, Choice
-from clipfilter_wds.scores.table import ShardScores, read_scores
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.found import LINK
+from clipfilter_wds.shards.identity import check_identity, is_scored
 from clipfilter_wds.shards.names import public_url
-from clipfilter_wds.shards.open import open_shard, shard_num_bytes
+from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples, with_suffix
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import DropReason, FilterStats, Sample, ShardEnd, ShardError, StoredMember
+from clipfilter_wds.types import DropReason, FilterStats, Sample, ShardEnd, ShardError, ShardIdentity, StoredMember
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,10 @@ class CopyTask:
         if record is None:
             return None
         check_source(self.files.mark, record["source"], self.url)
-        return self.files.stats_of(record, num_bytes=shard_num_bytes(self.url), cutoff=_cutoff_record(self.cutoff))
+        if not is_scored(self.url, ShardIdentity.from_record(record), self.files.mark):
+            self.files.forget()
+            return None
+        return self.files.stats_of(record, cutoff=_cutoff_record(self.cutoff))
 
     def __call__(self) -> ShardStats:
         """Copy; when this returns, the output is on disk and whole.
@@ -99,8 +103,9 @@ class CopyTask:
         """
         if self.table is None:
             raise ShardError("there is no score table of it; score it first")
-        scores, choice = read_scores(self.table, self.url), self.options.choice
+        scores, choice = ShardScores.read(self.table), self.options.choice
         selection = choice.select(scores, self.cutoff)
+        identity = check_identity(self.url, scores.metadata.identity, self.table, is_read_next=selection.stats.kept > 0)
         kept_keys = list(compress(scores.keys, selection.keep))
         suffixes = suffixes_of_neighbours(kept_keys, scores.keys)
         stats = shard_stats(selection.stats, scores, choice.num_in_band(scores, self.cutoff))
@@ -108,7 +113,7 @@ class CopyTask:
         samples = read_kept(self.url, scores, selection.keep, self.options.layout)
         record = {
             "source": public_url(self.url),
-            "num_bytes": scores.metadata.num_bytes,
+            **identity._asdict(),
             **self.options.settings,
             "cutoff": _cutoff_record(self.cutoff),
             "fingerprint": dict(scores.metadata.fingerprint),
@@ -178,7 +183,7 @@ def read_kept(
             if isinstance(item, ShardEnd):
                 if item.num_samples != len(keep):
                     raise ShardError(f"it holds {item.num_samples} samples, and {len(keep)} were scored")
-                if item.torn != scores.metadata.torn:
+                if item.torn != scores.metadata.torn or item.identity.matches(scores.metadata.identity) is False:
                     raise ShardError("it changed between scoring and writing")
             elif item.problem is not None or item.key != keys[item.index]:
                 raise ShardError(f"its sample {item.index} is {item.key!r}, and {keys[item.index]!r} was scored")

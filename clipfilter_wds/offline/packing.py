@@ -9,10 +9,11 @@ from clipfilter_wds.offline.copying import CopyOptions, CopyTask, read_kept, sha
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.selection import AnyCutoff
-from clipfilter_wds.scores.table import read_scores
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.identity import check_identity
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import Sample, ShardError
+from clipfilter_wds.types import Sample, ShardError, ShardIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Source:
     Attributes:
         url: The shard.
         table: Its score table.
-        num_bytes: Its size as stored.
+        identity: What tells it from another shard.
         cutoff: What is kept of the shard, when the choice needed all scores.
         start: Index of the first sample.
         stop: Index behind the last one.
@@ -32,7 +33,7 @@ class Source:
 
     url: str
     table: AnyPath
-    num_bytes: int
+    identity: ShardIdentity
     cutoff: AnyCutoff | None
     start: int
     stop: int
@@ -42,8 +43,11 @@ class Source:
     @property
     def record(self) -> dict[str, Any]:
         """What the commit mark says of it."""
+        # That it was copied makes no other plan, nor that it was scored before there were signatures.
+        identity = self.identity._replace(storage_version=None)._asdict()
+        known = {name: value for name, value in identity.items() if value is not None}
         samples = {"start": self.start, "stop": self.stop, "kept": self.num_kept}
-        return {"source": public_url(self.url), "num_bytes": self.num_bytes, **samples}
+        return {"source": public_url(self.url), **known, **samples}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,8 @@ class PackTask:
         stats, choice = ShardStats(renamed_keys=len(self.suffixes)), self.options.choice
         fingerprint = self.options.fingerprint
         for source in self.sources:
-            scores = read_scores(source.table, source.url)
+            scores = ShardScores.read(source.table)
+            check_identity(source.url, source.identity, source.table, is_read_next=True)
             found = choice.select(scores, source.cutoff).stats_between(source.start, source.stop)
             if found.kept != source.num_kept:
                 raise ShardError(f"{str(source.table)!r} has changed since the run was planned; start it again")
@@ -115,7 +120,7 @@ class PackTask:
         for source in self.sources:
             if not source.num_kept:
                 continue
-            scores = read_scores(source.table, source.url)
+            scores = ShardScores.read(source.table)
             keep = self.options.choice.select(scores, source.cutoff).keep
             keep[: source.start] = keep[source.stop :] = False
             try:

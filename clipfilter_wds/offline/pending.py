@@ -104,7 +104,7 @@ class PendingShard:
             raise AssertionError(f"{url}: {end.num_samples} samples were read and {len(rows)} arrived")
         metadata = ScoreMetadata(
             shard=url,
-            num_bytes=end.num_bytes,
+            **end.identity._asdict(),
             num_samples=end.num_samples,
             torn=end.torn,
             fingerprint=by.fingerprint,

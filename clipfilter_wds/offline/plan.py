@@ -175,7 +175,7 @@ def _pack(
                 source = Source(
                     url=url,
                     table=table,
-                    num_bytes=scores.metadata.num_bytes,
+                    identity=scores.metadata.identity,
                     cutoff=cutoff,
                     start=start,
                     stop=stop,

@@ -24,7 +24,7 @@ from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata
-from clipfilter_wds.shards.open import shard_num_bytes
+from clipfilter_wds.shards.identity import is_scored
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish
@@ -178,7 +178,7 @@ class ScoreTask:
         found = scores.metadata
         check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
         check_source(self.table, found.shard, self.url)
-        is_alike = found.rechecked_at == self.rechecked_at and found.num_bytes == shard_num_bytes(self.url)
+        is_alike = found.rechecked_at == self.rechecked_at and is_scored(self.url, found.identity, self.table)
         has_columns = set(self.columns) <= set(found.columns)
         return scores if is_alike and has_columns and self._has_embeddings(found) else None
 

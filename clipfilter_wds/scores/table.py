@@ -18,15 +18,22 @@ from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.kind import COSINE, COSINES, ScoreKind
-from clipfilter_wds.shards.open import shard_num_bytes
+from clipfilter_wds.shards.identity import check_identity
 from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.types import NO_REASON, DropReason, ShardError
+from clipfilter_wds.types import NO_REASON, DropReason, ShardIdentity
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1
 
 #: Entries of the metadata that the first tables lack.
-_CAME_LATER: dict[str, Any] = {"members": {}, "range": (COSINES.low, COSINES.high), "embeddings": None, "columns": ()}
+_CAME_LATER: dict[str, Any] = {
+    "members": {},
+    "range": (COSINES.low, COSINES.high),
+    "embeddings": None,
+    "columns": (),
+    "storage_version": None,
+    "signature": None,
+}
 
 _SCHEMA = pa.schema(
     [
@@ -54,6 +61,8 @@ class ScoreMetadata:
         version: Of the format.
         shard: The shard's URL, without credentials.
         num_bytes: The shard's size as stored, -1 when unknown.
+        storage_version: Its ETag or time of change when it was scored; see ``ShardIdentity``.
+        signature: A hash of its tar headers; likewise.
         num_samples: Rows of the table.
         torn: Whether the shard is damaged or cut.
         fingerprint: What the scores depend on beside the shard.
@@ -82,11 +91,18 @@ class ScoreMetadata:
     range: tuple[float | None, float | None] = (COSINES.low, COSINES.high)
     embeddings: Mapping[str, Any] | None = None
     columns: tuple[str, ...] = ()
+    storage_version: str | None = None
+    signature: str | None = None
 
     @property
     def kind(self) -> ScoreKind:
         """What the scores are, by the fingerprint's entry ``score``; cosines where there is none."""
         return ScoreKind(self.fingerprint.get("score", COSINE), *self.range)
+
+    @property
+    def identity(self) -> ShardIdentity:
+        """What tells the shard from another one."""
+        return ShardIdentity(self.num_bytes, self.storage_version, self.signature)
 
     def to_schema(self) -> dict[bytes, str]:
         """As a parquet schema holds it."""
@@ -249,29 +265,22 @@ def read_scores(path: AnyPath, url: str) -> ShardScores:
     """The scores of a shard, from its table.
 
     Raises:
-        ShardError: When the shard has another size than the one that was scored.
+        ShardError: When the shard is not the one that was scored; see ``check_identity``.
         ValueError: When the table is damaged.
     """
     scores = ShardScores.read(path)
-    _check_num_bytes(scores.metadata, path, url)
+    check_identity(url, scores.metadata.identity, path)
     return scores
 
 
-def check_table(path: AnyPath, url: str) -> None:
-    """See that a shard has the size of the one whose scores a table holds, without reading the scores.
+def check_table(path: AnyPath, url: str) -> ShardIdentity:
+    """See that a shard is the one whose scores a table holds, without reading the scores.
 
     Raises:
-        ShardError: When it has not.
+        ShardError: When it is not; see ``check_identity``.
         ValueError: When the file is no score table of this version.
     """
-    _check_num_bytes(read_metadata(path), path, url)
-
-
-def _check_num_bytes(metadata: ScoreMetadata, path: AnyPath, url: str) -> None:
-    scored = metadata.num_bytes
-    found = -1 if scored == -1 else shard_num_bytes(url)
-    if found not in (-1, scored):
-        raise ShardError(f"it is not the shard that was scored: {found} bytes here, {scored} in {str(path)!r}")
+    return check_identity(url, read_metadata(path).identity, path)
 
 
 @contextmanager

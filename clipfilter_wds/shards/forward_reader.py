@@ -51,6 +51,11 @@ class ForwardReader:
             self.window = piece
         self.at = self._held = min(at, len(self.window))
 
+    @property
+    def since_seek(self) -> bytes:
+        """All that was read since the last seek."""
+        return self.window[self._held : self.at]
+
     def show(self, start: int, stop: int) -> tuple[bytes, int]:
         """A window that holds the stream between two positions, and where in it the first is. Does not move.
 

@@ -11,8 +11,9 @@ from typing import BinaryIO, cast
 import zstandard
 
 from clipfilter_wds.storage.errors import reason
-from clipfilter_wds.storage.open import file_size, open_file, open_pipe, read_into
-from clipfilter_wds.types import ShardError
+from clipfilter_wds.storage.open import file_state, open_file, open_pipe, read_into
+from clipfilter_wds.storage.reader import FileState
+from clipfilter_wds.types import ShardError, ShardIdentity
 
 _BUFFER_BYTES = 1 << 18
 #: A compressed shard that unpacks to more than this many times its size is a bomb. Images hardly shrink at all; gzip's
@@ -34,12 +35,12 @@ class OpenShard:
     Attributes:
         url: Where it is.
         stream: Its unpacked bytes.
-        num_bytes: Its size as stored, -1 when the storage doesn't tell.
+        identity: Its size and version, as far as the storage tells.
     """
 
     url: str
     stream: io.BufferedIOBase
-    num_bytes: int
+    identity: ShardIdentity
 
 
 @contextmanager
@@ -55,34 +56,35 @@ def open_shard(url: str, *, allow_pipe: bool = False) -> Iterator[OpenShard]:
             than it announced.
         DamagedStreamError: From ``stream`` when it can't be unpacked any further.
     """
-    with _open_raw(url, allow_pipe) as (raw, num_bytes):
-        yield OpenShard(url=url, stream=_unpack(_WholeRaw(raw, num_bytes, url)), num_bytes=num_bytes)
+    with _open_raw(url, allow_pipe) as (raw, state):
+        stream = _unpack(_WholeRaw(raw, state.num_bytes, url))
+        yield OpenShard(url=url, stream=stream, identity=ShardIdentity(*state))
 
 
 @contextmanager
-def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, int]]:
+def _open_raw(url: str, allow_pipe: bool) -> Iterator[tuple[BinaryIO, FileState]]:
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise ShardError("it would run a shell command; pass allow_pipe=True if you trust it")
         with open_pipe(url) as raw:
-            yield raw, -1
+            yield raw, FileState()
         return
     try:
-        raw, num_bytes = open_file(url)
+        raw, state = open_file(url)
     except Exception as error:  # each storage has errors of its own
         raise ShardError(f"can't open it: {reason(error, url)}") from error
     with raw:
-        yield raw, num_bytes
+        yield raw, state
 
 
-def shard_num_bytes(url: str) -> int:
-    """Size of a shard as stored, -1 when the storage doesn't tell.
+def shard_identity(url: str) -> ShardIdentity:
+    """Size and version of a shard, as far as the storage tells.
 
     Raises:
         ShardError: When it can't be reached.
     """
     try:
-        return file_size(url)
+        return ShardIdentity(*file_state(url))
     except Exception as error:  # each storage has errors of its own
         raise ShardError(f"can't open it: {reason(error, url)}") from error
 

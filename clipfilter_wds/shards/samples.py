@@ -10,7 +10,7 @@ from clipfilter_wds.shards.file_type import describe_file
 from clipfilter_wds.shards.found import LINK, FoundMembers
 from clipfilter_wds.shards.open import DamagedStreamError, OpenShard, open_shard
 from clipfilter_wds.shards.split import ShardPart
-from clipfilter_wds.shards.tar_reader import TarEntry, TarStream, stored_member
+from clipfilter_wds.shards.tar_reader import TAR_DAMAGE, TarEntry, TarStream, stored_member
 from clipfilter_wds.types import DropReason, Member, Sample, ShardEnd, ShardError, StoredMember
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ def read_samples(
             elif "." not in entry.name:
                 groups.found.add("")
         torn = not tar.has_ended()
-    except (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError) as error:
+    except TAR_DAMAGE as error:
         # Damage ends the archive here, as torn, whatever it looks like to tarfile.
         if tar.failed_at_first_header:
             found = describe_file(tar.beginning)
@@ -168,8 +168,8 @@ def read_samples(
             raise ShardError(f"it is damaged at its very beginning and can't be unpacked ({error})") from error
     if (last := groups.finish(torn)) is not None:
         yield last
-    members = groups.found.counts
-    yield ShardEnd(num_samples=groups.num_samples, torn=torn, num_bytes=shard.num_bytes, members=members)
+    identity = shard.identity._replace(signature=tar.signature)
+    yield ShardEnd(num_samples=groups.num_samples, torn=torn, members=groups.found.counts, **identity._asdict())
 
 
 class _Groups:

@@ -4,12 +4,14 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from hashlib import blake2b
 from io import BufferedIOBase
 from typing import NamedTuple
 from zlib import adler32
 
 from clipfilter_wds.shards.archive_end import Behind, look_behind
 from clipfilter_wds.shards.forward_reader import BLOCK, END_MARK, MAX_HEADER_BYTES, READ_BYTES, ForwardReader
+from clipfilter_wds.shards.open import DamagedStreamError
 from clipfilter_wds.types import StoredMember
 
 # What follows the name in nearly all headers: numbers in octal, no prefix. Groups: size, checksum, kind.
@@ -23,6 +25,12 @@ _FIELDS = re.compile(
 )
 # The record after a pax header that holds just a time to fractions of a second. Group: its length.
 _TIME = re.compile(rb"(\d\d) [amc]time=[0-9.]+\n")
+
+#: What iterating over a :class:`TarStream`, or reading from it, raises where the archive is damaged.
+TAR_DAMAGE = (tarfile.TarError, DamagedStreamError, ValueError, LookupError, OverflowError, RecursionError)
+
+#: Of headers; as many bits as tell all shards apart that there will ever be.
+_SIGNATURE_BYTES = 16
 
 
 class TarEntry(NamedTuple):
@@ -77,6 +85,7 @@ class TarStream:
         self.archive = 0
         self._behind = Behind.DAMAGE
         self._time_header, self._time_size = b"", 0
+        self._headers = blake2b(digest_size=_SIGNATURE_BYTES)
 
     def __iter__(self) -> Iterator[TarEntry]:
         """Yield the members in order. Read the data of one before asking for the next.
@@ -93,9 +102,11 @@ class TarStream:
 
     def _read_archive(self) -> Iterator[TarEntry]:
         reader = self._reader
+        reader.seek(reader.tell())
         self._archive = archive = tarfile.TarFile(fileobj=reader, mode="r", errors="surrogateescape")  # type: ignore[arg-type]  # all that reading needs
         while (info := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header, which would grow with the shard
+            self._headers.update(reader.since_seek)
             if info.isreg():
                 yield TarEntry(
                     info.name,
@@ -125,10 +136,11 @@ class TarStream:
             num_header_bytes = 3 * BLOCK
         else:
             num_header_bytes = BLOCK
-        start, at = reader.tell(), reader.at + num_header_bytes
-        found = _read_header(reader.window[at - BLOCK : at])
+        start, headers = reader.tell(), reader.window[reader.at : reader.at + num_header_bytes]
+        found = _read_header(headers[-BLOCK:])
         if found is None or found[2] != b"0":
             return None
+        self._headers.update(headers)
         name, size, _ = found
         data = start + num_header_bytes
         return TarEntry(name.decode("ascii"), size, start, data, data + size + -size % BLOCK)
@@ -190,6 +202,11 @@ class TarStream:
         A zeroed header in the middle of a shard looks like the end mark, but isn't.
         """
         return self._behind is Behind.NOTHING
+
+    @property
+    def signature(self) -> str:
+        """A hash of all headers that have come, those of links and folders included."""
+        return self._headers.hexdigest()
 
     @property
     def num_read(self) -> int:

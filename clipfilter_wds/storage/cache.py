@@ -12,20 +12,20 @@ from typing import BinaryIO, cast
 import fsspec
 
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.storage.reader import RemoteReader
+from clipfilter_wds.storage.reader import FileState, RemoteReader
 from clipfilter_wds.storage.url import parse_url
 
 _COPY_BYTES = 1 << 20
 
 
-def open_cached(url: str) -> tuple[BinaryIO, int]:
+def open_cached(url: str) -> tuple[BinaryIO, FileState]:
     """Open this machine's copy of a shard, after downloading all of it if there is none.
 
     A copy belongs to a size and a version (ETag or modification time, as far as the storage tells), which the storage
     is asked for each time. A shard of unknown size is read without a copy.
 
     Returns:
-        The open file, and its size in bytes, -1 when the storage doesn't tell.
+        The open file, and size and version of its source.
 
     Raises:
         ValueError: When no folder for copies is configured.
@@ -36,13 +36,13 @@ def open_cached(url: str) -> tuple[BinaryIO, int]:
     parsed.check()
     folder, source = _folder(), parsed.source
     reader = RemoteReader(source)
-    if reader.num_bytes < 0:
-        return cast(BinaryIO, reader), -1
+    if reader.state.num_bytes < 0:
+        return cast(BinaryIO, reader), reader.state
     with reader:
-        path = folder / f"{hashlib.sha256(repr((source, reader.version)).encode()).hexdigest()}.tar"
-        if not (path.is_file() and path.stat().st_size == reader.num_bytes):
+        path = folder / f"{hashlib.sha256(repr((source, *reader.state)).encode()).hexdigest()}.tar"
+        if not (path.is_file() and path.stat().st_size == reader.state.num_bytes):
             _download(reader, path)
-        return path.open("rb"), reader.num_bytes
+        return path.open("rb"), reader.state
 
 
 def _folder() -> Path:
@@ -56,5 +56,5 @@ def _download(reader: RemoteReader, path: Path) -> None:
     # Several processes may do this at once: each writes a file of its own, and all the files are alike.
     with publish(path) as file:
         shutil.copyfileobj(reader, file, _COPY_BYTES)
-        if file.tell() != reader.num_bytes:
-            raise ConnectionError(f"{file.tell()} of {reader.num_bytes} bytes came")
+        if file.tell() != reader.state.num_bytes:
+            raise ConnectionError(f"{file.tell()} of {reader.state.num_bytes} bytes came")

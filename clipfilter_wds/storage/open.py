@@ -5,10 +5,10 @@ import re
 import signal
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec import AbstractFileSystem
 
@@ -16,7 +16,7 @@ from clipfilter_wds.storage.cache import open_cached
 from clipfilter_wds.storage.errors import is_missing, reason, retrying, without_secrets
 from clipfilter_wds.storage.filesystem import filesystem, is_local, is_web
 from clipfilter_wds.storage.local_glob import local_matches
-from clipfilter_wds.storage.reader import RemoteReader, open_web
+from clipfilter_wds.storage.reader import FileState, RemoteReader, open_web
 from clipfilter_wds.storage.url import parse_url
 from clipfilter_wds.types import ShardError
 
@@ -25,11 +25,11 @@ T = TypeVar("T")
 _IPV6_HOST = re.compile(r"(?<=://)\[[0-9A-Fa-f:.]*\]")
 
 
-def open_file(url: str) -> tuple[BinaryIO, int]:
+def open_file(url: str) -> tuple[BinaryIO, FileState]:
     """Open a file for one pass from front to back.
 
     Returns:
-        The open file, and its size in bytes, -1 when the storage doesn't tell.
+        The open file, and its size and version.
 
     Raises:
         Exception: The storage's own.
@@ -40,16 +40,20 @@ def open_file(url: str) -> tuple[BinaryIO, int]:
     if (path := parsed.local_path) is not None:
         return _open_local(path)
     reader = RemoteReader(url)
-    return cast(BinaryIO, reader), reader.num_bytes
+    return cast(BinaryIO, reader), reader.state
 
 
-def _open_local(path: Path) -> tuple[BinaryIO, int]:
+def _open_local(path: Path) -> tuple[BinaryIO, FileState]:
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it; Path has no opener
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         file.close()
         raise OSError(f"it is no file but a {_kind_of(status.st_mode)}")
-    return file, status.st_size
+    return file, _state_of(status)
+
+
+def _state_of(status: os.stat_result) -> FileState:
+    return FileState(status.st_size, str(status.st_mtime_ns))
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -82,21 +86,22 @@ def open_once(url: str, *, seconds: float) -> Iterator[BinaryIO]:
         yield file  # and hold the file system: one of an archive closes the archive when it is freed
 
 
-def file_size(url: str) -> int:
-    """Size of a file in bytes, -1 when the storage doesn't tell.
+def file_state(url: str) -> FileState:
+    """Size and version of a file.
 
     Raises:
         Exception: The storage's own.
     """
-    fs, path = filesystem(url)
-    size = _ask(fs, lambda: fs.size(path))
-    return -1 if size is None else int(size)
+    parsed = parse_url(url)
+    if not parsed.caches and (path := parsed.local_path) is not None:
+        return _state_of(path.stat())
+    return FileState.from_info(_info(url))
 
 
 def exists(url: str) -> bool:
     """Whether a file is there; also where the storage does not tell."""
     try:
-        file_size(url)
+        _info(url)
     except Exception as error:  # noqa: BLE001  # each storage has errors of its own
         return not is_missing(error)
     return True
@@ -129,6 +134,11 @@ def list_matches(url: str) -> list[str]:
 
 def _ask(fs: AbstractFileSystem, request: Callable[[], T]) -> T:
     return request() if is_local(fs) else retrying(request)
+
+
+def _info(url: str) -> Mapping[str, Any]:
+    fs, path = filesystem(url)
+    return _ask(fs, lambda: fs.info(path))
 
 
 # --- pipe: ---

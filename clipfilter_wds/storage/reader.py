@@ -1,7 +1,8 @@
 """Reads a remote file from front to back, resuming where a connection broke."""
 
 import io
-from typing import Any, BinaryIO, cast
+from collections.abc import Mapping
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import fsspec
 
@@ -12,6 +13,25 @@ _VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "Last-Modified", 
 _SKIPPED_BYTES = 1 << 20
 
 
+class FileState(NamedTuple):
+    """What the storage tells of a file.
+
+    Attributes:
+        num_bytes: Its size, -1 when the storage doesn't tell.
+        version: What tells it from another file that had or will have its URL: the ETag, or the time of change; None
+            when the storage tells neither.
+    """
+
+    num_bytes: int = -1
+    version: str | None = None
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> Self:
+        """From what fsspec tells."""
+        version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
+        return cls(-1 if info.get("size") is None else int(info["size"]), version)
+
+
 class RemoteReader(io.RawIOBase):
     """Reads a remote file once from front to back, and resumes at the right byte when a connection breaks.
 
@@ -19,8 +39,7 @@ class RemoteReader(io.RawIOBase):
         url: The file.
 
     Attributes:
-        num_bytes: Its size; -1 when the storage doesn't tell.
-        version: What tells it from another file that had or will have this URL, as far as the storage says.
+        state: Its size and version.
 
     Raises:
         Exception: The storage's own, when it can't be reached (retried) or has no such file (not retried).
@@ -30,14 +49,14 @@ class RemoteReader(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url, self._position = url, 0
         self._file: BinaryIO | None = None
-        self.num_bytes, self.version = retrying(self._look)
+        self.state: FileState = retrying(self._look)
 
     def readable(self) -> bool:
         """Always true."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to ``size`` bytes; none only at the end, which never comes before ``num_bytes`` bytes have."""
+        """Read up to ``size`` bytes; none only at the end, which never comes before all bytes have."""
         data: bytes = retrying(lambda: self._read(size))
         self._position += len(data)
         return data
@@ -47,22 +66,20 @@ class RemoteReader(io.RawIOBase):
         self._disconnect()
         super().close()
 
-    def _look(self) -> tuple[int, tuple[Any, ...]]:
+    def _look(self) -> FileState:
         fs, path = filesystem(self._url)
-        info = fs.info(path)
-        num_bytes = -1 if info.get("size") is None else int(info["size"])
-        return num_bytes, (num_bytes, *(info.get(key) for key in _VERSION_KEYS))
+        return FileState.from_info(fs.info(path))
 
     def _connect(self) -> None:
         fs, path = filesystem(self._url)
         if self._position:
             fs.invalidate_cache()
-            if self._look()[1] != self.version:
+            if self._look() != self.state:
                 raise ChangedError("it changed while it was being read")
         self._fs = fs  # held while the file is open: an archive is closed when its file system is freed
         if is_web(fs):
             # A shard may take hours to read, as slowly as its samples are used, but never a minute without a byte.
-            self._file = open_web(fs, path, self._position, self.num_bytes, sock_connect=30, sock_read=60)
+            self._file = open_web(fs, path, self._position, self.state.num_bytes, sock_connect=30, sock_read=60)
         else:
             self._file = fs.open(path, "rb")
             self._file.seek(self._position)
@@ -73,9 +90,9 @@ class RemoteReader(io.RawIOBase):
                 self._connect()
             assert self._file is not None
             data: bytes = self._file.read(size)
-            if not data and self._position < self.num_bytes:
+            if not data and self._position < self.state.num_bytes:
                 raise ConnectionError(
-                    f"the connection ended after {self._position} of {self.num_bytes} bytes; try again"
+                    f"the connection ended after {self._position} of {self.state.num_bytes} bytes; try again"
                 )
         except Exception:
             self._disconnect()

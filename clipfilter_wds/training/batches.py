@@ -18,7 +18,7 @@ from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
-from clipfilter_wds.types import DropReason, SampleRow, UnusableError
+from clipfilter_wds.types import DropReason, SampleRow, ShardIdentity, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
 from clipfilter_wds.workers.transport import slot_buffer
 
@@ -84,7 +84,7 @@ class StreamBatch:
         others: What training gets of their other members, and of their rows in the score table, by column.
         failures: Shards that could not be used, with the reason.
         ends: Shards of which this stream's samples are all given, in this batch or before, and what is at their end.
-        num_bytes: Size of the rows' shards as stored, -1 when unknown.
+        identities: What the storage tells of the rows' shards.
     """
 
     worker: int
@@ -102,7 +102,7 @@ class StreamBatch:
     others: dict[str, Any]
     failures: list[tuple[str, str]]
     ends: list[PartEnd]
-    num_bytes: dict[str, int]
+    identities: dict[str, ShardIdentity]
 
     @property
     def views(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class StreamBatchBuilder:
             others={**self._settings.members.collate(self._others), **self._score_columns()},
             failures=self.failures,
             ends=self.ends,
-            num_bytes={item.url: item.num_bytes for item in self._items},
+            identities={item.url: item.identity for item in self._items},
         )
         self._clear()
         return batch

@@ -18,11 +18,12 @@ from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, no_rows, read_scores
 from clipfilter_wds.shards.names import output_names, public_url
+from clipfilter_wds.shards.open import shard_identity
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, precomputed_scores
 from clipfilter_wds.training.stream import PartEnd
-from clipfilter_wds.types import ShardEnd, ShardError
+from clipfilter_wds.types import ShardEnd, ShardError, ShardIdentity
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +86,10 @@ class RecordFolder:
     def read(self, url: str) -> tuple[list[ShardScores], bool]:
         """The tables that hold what is recorded of a shard, and whether that is the whole shard.
 
+        Parts have no signature. Those of another storage version are left out, so their samples are scored again.
+
         Raises:
-            ShardError: When the shard has another size than the one that was scored.
+            ShardError: When the shard is not the one that was scored whole.
             ValueError: When a table is damaged.
         """
         while True:
@@ -96,27 +99,29 @@ class RecordFolder:
                     return [read_scores(path, url)], True
                 tables = []
                 for path in self._parts(url):
-                    tables.append(read_scores(path, url))
-                return tables, False
+                    tables.append(ShardScores.read(path))
+                return _those_of(tables, shard_identity(url)) if tables else [], False
             except ValueError:
                 if path.exists():
                     raise
                 # Another process has just made one table of the parts.
 
-    def add_part(self, url: str, rows: SampleRows, scores: np.ndarray, *, num_bytes: int, band: float = 0.0) -> None:
+    def add_part(
+        self, url: str, rows: SampleRows, scores: np.ndarray, *, identity: ShardIdentity, band: float = 0.0
+    ) -> None:
         """Record some samples of a shard.
 
         Args:
             url: The shard.
             rows: The samples.
             scores: Those of the usable ones.
-            num_bytes: The shard's size.
+            identity: What the storage tells of the shard.
             band: How close to the threshold scores are in float32.
         """
         if len(rows) and not self.table(url).exists():
             metadata = ScoreMetadata(
                 shard=public_url(url),
-                num_bytes=num_bytes,
+                **identity._asdict(),
                 num_samples=len(rows),
                 torn=False,
                 fingerprint=self.fingerprint,
@@ -137,18 +142,18 @@ class RecordFolder:
         paths, end_path = self._parts(url), self._part(url, "json")
         try:
             end = ShardEnd(**json.loads(end_path.read_bytes()))
-            parts = [ShardScores.read(path) for path in paths]
+            parts = _those_of([ShardScores.read(path) for path in paths], end.identity)
             said = [part.metadata for part in parts]
         except (FileNotFoundError, ValueError):
             return  # another process has done it
         rows = pa.concat_tables([no_rows(), *(part.table for part in parts)])
         # By index: a sample may have been scored twice, by two runs at once.
         indices, places = np.unique(rows["index"].to_numpy(), return_index=True)
-        if not np.array_equal(indices, np.arange(end.num_samples)) or {one.num_bytes for one in said} > {end.num_bytes}:
+        if not np.array_equal(indices, np.arange(end.num_samples)):
             return
         metadata = ScoreMetadata(
             shard=public_url(url),
-            num_bytes=end.num_bytes,
+            **end.identity._asdict(),
             num_samples=end.num_samples,
             torn=end.torn,
             fingerprint=self.fingerprint,
@@ -163,6 +168,11 @@ class RecordFolder:
     def _write(path: Path, scores: ShardScores) -> None:
         with publish(path) as file:
             scores.write(file)
+
+
+def _those_of(parts: Sequence[ShardScores], shard: ShardIdentity) -> list[ShardScores]:
+    """The parts that were scored of this shard, and not of another one that had its name."""
+    return [part for part in parts if shard.matches(part.metadata.identity)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,7 +219,7 @@ def _decided(scores: ShardScores, threshold: float | None) -> np.ndarray:
 class _Held:
     """Rows of a shard that are not written yet, and the scores of the usable ones."""
 
-    num_bytes: int = -1
+    identity: ShardIdentity = field(default_factory=ShardIdentity)
     band: float = 0.0
     num_rows: int = 0
     rows: list[SampleRows] = field(default_factory=list)
@@ -249,7 +259,7 @@ class Recorder:
             for number in np.unique(url_of).tolist():
                 url, of_shard = batch.urls[number], url_of == number
                 held = self._held[url]
-                held.num_bytes, held.band = batch.num_bytes[url], max(held.band, band)
+                held.identity, held.band = batch.identities[url], max(held.band, band)
                 held.add(rows.take(np.flatnonzero(of_shard)), scores[of_shard[rows.usable]])
             full = [url for url, held in self._held.items() if held.num_rows >= _MAX_HELD_ROWS]
             self._write(full, batch.ends)
@@ -265,7 +275,7 @@ class Recorder:
                 held = self._held.pop(url, _Held())
                 if not self._failed:
                     rows, scores = SampleRows.concat(held.rows), np.concatenate([_NO_SCORES, *held.scores])
-                    self._record.add_part(url, rows, scores, num_bytes=held.num_bytes, band=held.band)
+                    self._record.add_part(url, rows, scores, identity=held.identity, band=held.band)
             for part in ends:
                 if not self._failed:
                     self._record.add_end(part.url, part.end)

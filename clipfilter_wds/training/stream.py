@@ -11,7 +11,7 @@ from clipfilter_wds.shards.open import OpenShard
 from clipfilter_wds.shards.samples import SampleLayout, read_part, read_samples
 from clipfilter_wds.shards.split import ShardPart, split_by_worker
 from clipfilter_wds.training.precomputed import PrecomputedScore, PrecomputedScores, ScoreLookup, no_scores
-from clipfilter_wds.types import Sample, ShardEnd, ShardError
+from clipfilter_wds.types import Sample, ShardEnd, ShardError, ShardIdentity
 from clipfilter_wds.workers.crashes import WorkerTracker
 
 
@@ -57,13 +57,13 @@ class StreamProgress:
 
 @dataclass(frozen=True, slots=True)
 class StreamSample:
-    """A sample, its shard's URL and size as stored, the position after it, and what is known of its score.
+    """A sample, its shard's URL and identity, the position after it, and what is known of its score.
 
     A sample that is known to be dropped has no members.
     """
 
     url: str
-    num_bytes: int
+    identity: ShardIdentity
     sample: Sample
     after: Position
     known: PrecomputedScore | None = None
@@ -218,7 +218,7 @@ def _read_open(
     def stream_sample(sample: Sample) -> StreamSample:
         after = Position(start.epoch, start.shard, sample.index + 1)
         checked = worker_tracker.checked(part.url, sample)
-        return StreamSample(part.url, shard.num_bytes, checked, after, known.samples.get(sample.index))
+        return StreamSample(part.url, shard.identity, checked, after, known.samples.get(sample.index))
 
     place = start.index
     for item in read_samples(shard, layout, wanted=wanted, pair_only=True):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from clipfilter_wds.shards import open as opening
 from clipfilter_wds.shards.open import OpenShard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
-from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError
+from clipfilter_wds.types import DropReason, Sample, ShardEnd, ShardError, ShardIdentity
 from tests.support.tars import BLOCK, END, FORMATS, PAIR_A, PAIR_B, SHARDS, check_accounting, end_of, plain
 from tests.support.toys import read_shard, tar_bytes
 
@@ -49,7 +49,7 @@ def unpacked(data: bytes) -> io.BufferedIOBase:
 
 def read_joined(data: bytes, **options) -> tuple[list[Sample], ShardEnd]:
     """What a shard with these bytes, compressed or not, yields."""
-    shard = OpenShard(url="0.tar", stream=unpacked(data), num_bytes=len(data))
+    shard = OpenShard(url="0.tar", stream=unpacked(data), identity=ShardIdentity(len(data)))
     *found, end = read_samples(shard, SampleLayout(), **options)
     return found, end
 
@@ -66,7 +66,7 @@ def test_any_archives_that_were_joined_read_as_the_samples_of_all_in_order(parts
     data = PACKERS[packing](parts)
     found, end = read_joined(data)
     assert found == one_by_one(parts)
-    assert end == ShardEnd(num_samples=len(found), torn=False, num_bytes=len(data))
+    assert end == ShardEnd(num_samples=len(found), torn=False, num_bytes=len(data), signature=end.signature)
 
 
 @settings(max_examples=100)
@@ -136,7 +136,7 @@ def test_bytes_behind_the_end_that_are_no_archive_mean_nothing(trailing):
         return  # these mean something: see below
     found, end = read_shard(data)
     assert plain(found) == [("a", {"jpg": b"1", "txt": b"2"})]
-    assert end == ShardEnd(num_samples=1, torn=False, num_bytes=len(data))
+    assert end == ShardEnd(num_samples=1, torn=False, num_bytes=len(data), signature=end.signature)
 
 
 @pytest.mark.parametrize("num_blocks", [2, 8])

@@ -68,7 +68,7 @@ def test_a_cut_between_two_samples_tears_the_last_one_because_it_may_have_had_mo
     samples, end = read_shard(shard.data[:end_of_last])
     assert plain(samples[:-1]) == shard.samples[: num_whole - 1]
     assert samples[-1].problem is DropReason.TORN
-    assert end == ShardEnd(num_samples=num_whole, torn=True, num_bytes=end_of_last)
+    assert end == ShardEnd(num_samples=num_whole, torn=True, num_bytes=end_of_last, signature=end.signature)
 
 
 def test_the_torn_sample_of_one_shard_and_the_first_of_the_next_stay_apart():

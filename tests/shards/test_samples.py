@@ -31,20 +31,21 @@ def test_a_whole_shard_yields_its_samples_and_all_of_their_members_in_order(tar_
     samples, end = read_shard(shard.data)
     assert plain(samples) == shard.samples
     assert [member.name for sample in samples for member in sample.members] == list(shard.contents)
-    assert end == ShardEnd(num_samples=5, torn=False, num_bytes=len(shard.data))
+    assert end == ShardEnd(num_samples=5, torn=False, num_bytes=len(shard.data), signature=end.signature)
     check_accounting(samples, end)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 20, 21])
 def test_an_archive_of_nothing_but_its_end_mark_is_empty_and_whole(num_blocks):
-    assert read_shard(bytes(BLOCK * num_blocks)) == (
-        [],
-        ShardEnd(num_samples=0, torn=False, num_bytes=BLOCK * num_blocks),
-    )
+    samples, end = read_shard(bytes(BLOCK * num_blocks))
+    assert samples == []
+    assert (end.num_samples, end.torn, end.num_bytes) == (0, False, BLOCK * num_blocks)
 
 
 def test_an_empty_file_is_torn_and_holds_no_sample():
-    assert read_shard(b"") == ([], ShardEnd(num_samples=0, torn=True, num_bytes=0))
+    samples, end = read_shard(b"")
+    assert samples == []
+    assert (end.num_samples, end.torn, end.num_bytes) == (0, True, 0)
 
 
 @pytest.mark.parametrize("size", [1, 100, BLOCK, 5000])
@@ -219,7 +220,7 @@ def test_only_a_sample_with_a_member_over_the_cap_is_too_large(extension, wanted
     ]
     layout = SampleLayout(max_member_bytes=1000)
     samples, end = read_shard(tar_bytes(members), layout, wanted=lambda index: wanted, pair_only=pair_only)
-    assert end == ShardEnd(num_samples=3, torn=False, num_bytes=end.num_bytes)
+    assert end == ShardEnd(num_samples=3, torn=False, num_bytes=end.num_bytes, signature=end.signature)
     if wanted:
         assert [sample.problem for sample in samples] == [None, DropReason.MEMBER_TOO_LARGE, None]
         assert [len(sample.members) for sample in samples] == ([2, 0, 2] if pair_only else [3, 0, 3])

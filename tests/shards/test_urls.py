@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from clipfilter_wds.shards.names import shard_folder
-from clipfilter_wds.shards.open import shard_num_bytes
+from clipfilter_wds.shards.open import shard_identity
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import ShardError
 from tests.support.toys import read_whole, tar_bytes
@@ -212,7 +212,7 @@ def test_shards_in_another_storage_are_expanded_and_read(memory):
     urls = expand_shards("memory://x/{0..1}.tar")
     assert urls == ["memory://x/0.tar", "memory://x/1.tar"]
     assert shard_folder(urls[0]).startswith("memory://")
-    assert shard_num_bytes(urls[0]) == len(data)
+    assert shard_identity(urls[0]).num_bytes == len(data)
     for url in [*urls, *expand_shards("memory://x/**/2.tar")]:
         assert read_whole(url) == data
 

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from clipfilter_wds.shards.names import output_names, public_url, shard_folder
-from clipfilter_wds.shards.open import open_shard, shard_num_bytes
+from clipfilter_wds.shards.open import open_shard, shard_identity
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.types import ShardError
 from tests.support.servers import now_and_then
@@ -25,7 +25,7 @@ def server(s3, short_pauses, cache):
 
 def read(url: str) -> bytes:
     with open_shard(url) as shard:
-        assert shard.num_bytes == len(DATA)
+        assert shard.identity.num_bytes == len(DATA)
         return shard.stream.read()
 
 
@@ -79,7 +79,7 @@ def test_names_and_sizes_are_those_of_the_shard_itself(server):
     assert output_names([url]) == {url: "0"}
     assert public_url(url) == "s3://bucket/kept/0.tar"
     assert shard_folder(url) == "s3://bucket/kept"
-    assert shard_num_bytes(url) == len(DATA)
+    assert shard_identity(url).num_bytes == len(DATA)
 
 
 @pytest.mark.parametrize("how", ["filecache", "blockcache", "cached"])

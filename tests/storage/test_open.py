@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from clipfilter_wds.shards.urls import expand_shards
-from clipfilter_wds.storage.open import file_size, is_glob, list_matches, open_file, open_once, open_pipe
+from clipfilter_wds.storage.open import file_state, is_glob, list_matches, open_file, open_once, open_pipe
 from clipfilter_wds.types import ShardError
 from tests.support.servers import now_and_then
 
@@ -29,17 +29,17 @@ def test_a_file_of_any_storage_is_opened_with_its_size(tmp_path, memory, archive
     path = tmp_path / "a b.bin"
     path.write_bytes(b"hello")
     for url in (str(path), f"file://{path}", "memory://x/a?b.bin", archive):
-        file, num_bytes = open_file(url)
+        file, state = open_file(url)
         with file:
-            assert (file.read(), num_bytes) == (b"hello", 5)
-        assert file_size(url) == 5
+            assert (file.read(), state.num_bytes) == (b"hello", 5)
+        assert file_state(url) == state
         with open_once(url, seconds=10) as file:
             assert file.read() == b"hello"
 
 
 @pytest.mark.parametrize("url", ["{folder}/none.bin", "memory://x/none.bin"])
 def test_a_file_that_is_missing_is_the_storages_own_error(tmp_path, memory, url):
-    for ask in (open_file, file_size):
+    for ask in (open_file, file_state):
         with pytest.raises(FileNotFoundError):
             ask(url.format(folder=tmp_path))
 

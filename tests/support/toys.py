@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from clipfilter_wds.shards.open import OpenShard, open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
-from clipfilter_wds.types import Sample, ShardEnd
+from clipfilter_wds.types import Sample, ShardEnd, ShardIdentity
 
 #: Members of a sample: extension -> bytes.
 Members = Mapping[str, bytes]
@@ -132,7 +132,7 @@ def raw_member(info: tarfile.TarInfo, data: bytes = b"", tar_format: int = tarfi
 
 def read_shard(data: bytes, layout: SampleLayout | None = None, **options: object) -> tuple[list[Sample], ShardEnd]:
     """Everything that a shard with these bytes yields."""
-    shard = OpenShard(url="toy.tar", stream=io.BytesIO(data), num_bytes=len(data))
+    shard = OpenShard(url="toy.tar", stream=io.BytesIO(data), identity=ShardIdentity(len(data)))
     *samples, end = read_samples(shard, layout or SampleLayout(), **options)
     return samples, end
 

@@ -199,6 +199,18 @@ def a_tar_that_is_cut(run, here):
         assert (code, summary["kept"], summary["dropped"], summary["torn_shards"]) == (0, kept, {"torn": 1}, 1)
 
 
+@line("A shard that was replaced")
+def a_shard_that_was_replaced(run, here):
+    path, (_, _, first) = here / "a" / "000.tar", run("a/000.tar")
+    os.utime(path)
+    again = run("a/000.tar")[2]
+    write_shard(path, [{**pair(1), "txt": b"another text"}])
+    other = run("a/000.tar")[2]
+    write_shard(path, [{**pair(1), "txt": b"another_text"}])
+    same_headers = run("a/000.tar")[2]
+    assert [summary["resumed_shards"] for summary in (first, again, other, same_headers)] == [0, 1, 0, 1]
+
+
 @line("Outputs are named after the shard")
 def outputs_are_named_after_the_shard(run, here):
     suffixes = (".tar", ".tgz", ".tar.gz", ".tzst", ".tar.zst")

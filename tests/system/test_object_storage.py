@@ -57,7 +57,7 @@ def outcome(folder: Path) -> dict[str, object]:
         if path.suffix == ".parquet":
             contents[name] = ShardScores.read(path).table.to_pylist()
         elif name.endswith("_stats.json"):
-            contents[name] = {**json.loads(path.read_bytes()), "source": None}
+            contents[name] = {**json.loads(path.read_bytes()), "source": None, "storage_version": None}
         elif path.is_file() and name != "summary.json":
             contents[name] = path.read_bytes()
     return contents

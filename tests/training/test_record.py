@@ -19,7 +19,7 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.urls import expand_shards
 from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.training.record import RecordFolder, RecordLookup
-from clipfilter_wds.types import DropReason, SampleRow, ShardEnd
+from clipfilter_wds.types import DropReason, SampleRow, ShardEnd, ShardIdentity
 from tests.support.batches import batches, check_same, write_mixed, write_scores
 from tests.support.pace import FOREVER
 from tests.support.processes import context, run_ranks
@@ -91,7 +91,7 @@ def check_complete(recipe: Recipe, record: Path, scores: Path) -> None:
     assert recorded.fingerprint == made.fingerprint
     for url in expand_shards(recipe.shards):
         ours, theirs = recorded.read(url), made.read(url)
-        for name in ("shard", "num_bytes", "torn"):
+        for name in ("shard", "identity", "torn"):
             assert getattr(ours.metadata, name) == getattr(theirs.metadata, name)
         assert ours.table.drop_columns("score").equals(theirs.table.drop_columns("score"))
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
@@ -249,7 +249,7 @@ def test_a_sample_that_was_recorded_twice_counts_once(scored, tmp_path):
     url = expand_shards(scored.shards)[0]
     rows = [SampleRow(f"{number:09d}", number) for number in range(12)]
     for part in (rows[:7], rows[5:], rows[6:8]):
-        record.add_part(url, SampleRows.of(part), np.full(len(part), 0.5, dtype=np.float32), num_bytes=5)
+        record.add_part(url, SampleRows.of(part), np.full(len(part), 0.5, dtype=np.float32), identity=ShardIdentity(5))
     record.add_end(url, ShardEnd(num_samples=12, torn=False, num_bytes=5))
     table = ShardScores.read(record.table(url))
     assert table.table["index"].to_pylist() == list(range(12))
@@ -266,7 +266,7 @@ def test_low_precision_decides_only_where_it_was_recorded_for(scored, tmp_path, 
     rows = [*(SampleRow(str(number), number) for number in range(5)), SampleRow("5", 5, DropReason.BLANK_CAPTION)]
     scores = np.array([0.1, 0.2, 0.245, 0.262, 0.395], dtype=np.float32)
     num_bytes = Path(url).stat().st_size
-    record.add_part(url, SampleRows.of(rows), scores, num_bytes=num_bytes, band=0.02)
+    record.add_part(url, SampleRows.of(rows), scores, identity=ShardIdentity(num_bytes), band=0.02)
     if is_whole:
         record.add_end(url, ShardEnd(num_samples=6, torn=False, num_bytes=num_bytes))
     assert record.table(url).exists() == is_whole
