@@ -34,7 +34,7 @@ class Epoch:
 
     def __init__(self, source: BatchSource, config: LoaderConfig, world: World, begin: LoaderState) -> None:
         self.world, self.begun_at = world, begin
-        self._packer = Packer(config, begin, has_scores=source.has_scores, kind=source.kind)
+        self._packer = Packer(config, begin, has_scores=source.has_scores, kind=source.kind, layout=source.layout)
         self._source, self._batch_size, self._drop_last = source, config.batch_size, config.drop_last
         self._batches = source.packed(self._packer)
         self._last: Packed | None = None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from clipfilter_wds.scores.kind import ScoreKind
+from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.keep_rate import KeepRateWatch
 from clipfilter_wds.training.rebatch import Rebatcher
@@ -45,16 +46,25 @@ class Packer:
         begin: Where the iteration begins.
         has_scores: Whether batches get a column ``score``.
         kind: Of the scores.
+        layout: Where image and caption are looked for.
 
     Attributes:
         progress: How far the stream is.
         watch: Knows the scores seen, for errors.
     """
 
-    def __init__(self, config: LoaderConfig, begin: LoaderState, *, has_scores: bool, kind: ScoreKind) -> None:
+    def __init__(
+        self,
+        config: LoaderConfig,
+        begin: LoaderState,
+        *,
+        has_scores: bool,
+        kind: ScoreKind,
+        layout: SampleLayout,
+    ) -> None:
         self._config, self._begin, self._has_scores, self._kind = config, begin, has_scores, kind
         self.progress = begin.progress
-        self.watch = KeepRateWatch(config.threshold, config.starvation_limit)
+        self.watch = KeepRateWatch(config.threshold, config.starvation_limit, layout)
         self._num_seen = self._num_kept = 0
         self._num_batches = begin.batches
         self._last_kept_epoch = begin.progress.epoch
@@ -87,7 +97,7 @@ class Packer:
         kept, given = stats.kept, before.streams[scored.stream].given
         self.progress = before.advance(scored, stats, given=max(0, given - kept))
         self._num_seen, self._num_kept = self._num_seen + stats.seen, self._num_kept + kept
-        self.watch.add(scored.scores, seen=stats.seen, kept=kept)
+        self.watch.add(scored.scores, seen=stats.seen, kept=kept, unusable=scored.unusable, ends=scored.ends)
         num_passes = self.progress.topology.num_passes_for_all
         if kept:
             self._last_kept_epoch = self.progress.epoch

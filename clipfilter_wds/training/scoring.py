@@ -16,7 +16,7 @@ from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.rebatch import NewTensor, take
 from clipfilter_wds.training.record import Recorder
 from clipfilter_wds.training.recycler import Recycler
-from clipfilter_wds.training.stream import StreamProgress
+from clipfilter_wds.training.stream import PartEnd, StreamProgress
 from clipfilter_wds.types import NO_REASON, DropReason, FilterStats
 from clipfilter_wds.workers.transport import Lent, lent
 
@@ -40,6 +40,7 @@ class Scored:
         stream: The stream that they come from.
         after: How far that is after this batch.
         failures: Shards that could not be used, with the reason.
+        ends: Shards of which this stream has given all its samples.
     """
 
     columns: dict[str, Any]
@@ -50,6 +51,7 @@ class Scored:
     stream: int = 0
     after: StreamProgress = field(default_factory=StreamProgress)
     failures: tuple[tuple[str, str], ...] = ()
+    ends: tuple[PartEnd, ...] = ()
 
     def decide(self, threshold: float | None, kind: ScoreKind = COSINES) -> tuple[np.ndarray, FilterStats]:
         """Which of the usable samples are kept, bool ``[N]``, and the counts of all; None as threshold keeps all."""
@@ -96,6 +98,7 @@ def score_stream(
             stream=batch.stream,
             after=batch.after,
             failures=tuple(batch.failures),
+            ends=tuple(batch.ends),
         )
 
 

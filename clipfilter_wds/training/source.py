@@ -9,6 +9,7 @@ from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.columns import score_columns
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset, StreamWorker
@@ -61,6 +62,7 @@ class BatchSource:
         self._lookup, self._view, self._recorder, self.kind = lookup, view, recorder, kind
         #: Samples that are scored together.
         self.score_batch_size = config.score_batch_size or _score_batch_size(scorer)
+        self.layout = dataset.layout if isinstance(dataset, ClipWebDataset) else SampleLayout()
         self.has_scores = scorer is not None or lookup is not no_scores
         #: Whether batches stay in the workers' memory until the model has a copy of them.
         self._lends = scorer is not None and scorer.copies_inputs
