@@ -1,5 +1,6 @@
 """Expands what the user wrote into a list of shard URLs."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from clipfilter_wds.console import printable
 from clipfilter_wds.shards.names import has_tar_suffix, identity, is_pipe
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import filesystem
@@ -19,6 +21,10 @@ from clipfilter_wds.storage.url import ParsedUrl, is_there, parse_url
 #: What stands before ``::`` and is no source of its own, but says how to read the one behind it.
 _CHAIN = re.compile(r"[A-Za-z][\w+-]*")
 _NUM_REQUESTS = 32
+#: Shards that are missing, of which a warning gives the names.
+_MAX_NAMED = 10
+
+_log = logging.getLogger(__name__)
 
 
 class MissingShardError(ValueError):
@@ -56,15 +62,21 @@ def expand_shards(
             ``::``, ``@file.txt`` with one of these per line, or a list of any of these. Text is taken as it stands
             where a file has that very name. ``simplecache::`` belongs to the URL behind it.
         allow_pipe: Accept ``pipe:`` URLs. They run a shell command, so only ever for input that you trust.
-        skip_missing: Leave out shards that are named and not there, such as those that a brace range spans; else they
-            are an error, or where only opening tells, as on remote storage, one of the shard's.
+        skip_missing: Leave out shards that are named and not there, such as those that a brace range spans, with a
+            warning; else they are an error, or where only opening tells, as on remote storage, one of the shard's.
 
     Raises:
         ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed; ``MissingShardError``
             when a shard is not there.
     """
     found = find_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing)
-    return (ask_for_missing(found) if skip_missing else found).urls
+    if skip_missing:
+        found = ask_for_missing(found)
+    if found.missing:
+        names = [printable(without_secrets(url)) for url in found.missing]
+        more = f" and {len(names) - _MAX_NAMED} others" if len(names) > _MAX_NAMED else ""
+        _log.warning("left out, as they are not there: %s%s", ", ".join(names[:_MAX_NAMED]), more)
+    return found.urls
 
 
 def find_shards(

@@ -53,6 +53,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         caption: Extension of the member that holds the caption (``txt``), or a field of the json member
             (``json:caption``).
         image: Extension of the member that holds the image, or several, best first; ``null`` for the usual ones.
+        skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, with
+            a warning. Without it, they are an error.
         shuffle: Shuffle training shards, and samples within windows of this many; 0 keeps the order.
         seed: Of the order.
         scorer: The CLIP that filters. Its device ``auto`` is the rank's own.
@@ -83,6 +85,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         sample_transform: Callable[[dict[str, Any]], Any] | None = None,
         caption: str = "txt",
         image: str | None = None,
+        skip_missing_shards: bool = False,
         shuffle: int = 1000,
         seed: int = 0,
         scorer: ScorerConfig = ScorerConfig(),
@@ -222,6 +225,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             shuffle=shuffle,
             seed=self.hparams["seed"],
             layout=SampleLayout(caption=self.hparams["caption"], image=self.hparams["image"]),
+            skip_missing_shards=self.hparams["skip_missing_shards"],
             world=None if trainer is None else World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
         return ClipFilterLoader(dataset, scorer if is_scored else None, **asdict(config))

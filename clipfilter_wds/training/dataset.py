@@ -11,7 +11,7 @@ from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.shards.urls import expand_shards
+from clipfilter_wds.shards.urls import MissingShardError, expand_shards
 from clipfilter_wds.training.batches import (
     BatchSettings,
     ImageTransform,
@@ -60,6 +60,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         seed: Of the order.
         layout: Which members are image and caption.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
+        skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, with
+            a warning. Without it, they are an error.
         world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
 
     Raises:
@@ -79,11 +81,15 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         seed: int = 0,
         layout: SampleLayout | None = None,
         allow_pipe: bool = False,
+        skip_missing_shards: bool = False,
         world: World | None = None,
     ) -> None:
         if shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}; it is the number of samples that are shuffled together, or 0")
-        self.urls = expand_shards(shards, allow_pipe=allow_pipe)
+        try:
+            self.urls = expand_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing_shards)
+        except MissingShardError as error:
+            raise ValueError(f"{error}; skip_missing_shards=True leaves out what is missing") from None
         self.preprocess = preprocess
         self.image_transform = image_transform
         self.text_transform = text_transform

@@ -5,6 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Self
@@ -13,11 +14,12 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
+from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
 from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, no_rows, read_scores
-from clipfilter_wds.shards.names import output_names, public_url
+from clipfilter_wds.shards.names import output_names, public_url, unnameable
 from clipfilter_wds.shards.open import shard_identity
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
 from clipfilter_wds.training.batches import StreamBatch
@@ -42,7 +44,7 @@ class RecordFolder:
 
     Attributes:
         folder: Where.
-        names: Per shard, its name in the folder.
+        names: Per shard, its name in the folder. A shard that can have none is not recorded.
         fingerprint: What the scores depend on beside the shards.
         threshold: What scores are compared with; those within the error band around it are in float32.
     """
@@ -54,7 +56,7 @@ class RecordFolder:
 
     @classmethod
     def open(cls, folder: str | Path, urls: Sequence[str], fingerprint: Fingerprint, threshold: float | None) -> Self:
-        """Make the folder, or add to it.
+        """Make the folder, or add to it. A warning names the shards that can't be recorded.
 
         Raises:
             ValueError: When it can't be written, or holds scores of another fingerprint.
@@ -69,19 +71,23 @@ class RecordFolder:
             raise ValueError(f"can't write to record {str(folder)!r}: {error.strerror}") from error
         for path, metadata in read_all_metadata(folder):
             check_fingerprint(metadata.fingerprint, fingerprint, f"the record {str(path)!r}")
-        return cls(folder=folder, names=output_names(urls), fingerprint=fingerprint, threshold=threshold)
+        nameless = unnameable(urls)
+        for why in nameless.values():
+            _log.warning("scores of a shard are not recorded: %s", printable(why))
+        names = output_names([url for url in urls if url not in nameless])
+        return cls(folder=folder, names=names, fingerprint=fingerprint, threshold=threshold)
 
     def table(self, url: str) -> Path:
         """Where the scores of a whole shard are, or will be."""
         return self.folder / f"{self.names[url]}.parquet"
 
     def _parts(self, url: str) -> list[Path]:
-        stem = self._part(url, "")
-        # 32 hexadecimal digits, since a shard's name may itself have a dot.
-        return sorted(stem.parent.glob(f"{stem.name}{'[0-9a-f]' * 32}.parquet"))
+        return sorted((self.folder / PARTS_FOLDER).glob(self._part(url, "*.parquet").name))
 
     def _part(self, url: str, ending: str) -> Path:
-        return self.folder / PARTS_FOLDER / f"{self.names[url]}.{ending}"
+        # A name of its own: with more at its end, a shard's may be too long.
+        name = sha256(self.names[url].encode()).hexdigest()
+        return self.folder / PARTS_FOLDER / f"{name}.{ending}"
 
     def read(self, url: str) -> tuple[list[ShardScores], bool]:
         """The tables that hold what is recorded of a shard, and whether that is the whole shard.
@@ -92,6 +98,8 @@ class RecordFolder:
             ShardError: When the shard is not the one that was scored whole.
             ValueError: When a table is damaged.
         """
+        if url not in self.names:
+            return [], False
         while True:
             path = self.table(url)
             try:
@@ -118,7 +126,7 @@ class RecordFolder:
             identity: What the storage tells of the shard.
             band: How close to the threshold scores are in float32.
         """
-        if len(rows) and not self.table(url).exists():
+        if len(rows) and not self._is_done(url):
             metadata = ScoreMetadata(
                 shard=public_url(url),
                 **identity._asdict(),
@@ -133,9 +141,13 @@ class RecordFolder:
 
     def add_end(self, url: str, end: ShardEnd) -> None:
         """Record what is at a shard's end."""
-        if not self.table(url).exists():
+        if not self._is_done(url):
             publish_json(self._part(url, "json"), asdict(end))
             self._join_parts(url)
+
+    def _is_done(self, url: str) -> bool:
+        """Whether nothing of a shard is recorded any more."""
+        return url not in self.names or self.table(url).exists()
 
     def _join_parts(self, url: str) -> None:
         """Make one table of a shard's parts, if they hold all its samples."""

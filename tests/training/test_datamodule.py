@@ -197,6 +197,12 @@ def test_scores_of_a_table_or_record_train_on_the_same_batches_as_the_model(data
     assert {path.name for path in (tmp_path / "record").glob("*.parquet")} == {f"{n}.parquet" for n in range(4)}
 
 
+def test_shards_that_are_not_there_are_left_out_where_that_is_asked_for(data, shards):
+    data = {**data, "train": f"{shards}/{{0..9}}.tar", "skip_missing_shards": True}
+    module = fit(data, {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
+    assert module.trainer.datamodule.train_loader.dataset.urls == [f"{shards}/{n}.tar" for n in range(4)]
+
+
 def test_every_option_of_scorer_and_loader_reaches_them(data):
     options = {"num_workers": 1, "persistent_workers": True, "worker_timeout": 30.0, "on_crash": "raise"}
     of_scorer = {"flip": True, "reduce": "min", "precision": "bf16"}

@@ -157,6 +157,17 @@ def test_a_transform_that_fails_is_an_error_and_no_drop(scorer, tmp_path):
         batches(ClipWebDataset(url, scorer.preprocess, image_transform=lambda image: 1 / 0))
 
 
+def test_shards_that_are_not_there_are_an_error_or_left_out_with_a_warning(tmp_path, caplog):
+    there = [str(write_shard(tmp_path / f"{number}.tar", [pair(number)])) for number in (0, 2)]
+    with pytest.raises(ValueError, match=r"1\.tar': there is no such file; skip_missing_shards=True leaves out"):
+        ClipWebDataset(f"{tmp_path}/{{0..19}}.tar")
+    assert not caplog.records
+    assert ClipWebDataset(f"{tmp_path}/{{0..19}}.tar", skip_missing_shards=True).urls == there
+    [record] = caplog.records
+    assert f"left out, as they are not there: {tmp_path}/1.tar, {tmp_path}/3.tar, " in record.message
+    assert record.message.endswith("/11.tar and 8 others")
+
+
 def test_bad_arguments_are_refused(scorer, shards, tmp_path):
     with pytest.raises(ValueError, match="shuffle is -1"):
         ClipWebDataset(shards, scorer.preprocess, shuffle=-1)

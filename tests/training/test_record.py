@@ -277,6 +277,18 @@ def test_low_precision_decides_only_where_it_was_recorded_for(scored, tmp_path, 
 # --- what does not fit ---
 
 
+def test_a_shard_that_no_table_can_be_named_after_is_trained_on_and_not_recorded(scored, tmp_path, caplog, counted):
+    write_numbered(tmp_path / "in", [[1, 2, 3], [4, 5, 6]])
+    (tmp_path / "in" / "00000.tar").rename(tmp_path / "in" / f"{'x' * 240}.tar")
+    (tmp_path / "in" / "00001.tar").rename(tmp_path / "in" / f"{'y' * 237}.tar")
+    loader = {"threshold": None, "record": tmp_path / "record", "batch_size": 4}
+    recipe = Recipe(clip=scored.clip, shards=f"{tmp_path}/in/*.tar", loader=loader)
+    assert [sorted(flat(keys(recipe.build()))) for _ in range(2)] == [[f"{n:09d}" for n in range(1, 7)]] * 2
+    assert counted.take() == 6 + 3
+    assert {path.name for path in (tmp_path / "record").glob("*.parquet")} == {f"{'y' * 237}.parquet"}
+    assert "scores of a shard are not recorded: " in caplog.text
+
+
 def test_a_record_of_another_model_is_refused_with_both_values(scored, tmp_path):
     keys(scored.build(record=tmp_path / "record"))
     other = Recipe(clip=make_clip(tmp_path / "clip", seed=1), shards=scored.shards, loader=scored.loader)
