@@ -116,6 +116,7 @@ class CopyTask:
             **identity._asdict(),
             **self.options.settings,
             "cutoff": _cutoff_record(self.cutoff),
+            "batch_size": scores.metadata.batch_size,
             "fingerprint": dict(scores.metadata.fingerprint),
         }
         self.files.commit(stored_members(samples, suffixes), stats, record)

@@ -47,12 +47,14 @@ class ScoredBy:
     Attributes:
         fingerprint: What the scores depend on beside the shards.
         rechecked_at: See ``ScoreMetadata``.
+        batch_size: Likewise.
         embeddings: Likewise.
         columns: Likewise.
     """
 
     fingerprint: Fingerprint
     rechecked_at: float | None
+    batch_size: int
     embeddings: Mapping[str, Any] | None
     columns: tuple[str, ...]
 
@@ -112,6 +114,7 @@ class PendingShard:
             rechecked=sum(batch.num_rechecked for batch in self.scores),
             rechecked_at=by.rechecked_at,
             members=end.members,
+            batch_size=by.batch_size,
             embeddings=by.embeddings,
             columns=by.columns,
         )

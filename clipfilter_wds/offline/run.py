@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.batch_size import resumed_batch_size
 from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
@@ -53,11 +54,14 @@ def process_shards(
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
     scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
     options = ScoringOptions.of(config)
+    fingerprint = engine.fingerprint(options) if scores is None else scores.fingerprint
+    if scores is None:
+        options = replace(options, batch_size=resumed_batch_size(config, fingerprint))
     run = _Run(
         engine=engine,
         ranks=Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress),
         options=options,
-        fingerprint=engine.fingerprint(options) if scores is None else scores.fingerprint,
+        fingerprint=fingerprint,
         on_progress=on_progress,
     )
     remove_leftovers(config.folder)

@@ -87,8 +87,8 @@ class ScoringOptions:
             **({} if self.subset is None else {"subset": self.subset.digest}),
         }
 
-    def scored_by(self, scorer: ClipScorer) -> ScoredBy:
-        """What the tables say of how they were made."""
+    def scored_by(self, scorer: ClipScorer, batch_size: int) -> ScoredBy:
+        """What the tables say of how they were made, so many samples at a time."""
         fingerprint, embeddings = self.fingerprint(scorer), None
         if self.embeddings is not None:
             saved = {"dtype": DTYPES[self.embeddings], "dim": scorer.embedding_dim}
@@ -96,6 +96,7 @@ class ScoringOptions:
         return ScoredBy(
             fingerprint=fingerprint,
             rechecked_at=self.rechecked_at(fingerprint),
+            batch_size=batch_size,
             embeddings=embeddings,
             columns=() if self.columns is None else self.columns.sources,
         )
@@ -263,7 +264,7 @@ def score_shards(
         worker_timeout=options.worker_timeout,
         lend=scorer.copies_inputs,
     )
-    by = options.scored_by(scorer)
+    by = options.scored_by(scorer, batch_size)
     pending: dict[str, PendingShard] = {}
     with closing(blocks):  # now, and not when the traceback of an interrupt is let go of
         for block, scores in recheck.map(blocks, lambda block: block.item.prepared.inputs, _hold):

@@ -29,6 +29,7 @@ _FORMAT_VERSION = 1
 _CAME_LATER: dict[str, Any] = {
     "members": {},
     "range": (COSINES.low, COSINES.high),
+    "batch_size": None,
     "embeddings": None,
     "columns": (),
     "storage_version": None,
@@ -72,6 +73,8 @@ class ScoreMetadata:
         rechecked_at: That threshold, at which all scores decide as float32 does; None for scores that were made for
             none, or in float32.
         members: What the shard's members are called, and how many are; see ``shards/found.py``.
+        batch_size: How many samples were scored together, which the last bits of scores in low precision depend on;
+            None when that is not known, or not the same for all.
         range: The lowest and the highest score that there can be; None for no such limit.
         embeddings: What was saved beside the table: ``dtype`` (``float16``, ``float32``), ``dim``, and the model's
             ``temperature``, which is 1 / exp(logit_scale), or None where the checkpoint has none. None when none were.
@@ -88,6 +91,7 @@ class ScoreMetadata:
     rechecked: int = 0
     rechecked_at: float | None = None
     members: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int | None = None
     range: tuple[float | None, float | None] = (COSINES.low, COSINES.high)
     embeddings: Mapping[str, Any] | None = None
     columns: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ class WorkerConfig:
 
     Attributes:
         batch_size: Samples per forward pass; by default as many as suit the model on its device, 64 on a CPU and for
-            tables.
+            tables; in a run that is resumed, as many as before.
         num_workers: Processes that decode; by default as many as suit the device. With 0, the main process decodes, and
             ends where an image crashes its decoder.
         worker_timeout: Seconds that one sample may take to decode; 0 for no limit. A sample that takes longer, or kills

@@ -1,5 +1,6 @@
 """A run that was stopped between a shard's score table, its tar and its mark."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -170,6 +172,37 @@ def test_a_table_that_is_damaged_is_made_again(config, bf16, whole, num_bytes):
     os.truncate(config.table_folder / "00001.parquet", num_bytes)
     assert process_shards(config, bf16).num_scored == PER_SHARD
     assert bits(config.folder) == bits(whole)
+
+
+@pytest.mark.parametrize("left", ["*.parquet", "*_stats.json"])
+def test_a_resumed_run_scores_with_the_batch_size_of_the_first(shards, bf16, tmp_path, left):
+    options = {"shards": shards, "num_workers": 0, "threshold": -1}
+    process_shards(RewriteConfig(output=tmp_path / "out", batch_size=7, **options), bf16)
+    whole = bits(tmp_path / "out")
+    for path in tmp_path.rglob("out/**/0*"):
+        if not path.match(left) or "00001" in path.name:
+            path.unlink()
+    again = RewriteConfig(output=tmp_path / "out", **options)
+    assert process_shards(again, bf16).num_scored >= PER_SHARD
+    assert bits(tmp_path / "out").items() <= whole.items()
+    mark = json.loads((tmp_path / "out/00001_stats.json").read_bytes())
+    assert (mark["batch_size"], ShardScores.read(tmp_path / "out/_scores/00001.parquet").metadata.batch_size) == (7, 7)
+
+
+def test_another_batch_size_than_the_first_is_refused_where_it_changes_bits(shards, folder, bf16, tmp_path):
+    options = {"shards": shards, "num_workers": 0, "output": tmp_path / "out"}
+    process_shards(ScoreConfig(batch_size=7, **options), bf16)
+    with pytest.raises(ValueError, match=r"\.parquet' was written with other settings \(batch_size 7 there, 9 here\)"):
+        process_shards(ScoreConfig(batch_size=9, **options), bf16)
+    exact = ClipScorer(folder, device="cpu", precision="fp32")
+    options["output"] = tmp_path / "exact"
+    process_shards(ScoreConfig(batch_size=7, **options), exact)
+    table = tmp_path / "exact/00001.parquet"
+    scores = ShardScores.read(table).scores
+    table.unlink()
+    assert process_shards(ScoreConfig(batch_size=9, **options), exact).num_scored == PER_SHARD
+    assert ShardScores.read(table).metadata.batch_size == 9
+    assert np.array_equal(ShardScores.read(table).scores, scores)
 
 
 def test_a_fraction_is_not_cut_of_scores_that_were_rechecked_at_a_threshold(config, bf16, shards, tmp_path):
