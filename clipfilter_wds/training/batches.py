@@ -1,5 +1,6 @@
 """Builds a worker's batches: samples to score, what training gets of them, and where the stream continues."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,8 +16,10 @@ from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
+from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.member_columns import MemberColumns
+from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
 from clipfilter_wds.types import DropReason, SampleRow, ShardIdentity, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
@@ -109,6 +112,15 @@ class StreamBatch:
         """What training gets of the rows that it may get, collated: ``image``, ``text``, and other columns."""
         image = self.prepared.pixel_values if self.images is None else self.images
         return {"image": image, "text": self.texts, **self.others}
+
+    def unpicklable_sample(self) -> str | None:
+        """See ``NamesSamples``."""
+        for place, row in enumerate(np.flatnonzero(self.has_views).tolist()):
+            try:
+                pickle.dumps(take(self.views, np.array([place])))
+            except Exception:  # noqa: BLE001  # what it may be depends on what it is
+                return f"sample {self.rows.keys[row]!r} of {public_url(self.urls[self.url_of[row]])}"
+        return None
 
     def without_views(self) -> Self:
         """The same but for its tensors."""

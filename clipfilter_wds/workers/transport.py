@@ -4,7 +4,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -31,6 +31,14 @@ class Message(NamedTuple):
     number: int
     slot: int | None
     data: bytes
+
+
+@runtime_checkable
+class NamesSamples(Protocol):
+    """An item that can tell which of its samples can't be sent."""
+
+    def unpicklable_sample(self) -> str | None:
+        """What to call the first sample that can't be pickled; None when there is none."""
 
 
 # --- in a worker ---
@@ -73,7 +81,12 @@ class _Sender:
         assert _slots is not None, "a worker begins before it sends"
         assert self._slots is not None, "a worker begins before it sends"
         worker, file = _worker_id(), io.BytesIO()
-        _Pickler(file, _slots).dump(item)
+        try:
+            _Pickler(file, _slots).dump(item)
+        except Exception as error:
+            if isinstance(item, NamesSamples) and (name := item.unpicklable_sample()) is not None:
+                error.add_note(f"{name} has a view that can't be sent from a worker; what transforms return is pickled")
+            raise
         self._slots.num_made[worker] += 1
         return Message(worker, self._slots.num_made[worker], _slots.send(), file.getvalue())
 

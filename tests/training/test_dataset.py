@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from clipfilter_wds.preprocess import image as preprocess
 from clipfilter_wds.training.dataset import ClipWebDataset, StreamWorker
+from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.training.stream import Position, StreamProgress
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.workers.pool import worker_loader
@@ -155,6 +156,25 @@ def test_a_transform_that_fails_is_an_error_and_no_drop(scorer, tmp_path):
     url = write_shard(tmp_path / "one.tar", [pair(1)])
     with pytest.raises(ZeroDivisionError):
         batches(ClipWebDataset(url, scorer.preprocess, image_transform=lambda image: 1 / 0))
+
+
+class LockedText(str):
+    """A text that can't be pickled."""
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle this")
+
+
+def lock_some(caption: str) -> str:
+    return LockedText(caption) if caption.endswith("3") else caption
+
+
+def test_a_view_that_can_not_be_pickled_names_its_sample(scorer, tmp_path):
+    url = write_shard(tmp_path / "one.tar", [pair(number) for number in range(5)])
+    dataset = ClipWebDataset(url, scorer.preprocess, text_transform=lock_some)
+    loader = ClipFilterLoader(dataset, scorer, threshold=None, num_workers=1)
+    with pytest.raises(TypeError, match=rf"cannot pickle this\n.*sample '000000003' of {url} has a view that can't be"):
+        next(iter(loader))
 
 
 def test_shards_that_are_not_there_are_an_error_or_left_out_with_a_warning(tmp_path, caplog):
