@@ -102,6 +102,18 @@ def test_an_actor_that_dies_is_replaced_and_its_task_done_again(tmp_path):
         assert dict(pool.map(tasks)) == {str(i): "done" for i in range(3)}
 
 
+def die(loaded) -> None:
+    os._exit(1)
+
+
+def test_a_task_that_always_kills_its_actor_is_given_up_and_the_others_are_done():
+    with RayPool(load, cpus_per_task=4) as pool:  # there is room for one only
+        results = dict(pool.map({"bad": die} | {str(i): pid for i in range(6)}))
+    assert str(results.pop("bad")).startswith("given up after 3 attempts")
+    assert len(results) == 6
+    assert all(isinstance(result, int) for result in results.values())
+
+
 def test_what_can_not_be_loaded_is_an_error_that_says_why():
     with RayPool(refuse_to_load) as pool, pytest.raises(ValueError, match=r"an actor can't start: .*no such model"):
         list(pool.map({"a": pid}))
