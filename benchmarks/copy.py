@@ -17,7 +17,8 @@ from benchmarks.rounds import Spread, ratios
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.preprocess.rows import SampleRows
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import SampleRow
 
 #: 5.4 GB: more than a system leaves lying in memory for the disk, so that cp has to write as well.

@@ -21,7 +21,8 @@ from benchmarks.host_stages import Work, stage_times
 from benchmarks.stub import THRESHOLD, stub_scorer
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset, RewriteConfig, ScoreConfig, process_shards
 from clipfilter_wds.preprocess.rows import SampleRows
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import SampleRow
 
 Mode = Literal["rewrite", "score", "inline", "from_scores"]

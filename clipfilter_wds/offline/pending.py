@@ -12,7 +12,8 @@ from clipfilter_wds.preprocess.json_columns import JsonValue
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.embeddings import ShardEmbeddings
 from clipfilter_wds.scores.fingerprint import Fingerprint
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.types import ShardEnd, ShardError

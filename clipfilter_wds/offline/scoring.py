@@ -21,9 +21,10 @@ from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata
+from clipfilter_wds.scores.table import ShardScores, read_metadata
 from clipfilter_wds.shards.identity import is_scored
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.storage.paths import AnyPath

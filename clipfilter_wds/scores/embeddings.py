@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-from clipfilter_wds.scores.table import ScoreMetadata
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.storage.paths import AnyPath, num_bytes_of
 from clipfilter_wds.storage.publish import publish
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata, read_scores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores, read_metadata, read_scores
 from clipfilter_wds.shards.names import public_url, shard_path, unnameable
 from clipfilter_wds.types import ShardError
 

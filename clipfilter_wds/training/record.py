@@ -18,7 +18,8 @@ from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.folder import PARTS_FOLDER, read_all_metadata
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, no_rows, read_scores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores, no_rows, read_scores
 from clipfilter_wds.shards.names import output_names, public_url, unnameable
 from clipfilter_wds.shards.open import shard_identity
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers

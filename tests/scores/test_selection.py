@@ -7,8 +7,9 @@ from hypothesis import given, settings
 
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.selection import select
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason, SampleRow
 
 UNSCORED = [reason for reason in DropReason if reason not in (DropReason.BELOW_THRESHOLD, DropReason.NOT_IN_SUBSET)]

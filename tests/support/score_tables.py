@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipfilter_wds.preprocess.rows import SampleRows
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import SampleRow
 
 FINGERPRINT = {

@@ -7,8 +7,9 @@ from hypothesis import given
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.preprocess.rows import SampleRows
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.selection import select
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.tables.scoring import Pair, PairScores, batched, score_pairs
 from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.types import DropReason, SampleRow

@@ -11,7 +11,7 @@ import numpy as np
 from clipfilter_wds.offline.rescoring.sources import Sources, SourceShard
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.kind import ScoreKind
-from clipfilter_wds.scores.table import ScoreMetadata
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.types import NO_REASON, REASON_CODES, DropReason
 
 

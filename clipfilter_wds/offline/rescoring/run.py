@@ -16,9 +16,10 @@ from clipfilter_wds.offline.rescoring.method import Method, OnPreparing
 from clipfilter_wds.offline.rescoring.sources import Sources
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.rescore.derived import derive
 from clipfilter_wds.scores.selection import select
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores
+from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
 from clipfilter_wds.types import ShardError

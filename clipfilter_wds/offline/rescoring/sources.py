@@ -12,7 +12,8 @@ import numpy as np
 from clipfilter_wds.scores.embeddings import EmbeddingFiles, ShardEmbeddings
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, read_metadata
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores, read_metadata
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from clipfilter_wds.scores.finite import finite_scores
-from clipfilter_wds.scores.table import ScoreMetadata, ShardScores, reason_texts
+from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.table import ShardScores, reason_texts
 
 
 def derive(source: ShardScores, scores: np.ndarray, reasons: np.ndarray, metadata: ScoreMetadata) -> ShardScores:
