@@ -22,6 +22,7 @@ DOCUMENTS = {
     "SECURITY.md": "security.md",
 }
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+BADGE = re.compile(r"^\[!\[.*\n", re.MULTILINE)
 ROLE = re.compile(r":(?:attr|class|data|func|meth):(?=<code>)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 
@@ -30,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents, and a page for each file that any page links to."""
     sources: set[str] = set()
     for document, page in DOCUMENTS.items():
-        text = (ROOT / document).read_text()
+        text = BADGE.sub("", (ROOT / document).read_text())
         files.append(File.generated(config, page, content=LINK.sub(_link_to_page(document, sources), text)))
     for file in files.documentation_pages():
         if file.abs_src_path is not None:

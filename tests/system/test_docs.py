@@ -16,6 +16,7 @@ from clipfilter_wds.demo.shards import write_demo_shards
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import Sample
+from tests.support.pages import PAGES, blocks_of, section_of
 from tests.support.processes import in_fresh_process
 from tests.support.toys import write_tar
 
@@ -24,7 +25,7 @@ TRAINING = ROOT / "docs" / "training.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [block.code for block in blocks_of(page.read_text()) if block.language == language]
 
 
 def test_code_of_the_training_page_runs(tmp_path):
@@ -95,10 +96,8 @@ def _run_section(section: str, folder: Path) -> int:
         options = "--non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --no-progress"
         energon = Path(sys.executable).with_name("energon")
         subprocess.run([energon, "prepare", "energon", *options.split()], check=True, capture_output=True)
-    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", page.read_text(), flags=re.DOTALL | re.MULTILINE)[1]
-    codes = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    for number, code in enumerate(codes, start=1):
-        exec(compile(code, f"{section}, python block {number}", "exec"), session)
+    for number, block in enumerate(blocks_of(section_of(page.read_text(), section)), start=1):
+        exec(compile(block.code, f"{section}, block {number}", "exec"), session)
     return number
 
 
@@ -127,7 +126,7 @@ def _run_blocks(page: Path, folder: Path) -> int:
     return number
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_yaml_commands_and_links_of_a_page_are_right(page):
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text)
@@ -137,7 +136,7 @@ def test_yaml_commands_and_links_of_a_page_are_right(page):
         assert link.startswith("https://") or (page.parent / link).exists()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_that_starts_workers_stands_where_spawned_ones_do_not_run_it(page):
     starts_workers = re.compile(r"process_shards\(|process_table\(|\.run\(|num_workers=[1-9]")
     for code in blocks(page, "python"):
