@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn, get_type_hints
 
+from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.cli.options import plain_text
 from clipfilter_wds.cli.parser import CommandParser
 from clipfilter_wds.console import printable
@@ -15,6 +16,7 @@ from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
+from clipfilter_wds.options import did_you_mean
 from clipfilter_wds.report.config import ReportConfig, RunReportConfig, check_page
 from clipfilter_wds.scores.export.config import ExportConfig
 from clipfilter_wds.storage.errors import without_secrets
@@ -23,73 +25,77 @@ from clipfilter_wds.version import __version__
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "clipfilter-wds"
+_DOCS = "docs"  # in the repository
 _RESUME = "What was finished is whole; start the same command again to resume"
 
 
-def demo(config: DemoConfig) -> int:
+def demo(config: DemoConfig, show: ShowConfig) -> int:
     """Draw shards with known mistakes, filter them with a tiny CLIP, compare with the truth."""
     from clipfilter_wds.demo.run import run_demo
 
-    run_demo(config)
+    run_demo(config, quiet=show.quiet)
     return ALL_DONE
 
 
-def rewrite(config: RewriteConfig, scorer: ScorerConfig, engine: EngineConfig, page: RunReportConfig) -> int:
+def rewrite(
+    config: RewriteConfig, scorer: ScorerConfig, engine: EngineConfig, page: RunReportConfig, show: ShowConfig
+) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
     if page.report is not None:
         check_page(page.report, of=config.scores or config.output)
-    code = _process(config, scorer, engine)
+    code = _process(config, scorer, engine, show)
     if page.report is not None:
         _report_on(config, page.report)
     return code
 
 
-def score(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig) -> int:
+def score(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, show: ShowConfig) -> int:
     """Write a table of scores for every shard, and no samples."""
-    return _process(config, scorer, engine)
+    return _process(config, scorer, engine, show)
 
 
-def rescore(config: RescoreConfig) -> int:
+def rescore(config: RescoreConfig, show: ShowConfig) -> int:
     """Derive better scores from score tables and saved embeddings."""
-    return _rescore(config)
+    return _rescore(config, show)
 
 
-def dedup(config: DedupConfig) -> int:
+def dedup(config: DedupConfig, show: ShowConfig) -> int:
     """Drop near-duplicate images from score tables, by saved embeddings."""
     _refuse_ranks()
-    return _rescore(config)
+    return _rescore(config, show)
 
 
-def report(config: ReportConfig) -> int:
+def report(config: ReportConfig, show: ShowConfig) -> int:
     """Write an HTML page that shows what a threshold keeps: scores, reasons, samples."""
     from clipfilter_wds.report.run import write_report
 
     _refuse_ranks()
     write_report(config)
+    _say(f"the report is {config.output}", show)
     return ALL_DONE
 
 
-def export(config: ExportConfig) -> int:
+def export(config: ExportConfig, show: ShowConfig) -> int:
     """Write scores and embeddings as clip-retrieval or DataComp keeps them."""
     from clipfilter_wds.scores.export.run import export as write_export
 
     _refuse_ranks()
     num_samples, num_shards = write_export(config)
-    print(printable(f"{num_samples:,} samples of {num_shards:,} shards are in {config.folder}"))
+    _say(f"{num_samples:,} samples of {num_shards:,} shards are in {config.folder}", show)
     return ALL_DONE
 
 
-def table(config: TableConfig, scorer: ScorerConfig) -> int:
+def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
     """Write the rows of a table whose caption describes the image."""
     from clipfilter_wds.models.scorer import ClipScorer
     from clipfilter_wds.tables.run import process_table
 
     _refuse_ranks()
-    process_table(config, partial(ClipScorer, **asdict(scorer)))
+    process_table(config, partial(ClipScorer, **asdict(scorer)), quiet=show.quiet)
     return ALL_DONE
 
 
-def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig) -> int:
+def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, show: ShowConfig) -> int:
     """Score, and maybe rewrite, the shards."""
     from clipfilter_wds.models.scorer import ClipScorer
     from clipfilter_wds.offline.engines.ray import RayEngine
@@ -103,23 +109,29 @@ def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig) ->
         with RayEngine(
             load, address=engine.ray_address, cpus_per_task=engine.cpus_per_task, use_gpus=use_gpus
         ) as actors:
-            failed = run_with_progress(config, load, engine=actors).failed
+            failed = run_with_progress(config, load, engine=actors, quiet=show.quiet).failed
     else:
         world.claim_gpu()
-        failed = run_with_progress(config, load, world=world, rank_timeout=engine.rank_timeout).failed
+        timeout = engine.rank_timeout
+        failed = run_with_progress(config, load, world=world, rank_timeout=timeout, quiet=show.quiet).failed
     # Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
     return SOME_FAILED if failed and world.rank == 0 else ALL_DONE
 
 
-def _rescore(config: RescoreConfig | DedupConfig) -> int:
+def _rescore(config: RescoreConfig | DedupConfig, show: ShowConfig) -> int:
     """Make score tables from score tables."""
     from clipfilter_wds.offline.rescoring.progress import run_with_progress
     from clipfilter_wds.world import World
 
     world = World.from_env()
     world.claim_gpu()
-    run_with_progress(config, world=world)
+    run_with_progress(config, world=world, quiet=show.quiet)
     return ALL_DONE
+
+
+def _say(line: str, show: ShowConfig) -> None:
+    if not show.quiet:
+        print(printable(without_secrets(line)))
 
 
 def _report_on(config: RewriteConfig, page: str | Path) -> None:
@@ -145,12 +157,14 @@ class Command:
 
     Attributes:
         run: The function; returns the exit code. Name and docstring are the command's.
-        example: A call of it.
+        examples: Calls of it.
+        page: The page of the documentation that is about it.
         positional: The option whose ``--name`` may be left out.
     """
 
     run: Callable[..., int]
-    example: str
+    examples: Sequence[str]
+    page: str
     positional: str | None = None
 
     @property
@@ -170,7 +184,8 @@ class Command:
         return CommandParser(
             f"{_PROGRAM} {self.name}",
             description=self.summary,
-            example=f"{_PROGRAM} {self.name} {self.example}",
+            examples=[f"{_PROGRAM} {self.name} {example}" for example in self.examples],
+            page=f"{_DOCS}/{self.page}",
             configs=configs,
             positional=self.positional,
         )
@@ -179,14 +194,49 @@ class Command:
 COMMANDS = {
     command.name: command
     for command in (
-        Command(demo, "--output clipfilter_demo"),
-        Command(rewrite, "'data/{00000..00099}.tar' --output kept --threshold 0.28", "shards"),
-        Command(score, "'data/{00000..00099}.tar' --output scores", "shards"),
-        Command(rescore, "scores --output better --method neg_clip_loss", "scores"),
-        Command(dedup, "scores --output distinct --similarity 0.95", "scores"),
-        Command(report, "scores --output report.html --shards 'data/*.tar'", "scores"),
-        Command(export, "scores --format clip_retrieval --output exported", "scores"),
-        Command(table, "photos.csv --output kept.csv --score_key clip_score", "input"),
+        Command(demo, ["--output clipfilter_demo"], "../README.md"),
+        Command(
+            rewrite,
+            [
+                "'data/{00000..00099}.tar' --output kept --threshold 0.28",
+                "data --output kept --keep_fraction 0.3 --report kept.html",
+                "'data/*.tar' --output kept --scores scores --threshold 0.3",
+            ],
+            "selection.md",
+            "shards",
+        ),
+        Command(
+            score,
+            ["'data/{00000..00099}.tar' --output scores", "data -o scores --embeddings fp16"],
+            "selection.md",
+            "shards",
+        ),
+        Command(rescore, ["scores --output better --method neg_clip_loss"], "selection.md", "scores"),
+        Command(dedup, ["scores --output distinct --similarity 0.95"], "selection.md", "scores"),
+        Command(
+            report,
+            ["scores --output report.html --shards 'data/*.tar'", "scores -o report.html --threshold 0.3"],
+            "selection.md",
+            "scores",
+        ),
+        Command(
+            export,
+            [
+                "scores --format clip_retrieval --output exported",
+                "scores --format datacomp --datacomp_model b32 --output exported",
+            ],
+            "interop.md",
+            "scores",
+        ),
+        Command(
+            table,
+            [
+                "photos.csv --output kept.csv --score_key clip_score",
+                "photos.csv --output kept.parquet --image_key path --caption_key alt_text",
+            ],
+            "inputs.md",
+            "input",
+        ),
     )
 }
 
@@ -205,18 +255,27 @@ def _overview(args: Sequence[str]) -> int:
         print(
             f"usage: {_PROGRAM} COMMAND [options]\n\nFilter image-caption shards by CLIP similarity.\n\n"
             f"commands:\n{commands}\n\n"
-            f"{_PROGRAM} rewrite --help explains the options of rewrite; {_PROGRAM} --version prints the version."
+            f"{_PROGRAM} rewrite --help explains the options of rewrite; {_PROGRAM} --version prints the version.\n"
+            f"documentation: {_DOCS}/, and README.md beside it"
         )
         return ALL_DONE
     if args and args[0] == "--version":
-        print(f"{_PROGRAM} {__version__}")
-        return ALL_DONE
+        return _print_version()
+    if args and (hint := did_you_mean(args[0], COMMANDS, f"{_PROGRAM} {{}}")):
+        return _complain(f"{args[0]!r} is no command{hint} (see {_PROGRAM} --help)", UNUSABLE)
     found = f"{args[0]!r} is no command" if args else "no command is given"
     return _complain(f"{found}; use one of {', '.join(COMMANDS)} (see {_PROGRAM} --help)", UNUSABLE)
 
 
+def _print_version() -> int:
+    print(f"{_PROGRAM} {__version__}")
+    return ALL_DONE
+
+
 def _run(command: Command, args: Sequence[str]) -> int:
     """Run a command with these arguments."""
+    if "--version" in args:
+        return _print_version()
     if {"-h", "--help"} & set(args):
         command.parser.print_help()
         return ALL_DONE

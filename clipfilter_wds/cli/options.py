@@ -16,7 +16,9 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 #: What an error says that a value must be. The first of these types that an option allows decides.
 _EXPECTED = {bool: "true or false", float: "a number", int: "a whole number", Path: "a path", str: "text"}
 #: What stands for a value in the help, instead of the option's name.
-_METAVARS = {float: "NUMBER", int: "N"}
+_METAVARS = {float: "NUMBER", int: "N", Path: "PATH"}
+#: Options that have a letter too.
+LETTERS = {"-o": "output", "-q": "quiet"}
 #: Choices that are longer together, in characters, are named in an option's help alone.
 _MAX_CHOICES = 40
 
@@ -63,6 +65,8 @@ class Option:
     @property
     def expected(self) -> str:
         """What an error says that the value must be."""
+        if float in self._types and str in self._types:
+            return "numbers, separated by commas"
         known = [_EXPECTED[kind] for kind in _EXPECTED if kind in self._types]
         return known[0] if known else f"one of {', '.join(get_args(self._types[0]))}"
 
@@ -75,14 +79,20 @@ class Option:
     def usage(self) -> str:
         """How it is typed."""
         if not self.is_positional:
-            return f"--{self.name} {self.name.upper()}"
+            return f"--{self.name} {self.metavar}"
         return f"{self.label} ..." if self.is_list else self.label
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for its value in the help; None where the choices do."""
+        if known := [_METAVARS[kind] for kind in _METAVARS if kind in self._types]:
+            return known[0]
+        is_short = len(",".join(get_args(self._types[0]))) in range(1, _MAX_CHOICES + 1)
+        return None if is_short else self.name.upper()
 
     def add_to(self, group: Any) -> None:
         """Make it known to a parser: its type, and its help in a group."""
-        shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
-        text = self.help if shown in (MISSING, None, False) else f"{self.help} (default: {shown})"
-        settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+        settings: dict[str, Any] = {"help": self._described().replace("%", "%%")}
         if self.is_flag:
             group.add_argument(f"--{self.name}", action=ActionYesNo, **settings)
             return
@@ -90,11 +100,19 @@ class Option:
         if self.is_positional:
             group.add_argument(self.name, nargs="?", metavar=f"{self.usage} or --{self.name}", **settings)
         else:
-            if self._types[0] in _METAVARS:
-                settings["metavar"] = _METAVARS[self._types[0]]
-            elif len(",".join(get_args(self._types[0]))) > _MAX_CHOICES:
-                settings["metavar"] = self.name.upper()
-            group.add_argument(f"--{self.name}", **settings)
+            letters = [letter for letter, name in LETTERS.items() if name == self.name]
+            if self.metavar is not None:
+                settings["metavar"] = self.metavar
+            group.add_argument(*letters, f"--{self.name}", **settings)
+
+    def _described(self) -> str:
+        """Its help, with the default where there is one to tell."""
+        if self.default in (MISSING, None, False):
+            return self.help
+        shown = (
+            "on" if self.default is True else f"{self.default:g}" if isinstance(self.default, float) else self.default
+        )
+        return f"{self.help} (default: {shown})"
 
     def check(self, value: Any, parser: ArgumentParser, where: str = "") -> Any:
         """Convert a value to the option's type.
@@ -136,7 +154,7 @@ def plain_text(docstring: str) -> str:
 
 
 class HelpFormatter(RawDescriptionHelpFormatter):
-    """Leaves an example as it is, and names of models in one piece."""
+    """Leaves examples as they are, and names of models in one piece."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrap(text, width, break_on_hyphens=False)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from clipfilter_wds.cli.options import HelpFormatter, Option, options_of, plain_text
+from clipfilter_wds.cli.options import LETTERS, HelpFormatter, Option, options_of, plain_text
 from clipfilter_wds.options import did_you_mean
 
 
@@ -37,13 +37,21 @@ class CommandParser:
     Args:
         prog: How the command is called.
         description: What it does.
-        example: A call of it.
+        examples: Calls of it.
+        page: The page of the documentation that is about it.
         configs: The dataclasses whose fields are the options; each is a group in the help.
         positional: The option whose ``--name`` may be left out.
     """
 
     def __init__(
-        self, prog: str, *, description: str, example: str, configs: Sequence[type], positional: str | None = None
+        self,
+        prog: str,
+        *,
+        description: str,
+        examples: Sequence[str],
+        page: str,
+        configs: Sequence[type],
+        positional: str | None = None,
     ) -> None:
         self.groups = {config: options_of(config, positional) for config in configs}
         self._in_yaml = {option.name: option for options in self.groups.values() for option in options}
@@ -54,7 +62,7 @@ class CommandParser:
             prog=prog,
             usage=" ".join(["%(prog)s", *required, "[options]"]),
             description=description,
-            epilog=f"example:\n  {example}",
+            epilog="\n  ".join(["examples:", *examples]) + f"\n\ndocumentation: {page}",
             formatter_class=HelpFormatter,
             exit_on_error=False,
             add_help=False,
@@ -139,7 +147,7 @@ class CommandParser:
         negated = self._options.get(_key(label).removeprefix("no_"))
         if negated and negated.is_flag and _key(label) == f"no_{negated.name}" and not has_text:
             return negated, "false"
-        option = _find(label, self._options)
+        option = _find(LETTERS.get(label, label), self._options)
         if has_text:
             return option, text
         if option.is_flag:

@@ -26,10 +26,10 @@ from clipfilter_wds.types import Sample
 MODEL = "demo-tiny"
 
 
-def run_demo(config: DemoConfig) -> None:
+def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     """Draw shards with known mistakes, filter them with the bundled tiny CLIP, and compare with the truth."""
     folder = Path(config.output)
-    console = Console()
+    console = Console(quiet=quiet)
     console.print(
         f"Drawing {NUM_SHARDS} shards of {SAMPLES_PER_SHARD} scenes: {MISMATCHED_PERCENT} % carry "
         "another scene's caption, six are odd or broken, and one shard is torn.",
@@ -38,7 +38,7 @@ def run_demo(config: DemoConfig) -> None:
     shards = write_demo_shards(folder / "shards")
     threshold = demo_threshold()
     rewrite = RewriteConfig(shards=shards, output=folder / "filtered", threshold=threshold)
-    run_with_progress(rewrite, lambda: ClipScorer(MODEL))
+    run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet)
 
     decided = [pair for shard in shards for pair in _decided(shard, folder / "filtered", threshold)]
     truth = Truth.of(decided)

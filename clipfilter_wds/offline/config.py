@@ -33,8 +33,8 @@ class ScoreConfig(WorkerConfig):
     without a model, and creates the output folder.
 
     Attributes:
-        shards: A path, a glob or a brace range, or several of these: separated by commas or ``::``, as a list, or as
-            ``@file.txt`` with one per line; local or on any fsspec storage.
+        shards: A path, a folder, a glob or a brace range, or several of these: separated by commas or ``::``, as a
+            list, or as ``@file.txt`` with one per line; local or on any fsspec storage.
         output: Folder to write to. A run that was stopped resumes when it is started again.
         caption: Extension of the member that holds the caption (``txt``), or a field of the json member
             (``json:caption``, ``json:meta.caption``). Several of these, separated by commas, are several captions of an

@@ -26,14 +26,16 @@ def run_with_progress(
     engine: Engine | None = None,
     world: World | None = None,
     rank_timeout: float = DEFAULT_RANK_TIMEOUT,
+    quiet: bool = False,
 ) -> Tally:
     """Load the model if one is needed, process the shards, and show how far the run is and what came of it.
 
-    An engine loads the model itself. Of several ranks, only rank zero shows anything.
+    An engine loads the model itself. Of several ranks, only rank zero shows anything. With ``quiet``, it shows
+    failed shards alone, on stderr.
     """
     logging.disable_progress_bar()
     is_first = world is None or world.rank == 0
-    console = Console(stderr=True, quiet=not is_first)
+    console = Console(stderr=True, quiet=quiet or not is_first)
     scorer: ClipScorer | Engine | None = engine
     if engine is None and not (isinstance(config, RewriteConfig) and config.scores):
         with console.status("loading the model"):
@@ -42,7 +44,10 @@ def run_with_progress(
         tally = process_shards(
             config, scorer, world=world, rank_timeout=rank_timeout, on_progress=lambda tally: show(shown(tally))
         )
-    if is_first:
+    if is_first and quiet:
+        for line in _failures(tally):
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+    elif is_first:
         kept_as = "kept" if isinstance(config, RewriteConfig) else "scored"
         print_summary(
             Console(),

@@ -58,16 +58,17 @@ def expand_shards(
     """The URL of every shard that ``shards`` names, each once, in the order given (the matches of a glob sorted).
 
     Args:
-        shards: A path or URL, a glob, a brace range (``{00000..00999}``), several of these separated by commas or
-            ``::``, ``@file.txt`` with one of these per line, or a list of any of these. Text is taken as it stands
-            where a file has that very name. ``simplecache::`` belongs to the URL behind it.
+        shards: A path or URL, a folder of this machine that holds shards, a glob, a brace range (``{00000..00999}``),
+            several of these separated by commas or ``::``, ``@file.txt`` with one of these per line, or a list of any
+            of these. Text is taken as it stands where a file has that very name. ``simplecache::`` belongs to the URL
+            behind it.
         allow_pipe: Accept ``pipe:`` URLs. They run a shell command, so only ever for input that you trust.
         skip_missing: Leave out shards that are named and not there, such as those that a brace range spans, with a
             warning; else they are an error, or where only opening tells, as on remote storage, one of the shard's.
 
     Raises:
-        ValueError: When nothing matches, a folder is named, or a ``pipe:`` URL is not allowed; ``MissingShardError``
-            when a shard is not there.
+        ValueError: When nothing matches, a folder holds no shard, or a ``pipe:`` URL is not allowed;
+            ``MissingShardError`` when a shard is not there.
     """
     found = find_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing)
     if skip_missing:
@@ -158,15 +159,26 @@ class _Expander:
             if not found:
                 raise ValueError(f"no shard matches {without_secrets(url)!r}")
             return found
+        if not url:
+            raise ValueError("no shard matches an empty text")
         path = parse_url(url).local_path
         if path is None or is_there(path):  # a link that leads nowhere is there
-            if path is not None and _is_dir(path) and not has_tar_suffix(url):
-                raise ValueError(f"{url!r} is a folder; name its shards, for example {url.rstrip('/') + '/*.tar'!r}")
-            return [url]
+            return _shards_in(url, path) if path is not None and _is_dir(path) and not has_tar_suffix(url) else [url]
         if self.skip_missing:
             self.missing.append(url)
             return []
         raise MissingShardError(f"no shard matches {url!r}: there is no such file")
+
+
+def _shards_in(url: str, folder: Path) -> list[str]:
+    """The files of a folder that are named as shards are, sorted."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if has_tar_suffix(path.name) and path.name[0] != ".")
+    except OSError as error:
+        raise ValueError(f"can't list {url!r}: {error.strerror}") from None
+    if not names:
+        raise ValueError(f"{url!r} is a folder that holds no shard; shards are named *.tar, or *.tar.gz, *.tar.zst")
+    return [f"{url.rstrip('/') or ''}/{name}" for name in names]
 
 
 def _is_named(path: str) -> bool:

@@ -1,5 +1,7 @@
 """Says how far scoring a table is, and at the end what came of it."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary
@@ -19,7 +21,7 @@ def shown(tally: PairTally, share: float, *, decides: bool = True) -> Shown:
     )
 
 
-def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) -> None:
+def print_pair_summary(console: Console, output: Path, tally: PairTally, bad_lines: BadLines) -> None:
     """Print the closing table, and what could not be scored or read."""
     counts = tally.counts
     rows = count_rows(counts.seen, counts.kept, counts.dropped.items())
@@ -31,6 +33,7 @@ def print_pair_summary(console: Console, tally: PairTally, bad_lines: BadLines) 
     notes += [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
     if bad_lines.count:
         notes.append(f"passed over {bad_lines}")
+    notes.append(f"the kept rows are in {output}")
     print_summary(
         console,
         rows + [row for row in more if row[1]],

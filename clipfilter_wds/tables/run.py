@@ -21,7 +21,7 @@ from clipfilter_wds.tables.tally import PairTally
 from clipfilter_wds.workers.cpus import default_num_workers
 
 
-def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) -> PairTally:
+def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer], *, quiet: bool = False) -> PairTally:
     """Write the rows of a table whose caption describes the image, and show how far the run is and what came of it.
 
     Kept rows are written in order, and unchanged where the output is of the input's type. Memory holds a few batches of
@@ -31,6 +31,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
     Args:
         config: What to read and write.
         load_scorer: Loads the model; not called when the table can't be used.
+        quiet: Show nothing.
 
     Returns:
         What became of the rows.
@@ -41,7 +42,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
         WorkerDiedError: When worker processes die one after another.
     """
     logging.disable_progress_bar()
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
     wanted = Wanted(
         image_key=config.image_key,
         caption_key=config.caption_key,
@@ -54,7 +55,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer]) ->
             scorer = load_scorer()
         with show_progress(console) as show:
             tally = _TableRun(config, wanted, scorer, show).write(reader)
-    print_pair_summary(Console(), tally, reader.bad_lines)
+    print_pair_summary(Console(quiet=quiet), config.target, tally, reader.bad_lines)
     return tally
 
 

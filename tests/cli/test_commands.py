@@ -38,7 +38,7 @@ def call(capsys):
     ],
 )
 def test_how_a_run_that_fails_ends(call, monkeypatch, error, code, says):
-    def fail(config):
+    def fail(config, show):
         raise error
 
     monkeypatch.setitem(commands.COMMANDS, "demo", replace(COMMANDS["demo"], run=wraps(COMMANDS["demo"].run)(fail)))
@@ -46,7 +46,7 @@ def test_how_a_run_that_fails_ends(call, monkeypatch, error, code, says):
 
 
 def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch):
-    def fail(config):
+    def fail(config, show):
         raise KeyError("a bug")
 
     monkeypatch.setitem(commands.COMMANDS, "demo", replace(COMMANDS["demo"], run=wraps(COMMANDS["demo"].run)(fail)))
@@ -65,6 +65,7 @@ def test_overview_names_all_commands(call):
 
 def test_version(call):
     assert call("--version") == (0, f"clipfilter-wds {__version__}\n", "")
+    assert call("rewrite", "a", "--version") == (0, f"clipfilter-wds {__version__}\n", "")
 
 
 def test_help_wherever_it_stands(call):

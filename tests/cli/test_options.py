@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from clipfilter_wds.cli.commands import COMMANDS
+from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.cli.options import options_of
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
@@ -19,6 +20,7 @@ CONFIGS = [
     RunReportConfig,
     ScoreConfig,
     ScorerConfig,
+    ShowConfig,
     TableConfig,
 ]
 
@@ -59,8 +61,9 @@ def test_no_option_of_a_command_has_two_meanings():
 def test_help_shows_types_and_defaults_as_a_person_reads_them(show):
     text = show("rewrite")
     for line in (
-        "usage: clipfilter-wds rewrite SHARDS ... --output OUTPUT [options]",
+        "usage: clipfilter-wds rewrite SHARDS ... --output PATH [options]",
         "  --batch_size N        Samples per forward pass; by default as many as suit",
+        "  -o PATH, --output PATH",
         "  --flip, --no_flip     Score the mirrored image too",
         "  --engine {local,ray}  local processes the shards",
         "  clipfilter-wds rewrite 'data/{00000..00099}.tar' --output kept --threshold 0.28",
@@ -69,6 +72,7 @@ def test_help_shows_types_and_defaults_as_a_person_reads_them(show):
     assert re.search(r"\(default:\s+openai/clip-vit-base-patch32\)", text)
     assert re.search(r"--worker_timeout NUMBER\s[^-]*\(default: 120\)", text)
     assert "(default: 0.25)" in show("table")
+    assert text.endswith("documentation: docs/selection.md\n")
     assert not re.search(r"null|None|type:|Union|``|:class:|--\w+\+", text)
 
 
@@ -79,14 +83,48 @@ def test_help_is_in_groups(show):
         "The model, and how ClipScorer runs it",
         "Where shards are processed",
         "Report about the run",
+        "What is shown",
         "Other options",
-        "example",
+        "examples",
     ]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_the_terminal(show, command, columns):
-    text, _ = show(command, columns).split("\nexample:\n")
+    text, _ = show(command, columns).split("\nexamples:\n")
     _, _, groups = text.partition(COMMANDS[command].summary)
     assert max(map(len, groups.splitlines())) <= columns
+
+
+OPTIONS = [
+    pytest.param(command, option, id=f"{command}-{option.name}")
+    for command in COMMANDS
+    for options in COMMANDS[command].parser.groups.values()
+    for option in options
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_is_in_the_help_of_its_command(show, command, option):
+    text = " ".join(show(command).split())
+    assert f"--{option.name}" in text
+    assert " ".join(option.help.split()) in text
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_without_a_value_or_with_a_wrong_one_gets_one_line_that_says_what_it_must_be(
+    capsys, command, option
+):
+    typed = [] if option.is_flag else [f"--{option.name}"]
+    takes_any = option.expected in ("text", "a path", "numbers, separated by commas")
+    wrong = [] if takes_any else [f"--{option.name}=?!"]
+    assert typed or wrong
+    for arg in [*typed, *wrong]:
+        with pytest.raises(SystemExit) as raised:
+            main([command, arg])
+        out, err = capsys.readouterr()
+        assert (raised.value.code, out, err.count("\n")) == (2, "", 1)
+        expected = re.escape(f"{option.expected} (see clipfilter-wds {command} --help)")
+        line = rf"clipfilter-wds: (--)?{option.name} (has no value|is '\?!'); it must be {expected}\n"
+        assert re.fullmatch(line, err, re.IGNORECASE), err

@@ -11,10 +11,12 @@ import yaml
 
 from clipfilter_wds.cli import commands
 from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
 from clipfilter_wds.report.config import RunReportConfig
+from tests.support.score_tables import shard_scores, written
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -74,17 +76,28 @@ def test_each_config_gets_its_own_options(configs):
         ScorerConfig(precision="fp32"),
         EngineConfig(engine="ray", cpus_per_task=2),
         RunReportConfig(report="r.html"),
+        ShowConfig(),
     ]
-    assert configs("score", "data/0.tar", "--output", "o")[1:] == [ScorerConfig(), EngineConfig()]
+    assert configs("score", "data/0.tar", "--output", "o")[1:] == [ScorerConfig(), EngineConfig(), ShowConfig()]
     assert configs("demo")[0].output == "clipfilter_demo"
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
-def test_the_example_in_the_help_can_be_typed(command, configs, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "example"), [(command, example) for command in COMMANDS for example in COMMANDS[command].examples]
+)
+def test_the_examples_in_the_help_can_be_typed(command, example, configs, tmp_path):
     for number in range(100):
         Path(f"data/{number:05d}.tar").touch()
     Path("photos.csv").touch()
-    assert configs(command.name, *shlex.split(command.example))
+    if "--scores" in example:
+        Path("scores").mkdir()
+        Path("scores/00000.parquet").write_bytes(written(shard_scores([])))
+    assert configs(command, *shlex.split(example))
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
+def test_the_help_names_a_page_that_is_there(command):
+    assert (ROOT / "docs" / command.page).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -274,6 +287,12 @@ class TestFlags:
         assert "unknown option --no_output" in fails("rewrite", *shards, "--no_output")
 
 
+def test_letters_of_options(configs):
+    run, *_, show = configs("score", "data/0.tar", "-q", "-o", "out")
+    assert (run.shards, run.output, show.quiet) == (["data/0.tar"], "out", True)
+    assert configs("demo", "-o=here")[0].output == "here"
+
+
 def test_hyphens_in_the_names_of_options_are_underscores(configs):
     args = "data/my-shard.tar --output my-output --caption=json:alt-text --num-workers=4 --samples-per-shard 7"
     run, model, *_ = configs("rewrite", *args.split(), "--fast-decode")
@@ -295,7 +314,9 @@ def test_hyphens_in_the_names_of_options_are_underscores(configs):
         (["--treshold", "0.2"], "unknown option --treshold; did you mean --threshold?"),
         (["--num-worker=2"], "unknown option --num-worker; did you mean --num_workers?"),
         (["--zzz"], "unknown option --zzz"),
-        (["-o", "x"], "unknown option -o"),
+        (["-x", "x"], "unknown option -x"),
+        (["-threshold", "0.2"], "unknown option -threshold; did you mean --threshold?"),
+        (["-o"], "--output has no value; it must be a path"),
         (["--threshold"], "--threshold has no value; it must be a number"),
         (["--subset", "--flip"], "--subset has no value; it must be a path"),
     ],
@@ -307,7 +328,8 @@ def test_an_error_names_option_found_and_expected(fails, args, says):
 def test_a_missing_or_unknown_command(fails):
     known = r"use one of demo, rewrite, score, rescore, dedup, report, export, table (see clipfilter-wds --help)"
     assert fails() == f"no command is given; {known}"
-    assert fails("rewrit") == f"'rewrit' is no command; {known}"
+    assert fails("xyz") == f"'xyz' is no command; {known}"
+    assert fails("rewrit") == "'rewrit' is no command; did you mean clipfilter-wds rewrite? (see clipfilter-wds --help)"
 
 
 def test_no_secret_and_no_control_character_of_an_argument_is_printed(fails):

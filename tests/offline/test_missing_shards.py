@@ -91,7 +91,7 @@ def test_only_what_is_named_can_be_missing(folder, memory):
         ([*there, f"{folder}/x*.tar"], "no shard matches"),
         (f"{folder}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
         (f"{memory}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
-        ([*there, str(folder)], "is a folder"),
+        ([*there, str(folder.parent)], "is a folder"),
     ):
         with pytest.raises(ValueError, match=says):
             expand_shards(shards, skip_missing=True)

@@ -14,18 +14,18 @@ from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.world import World
 
 
-def run_with_progress(config: RescoreConfig | DedupConfig, *, world: World | None = None) -> Tally:
+def run_with_progress(config: RescoreConfig | DedupConfig, *, world: World | None = None, quiet: bool = False) -> Tally:
     """Make the tables, and show how far the run is and what came of it; of several ranks, rank zero does."""
     is_first = world is None or world.rank == 0
     began = time.perf_counter()  # preparing may take longer than all that comes after it
-    with show_progress(Console(stderr=True, quiet=not is_first)) as show:
+    with show_progress(Console(stderr=True, quiet=quiet or not is_first)) as show:
         tally = rescore_shards(
             config,
             world=world,
             on_preparing=lambda preparing: show(_preparing(preparing)),
             on_progress=lambda tally: show(shown(tally)),
         )
-    if is_first:
+    if is_first and not quiet:
         seconds = time.perf_counter() - began
         print_summary(
             Console(),
