@@ -1,5 +1,6 @@
 """Runs the commands. What a command needs beside its configs is imported when it runs, so that help comes at once."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.version import __version__
 
-ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _PROGRAM = "clipfilter-wds"
 _DOCS = "docs"  # in the repository
 _RESUME = "What was finished is whole; start the same command again to resume"
@@ -45,7 +46,7 @@ def rewrite(
         check_page(page.report, of=config.scores or config.output)
     code = _process(config, scorer, engine, show)
     if page.report is not None:
-        _report_on(config, page.report)
+        _report_on(config, page.report, show)
     return code
 
 
@@ -134,13 +135,14 @@ def _say(line: str, show: ShowConfig) -> None:
         print(printable(without_secrets(line)))
 
 
-def _report_on(config: RewriteConfig, page: str | Path) -> None:
+def _report_on(config: RewriteConfig, page: str | Path, show: ShowConfig) -> None:
     from clipfilter_wds.report.run import write_report
     from clipfilter_wds.world import World
 
     scores = config.scores or config.output
     if World.from_env().rank == 0 and (config.scores or Path(scores, "_scores").expanduser().is_dir()):
         write_report(ReportConfig(scores=scores, run=config.output, output=page), config.urls)
+        _say(f"the report is {page}", show)
 
 
 def _refuse_ranks() -> None:
@@ -242,7 +244,7 @@ COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 interrupted."""
+    """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 Ctrl-C, 143 SIGTERM."""
     args = sys.argv[1:] if args is None else args
     command = COMMANDS.get(args[0]) if args else None
     sys.exit(_run(command, args[1:]) if command else _overview(args))
@@ -279,10 +281,13 @@ def _run(command: Command, args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):
         command.parser.print_help()
         return ALL_DONE
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return command.run(*command.parser.read(args))
     except ValueError as error:
         return _complain(str(error), UNUSABLE)
+    except _TerminatedError:
+        return _complain(f"stopped by SIGTERM. {_RESUME}", TERMINATED)
     except KeyboardInterrupt:
         return _complain(f"stopped. {_RESUME}", INTERRUPTED)
     except Exception as error:
@@ -291,6 +296,15 @@ def _run(command: Command, args: Sequence[str]) -> int:
         if not isinstance(error, (OSError, WorkerError)):
             raise
         return _complain(f"{error}. {_RESUME}", SOME_FAILED)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends before it kills. It ends a run as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is ending, and a second one must not cut that short
+    raise _TerminatedError
 
 
 def _complain(message: str, code: int) -> int:

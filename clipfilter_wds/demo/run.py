@@ -1,6 +1,7 @@
 """Runs the demo: draws shards with known mistakes, filters them with the bundled CLIP, compares with the truth."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,9 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
         f"({truth.kept_matched} true pairs kept of {truth.matched}, {truth.kept - truth.kept_matched} false ones).\n"
         f"What was kept and dropped, and what other thresholds would keep: {folder / 'report.html'}\n"
         f"Some of it as a picture: {folder / 'overview.png'}\n\n"
-        "The same by hand:\n"
-        f"  clipfilter-wds rewrite '{folder}/shards/*.tar' --output {folder}/filtered --model {MODEL} "
-        f"--threshold {threshold}\n"
+        "The same by hand, into another folder, with a report of its own:\n"
+        f"  clipfilter-wds rewrite {shlex.quote(f'{folder}/shards/*.tar')} --output {shlex.quote(f'{folder}/by_hand')} "
+        f"--model {MODEL} --threshold {threshold} --report {shlex.quote(f'{folder}/by_hand.html')}\n"
         f"{MODEL} knows drawn scenes only. For photographs: --model openai/clip-vit-base-patch32",
         highlight=False,
         soft_wrap=True,

@@ -11,6 +11,7 @@ from clipfilter_wds.offline.advice import advice
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine
+from clipfilter_wds.offline.next_steps import next_steps
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World
@@ -54,7 +55,7 @@ def run_with_progress(
             closing_rows(tally, kept_as),
             seconds=tally.seconds,
             samples_per_second=tally.samples_per_second,
-            notes=[*_notes(tally), *map(plain, advice(tally, config))],
+            notes=[*_notes(tally), *map(plain, advice(tally, config)), *map(plain, next_steps(config, tally))],
         )
     return tally
 

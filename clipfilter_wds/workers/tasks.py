@@ -50,7 +50,7 @@ class TaskProcesses:
             return self._processes[-1]
 
         context.Process = process
-        self._executor = ProcessPoolExecutor(num_processes, context, initializer=init_worker, initargs=(0,))
+        self._executor = ProcessPoolExecutor(num_processes, context, initializer=_init)
 
     def submit(self, task: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Have a function run; :meth:`result` waits for what it returns."""
@@ -83,6 +83,11 @@ class TaskProcesses:
             for process in self._processes:
                 process.join(max(0.0, until - time.monotonic()))
                 process.kill()
+
+
+def _init() -> None:
+    init_worker(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does with it; DataLoader's workers have torch's
 
 
 def _is_sigterm(exit_code: int) -> bool:

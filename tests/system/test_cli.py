@@ -2,6 +2,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -52,6 +53,34 @@ def test_score_writes_tables_only(call, shards, clip_folder, tmp_path):
         "00001.parquet",
         "summary.json",
     ]
+
+
+def test_the_last_lines_say_where_the_output_is_and_what_can_be_run_next(call, shards, clip_folder, tmp_path):
+    model = ("--model", clip_folder, "--num_workers", "0")
+    scores, kept = tmp_path / "scores", tmp_path / "kept"
+    _, out, _ = call("score", shards, "-o", scores, *model)
+    *_, where, spread, thresholds, then = out.splitlines()
+    assert where == f"the score tables are in {scores}"
+    assert spread.startswith("scores: 10% below ")
+    assert thresholds.startswith("thresholds: ")
+    command = re.match(r"next: clipfilter-wds (.* --output) DIR, or --threshold", then)[1]
+    code, out, _ = call(*shlex.split(command), kept)
+    assert code == 0
+    assert f"the kept samples are in {kept}" in out
+    command = re.search(r"next: clipfilter-wds (.* --output) report.html shows", out)[1]
+    assert call(*shlex.split(command), tmp_path / "r.html")[:2] == (0, f"the report is {tmp_path / 'r.html'}\n")
+    assert "nothing was left to do" not in out
+    _, out, _ = call("score", shards, "-o", scores, *model)
+    assert "all of it was done by an earlier run; nothing was left to do" in out
+    assert call("score", shards, "-o", scores, *model, "-q") == (0, "", "")
+
+
+def test_quiet_tells_failures_alone(call, shards, clip_folder, tmp_path):
+    (shards / "garbage.tar").write_bytes(b"garbage" * 1000)
+    options = ("-o", tmp_path / "out", "--model", clip_folder, "--num_workers", "0", "--quiet")
+    code, out, err = call("rewrite", shards, *options)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"failed .*garbage\.tar: it is not a tar archive[^\n]*\n", err)
 
 
 def test_every_option_can_come_from_a_yaml_file(call, shards, clip_folder, tmp_path):

@@ -49,7 +49,11 @@ class Stopped:
     seconds: float
 
 
-def stop(command: Sequence[object], is_busy: Callable[[subprocess.Popen], bool]) -> Stopped:
+def stop(
+    command: Sequence[object],
+    is_busy: Callable[[subprocess.Popen], bool],
+    send: Callable[[int], None] = lambda pid: os.killpg(pid, signal.SIGINT),
+) -> Stopped:
     """Start a command, wait until it is busy, and stop it; no process of it may be left."""
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -66,7 +70,7 @@ def stop(command: Sequence[object], is_busy: Callable[[subprocess.Popen], bool])
         usage = psutil.Process(process.pid).cpu_times
         with Stopwatch() as watch:
             before = sum(usage()[:2])
-            os.killpg(process.pid, signal.SIGINT)
+            send(process.pid)
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # so that it can be asked for its CPU seconds
             cpu_seconds = sum(usage()[:2]) - before
             _, err = process.communicate(timeout=FOREVER)
@@ -92,9 +96,9 @@ def has_workers(process: subprocess.Popen, num_workers: int = 2) -> bool:
     return False
 
 
-def check(stopped: Stopped) -> None:
+def check(stopped: Stopped, exit_code: int = 130) -> None:
     print(f"stopped within {stopped.seconds:.2f} s")
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == exit_code
     assert HOW_TO_RESUME in stopped.err
     assert "Traceback" not in stopped.err
     assert stopped.seconds < LIMIT
@@ -113,6 +117,20 @@ def shards(tmp_path_factory) -> Path:
 def test_workers_that_decode_are_not_waited_for(shards, clip_folder, tmp_path, name):
     options = ("--output", tmp_path / "out", "--model", clip_folder, "--num_workers", 2)
     check(stop([*COMMAND, name, shards / "large.tar", *options], has_workers))
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda pid: os.kill(pid, signal.SIGTERM),
+        # As SLURM does it.
+        pytest.param(lambda pid: os.killpg(pid, signal.SIGTERM), marks=pytest.mark.slow),
+    ],
+    ids=["to the command", "to all its processes"],
+)
+def test_sigterm_stops_like_ctrl_c_with_an_exit_code_of_its_own(shards, clip_folder, tmp_path, send):
+    command = [*COMMAND, "score", shards / "large.tar", "--output", tmp_path / "out", "--model", clip_folder]
+    check(stop([*command, "--num_workers", 2], has_workers, send), exit_code=143)
 
 
 @pytest.mark.slow

@@ -52,5 +52,8 @@ def _preparing(preparing: Preparing) -> Shown:
 def _notes(config: RescoreConfig | DedupConfig, tally: Tally) -> Iterator[str]:
     if tally.counts.seen and not tally.counts.kept:
         yield "none of the samples has a score"
+    if tally.num_shards and tally.resumed == tally.num_shards:
+        yield "all of it was done by an earlier run; nothing was left to do"
+    yield f"the score tables are in {plain(str(config.folder))}"
     choice = "--keep_fraction 1" if _drops(config) else "--keep_fraction 0.3"
     yield f"next: clipfilter-wds rewrite SHARDS --scores {plain(str(config.folder))} {choice} --output DIR"

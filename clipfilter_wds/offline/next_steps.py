@@ -1,0 +1,62 @@
+"""Says where the output of a run is, how its scores are spread, and what to run next."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.tally import Tally
+from clipfilter_wds.scores.spread import Spread
+from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.storage.paths import RemotePath
+
+#: Reading more tables again would take too long for a closing line.
+_MAX_TABLES = 1_000
+_MAX_SHOWN_SHARDS = 3
+
+
+def next_steps(config: ScoreConfig, tally: Tally) -> Iterator[str]:
+    """A line each, for people."""
+    if tally.num_shards and tally.resumed == tally.num_shards:
+        yield "all of it was done by an earlier run; nothing was left to do"
+    if isinstance(config, RewriteConfig):
+        yield f"the kept samples are in {config.folder}"
+        yield from _after_rewrite(config, tally)
+    else:
+        yield f"the score tables are in {config.folder}"
+        yield from _after_score(config, tally)
+
+
+def _after_rewrite(config: RewriteConfig, tally: Tally) -> Iterator[str]:
+    scores = config.folder if config.scores is None else config.scores
+    if tally.counts.seen and not isinstance(scores, RemotePath):
+        run = "" if config.scores is None else f" --run {_quoted(config.folder)}"
+        yield (
+            f"next: clipfilter-wds report {_quoted(scores)}{run} --shards {_shards(config)} --output report.html "
+            "shows what other thresholds would keep"
+        )
+
+
+def _after_score(config: ScoreConfig, tally: Tally) -> Iterator[str]:
+    if not tally.counts.kept:
+        return
+    tables = [config.table_folder / f"{name}.parquet" for name in config.names.values()]
+    local = [table for table in tables if isinstance(table, Path)]
+    if local and len(local) <= _MAX_TABLES:
+        read = (ShardScores.read(table) for table in local if table.is_file())
+        yield from Spread(table.scores[table.usable] for table in read).describe()
+    yield (
+        f"next: clipfilter-wds rewrite {_shards(config)} --scores {_quoted(config.folder)} --keep_fraction 0.3 "
+        "--output DIR, or --threshold in its place"
+    )
+
+
+def _shards(config: ScoreConfig) -> str:
+    """The shards as they were typed, where that is short."""
+    given = [config.shards] if isinstance(config.shards, str | Path) else config.shards
+    return " ".join(map(_quoted, given)) if len(given) <= _MAX_SHOWN_SHARDS else "SHARDS"
+
+
+def _quoted(name: object) -> str:
+    return shlex.quote(without_secrets(str(name)))
