@@ -1,8 +1,13 @@
 """Loads a dual encoder by name, with the library that it is of."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import logging
+
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
+from clipfilter_wds.models.hub import cached_where_offline
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
@@ -28,7 +33,8 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
     if _is_folder(place):
         place = Path(place).expanduser()
     try:
-        return load(ModelSource(name=name, place=place, revision=revision))
+        with _without_bars():
+            return load(cached_where_offline(ModelSource(name=name, place=place, revision=revision)))
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # what a library makes of settings that can't be is anything
@@ -37,6 +43,18 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
             f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "
             f"({type(error).__name__})"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers and the hub's client from drawing bars of their own."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _is_folder(model: str | Path) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
-from transformers.utils import logging
 
 from clipfilter_wds.console import Shown, show_progress
 from clipfilter_wds.models.recheck import Recheck
@@ -41,7 +40,6 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer], *,
         OSError: When the output can't be written.
         WorkerDiedError: When worker processes die one after another.
     """
-    logging.disable_progress_bar()
     console = Console(stderr=True, quiet=quiet)
     wanted = Wanted(
         image_key=config.image_key,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from clipfilter_wds import ClipScorer
 from clipfilter_wds.models.dual_encoder import ModelError
 from tests.support.dual_encoders import make_open_clip
+from tests.support.toys import pair, write_shard
 
 
 def refusal(model: str | Path) -> str:
@@ -152,3 +154,21 @@ for number in range({len(files)}):
             assert f"'org/part{number}'" in message
             assert file in message
             assert f"`hf download org/part{number} --local-dir FOLDER`" in message
+
+    def test_where_the_hub_does_not_answer_the_cache_is_taken_and_else_one_line_says_so(self, clip_folder, tmp_path):
+        cache_snapshot(tmp_path / "cache", "org--whole", clip_folder)
+        write_shard(tmp_path / "0.tar", [pair(0)])
+        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "clipfilter_wds", "score", tmp_path / "0.tar", "--num_workers", "0", "--quiet"]
+
+        def score(model):
+            options = ["--model", model, "--output", tmp_path / model]
+            environment = {**os.environ, **nowhere}
+            return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+
+        done = score("org/whole")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        refused = score("org/other")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        says = r"can't load 'org/other' from the Hugging Face hub: it can't be reached, and the cache holds no copy of "
+        assert re.fullmatch(rf"clipfilter-wds: {says}the model\.[^\n]*\n", refused.stderr)
