@@ -42,10 +42,10 @@ def rewrite(
     config: RewriteConfig, scorer: ScorerConfig, engine: EngineConfig, page: RunReportConfig, show: ShowConfig
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
-    if page.report is not None:
+    if page.report is not None and not config.dry_run:
         check_page(page.report, of=config.scores or config.output)
     code = _process(config, scorer, engine, show)
-    if page.report is not None:
+    if page.report is not None and not config.dry_run:
         _report_on(config, page.report, show)
     return code
 
@@ -98,6 +98,12 @@ def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
 
 def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, show: ShowConfig) -> int:
     """Score, and maybe rewrite, the shards."""
+    if config.dry_run:
+        from clipfilter_wds.offline.dry_run import describe_run
+
+        for line in describe_run(config):
+            print(printable(without_secrets(line)))
+        return ALL_DONE
     from clipfilter_wds.models.scorer import ClipScorer
     from clipfilter_wds.offline.engines.ray import RayEngine
     from clipfilter_wds.offline.progress import run_with_progress
@@ -202,14 +208,18 @@ COMMANDS = {
             [
                 "'data/{00000..00099}.tar' --output kept --threshold 0.28",
                 "data --output kept --keep_fraction 0.3 --report kept.html",
-                "'data/*.tar' --output kept --scores scores --threshold 0.3",
+                "'data/*.tar' --output kept --scores scores --threshold 0.3 --dry_run",
             ],
             "selection.md",
             "shards",
         ),
         Command(
             score,
-            ["'data/{00000..00099}.tar' --output scores", "data -o scores --embeddings fp16"],
+            [
+                "'data/{00000..00099}.tar' --output scores",
+                "data -o scores --embeddings fp16",
+                "data -o trial --limit 1000",
+            ],
             "selection.md",
             "shards",
         ),

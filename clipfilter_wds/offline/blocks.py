@@ -1,7 +1,7 @@
 """Reads shards in blocks of samples that are ready to score, the same ones however the work is shared out."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,6 +73,7 @@ class BlockDataset(IterableDataset[Block]):
         layout: Which members are image and caption.
         json_columns: Fields of the json member to read, None for none.
         subset: Samples that it does not list are not decoded; they have the reason ``not_in_subset``.
+        first_samples: Of these shards, how many first samples are decoded; the others have that reason too.
         allow_pipe: Read ``pipe:`` URLs, which run shell commands.
         interleaved: See ``BatchBuilder``.
         tracker: Workers report to it which sample they are at.
@@ -88,6 +89,7 @@ class BlockDataset(IterableDataset[Block]):
     layout: SampleLayout = field(default_factory=SampleLayout)
     json_columns: JsonColumns | None = None
     subset: Subset | None = None
+    first_samples: Mapping[str, int] = field(default_factory=dict)
     allow_pipe: bool = False
     interleaved: bool = False
     tracker: CrashTracker | None = None
@@ -123,7 +125,7 @@ class BlockDataset(IterableDataset[Block]):
                     yield Block(part=part, prepared=builder.build(), columns=columns, end=item)
                     continue
                 with worker_tracker.at(part.url, item.index):
-                    self._add(worker_tracker.checked(part.url, item), builder)
+                    self._add(worker_tracker.checked(part.url, item), builder, self.first_samples.get(part.url))
                     if self.json_columns is not None:
                         columns.append(self.json_columns.read(item))
                 if len(builder) == self.batch_size:
@@ -132,10 +134,12 @@ class BlockDataset(IterableDataset[Block]):
         except ShardError as error:
             yield Block(part=part, prepared=builder.build(), error=str(error))
 
-    def _add(self, sample: Sample, builder: BatchBuilder) -> None:
+    def _add(self, sample: Sample, builder: BatchBuilder, num_first: int | None) -> None:
         uid = read_uid(sample)
 
         def open_pair(out: torch.Tensor) -> OpenPair:
+            if num_first is not None and sample.index >= num_first:
+                raise UnusableError(DropReason.NOT_IN_SUBSET)
             if sample.problem is None and self.subset is not None and not self.subset.holds([sample.key], [uid])[0]:
                 raise UnusableError(DropReason.NOT_IN_SUBSET)
             return self.preprocess.open_sample(sample, self.layout, out)

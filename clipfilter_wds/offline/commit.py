@@ -23,7 +23,7 @@ _NUM_REQUESTS = 32
 _NUM_AHEAD = 10_000
 
 #: What to do about an output that is there and is not of this run.
-CURE = "choose another folder"
+CURE = "choose another folder, or delete what is there with --overwrite"
 
 
 class Task(Protocol):
@@ -171,7 +171,7 @@ def read_record(path: AnyPath) -> Record:
     """
     record: Record = json.loads(path.read_bytes())
     if "fingerprint" not in record:
-        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; {CURE}")
+        raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose another folder")
     return record
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clipfilter_wds.offline.limit import first_samples
 from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.groups import Groups
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
@@ -47,6 +48,11 @@ class ScoreConfig(WorkerConfig):
             ``json:punsafe,json:LANGUAGE=text``. Each is a number, unless =integer, =text or =bool says otherwise.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
+        limit: Try it on the first so many samples: shards behind them are left out, and what is behind them in the last
+            shard is dropped as ``not_in_subset``. Such an output is never resumed or used as that of a full run.
+        overwrite: Delete what a run with other settings, or of another shard with the same name, has left in the
+            output, instead of refusing to write there. What the same settings have written stays, and is resumed.
+        dry_run: Say what would be read, kept by scores that were made before, and written; write nothing.
 
     Raises:
         ValueError: When an option can't be used.
@@ -59,6 +65,9 @@ class ScoreConfig(WorkerConfig):
     embeddings: Embeddings | None = None
     columns: str | None = None
     skip_missing_shards: bool = False
+    limit: int | None = None
+    overwrite: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,8 +78,11 @@ class ScoreConfig(WorkerConfig):
             from clipfilter_wds.scores.table import table_schema  # imports pyarrow, for this alone
 
             table_schema(self.column_sources)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
         _check_apart(self.names, self.folder)
-        check_writable(self.folder)
+        if not self.dry_run:
+            check_writable(self.folder)
 
     @cached_property
     def _found(self) -> FoundShards:
@@ -96,7 +108,13 @@ class ScoreConfig(WorkerConfig):
         urls = [url for url in self._found.urls if url not in self.unnameable]
         if not urls:
             raise ValueError(next(iter(self.unnameable.values())))
-        return urls
+        return urls if self.limit is None else list(self.first_samples)
+
+    @cached_property
+    def first_samples(self) -> dict[str, int]:
+        """With a limit, per shard that is read, how many of its first samples are scored."""
+        urls = [url for url in self._found.urls if url not in self.unnameable]
+        return {} if self.limit is None else first_samples(urls, self.limit, self.layout)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -168,6 +186,8 @@ class RewriteConfig(ScoreConfig):
         self._check_columns(self.choice)
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; it must be at least 1")
+        if self.limit is not None and self.scores is not None:
+            raise ValueError("limit says what is scored, and scores names what was scored before; give one")
         for name in ("embeddings", "columns"):
             if getattr(self, name) is not None and self.scores is not None:
                 raise ValueError(

@@ -46,6 +46,9 @@ def _after_score(config: ScoreConfig, tally: Tally) -> Iterator[str]:
     if local and len(local) <= _MAX_TABLES:
         read = (ShardScores.read(table) for table in local if table.is_file())
         yield from Spread(table.scores[table.usable] for table in read).describe()
+    if config.limit is not None:
+        yield f"a trial on the first {config.limit:,} samples; next: the same without --limit, into another folder"
+        return
     yield (
         f"next: clipfilter-wds rewrite {_shards(config)} --scores {_quoted(config.folder)} --keep_fraction 0.3 "
         "--output DIR, or --threshold in its place"

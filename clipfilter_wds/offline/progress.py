@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from transformers.utils import logging
 
 from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary, show_progress
 from clipfilter_wds.models.scorer import ClipScorer
@@ -34,7 +33,6 @@ def run_with_progress(
     An engine loads the model itself. Of several ranks, only rank zero shows anything. With ``quiet``, it shows
     failed shards alone, on stderr.
     """
-    logging.disable_progress_bar()
     is_first = world is None or world.rank == 0
     console = Console(stderr=True, quiet=quiet or not is_first)
     scorer: ClipScorer | Engine | None = engine

@@ -12,6 +12,7 @@ from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ranks import Ranks
+from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring
 from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions
@@ -51,10 +52,18 @@ def process_shards(
         OSError: When the output can't be written, or the other ranks don't finish.
     """
     world = world or World()
+    if config.dry_run:
+        raise ValueError("dry_run is True, so nothing can be written; describe_run says what would be")
+    if config.overwrite and world.world_size > 1:
+        raise ValueError("overwrite is for one process; run the command once without ranks, or choose another folder")
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
     scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
+    if scores is not None:
+        scores.refuse_trial()
     options = ScoringOptions.of(config)
     fingerprint = engine.fingerprint(options) if scores is None else scores.fingerprint
+    if config.overwrite:
+        remove_others(config, fingerprint)
     if scores is None:
         options = replace(options, batch_size=resumed_batch_size(config, fingerprint))
     run = _Run(

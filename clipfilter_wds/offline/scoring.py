@@ -1,8 +1,8 @@
 """Scores shards. All that is needed is passed in, so that any process can do it."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Self
 
@@ -50,6 +50,8 @@ class ScoringOptions:
         subset: Decode and score only the samples that are listed.
         embeddings: Save the embeddings, in this type; None saves none.
         columns: Fields of the json member that the tables hold too; None for none.
+        limit: How many samples of the run are scored; None for all.
+        first_samples: With a limit, how many of each shard's first samples are scored.
         measured_on: The run's first shards, whose first samples tell how far the scores are off. They are the same for
             every process that scores shards of the run, and when it is resumed, so that all compute the same bits.
     """
@@ -62,6 +64,8 @@ class ScoringOptions:
     subset: Subset | None = None
     embeddings: Embeddings | None = None
     columns: JsonColumns | None = None
+    limit: int | None = None
+    first_samples: Mapping[str, int] = field(default_factory=dict)
     measured_on: tuple[str, ...] = ()
 
     @classmethod
@@ -77,6 +81,8 @@ class ScoringOptions:
             subset=choice.subset,
             embeddings=config.embeddings,
             columns=config.json_columns,
+            limit=config.limit,
+            first_samples=config.first_samples,
             measured_on=tuple(config.urls[:MAX_MEASURED_BLOCKS]),
         )
 
@@ -86,6 +92,7 @@ class ScoringOptions:
             **scorer.fingerprint,
             **self.layout.fingerprint,
             **({} if self.subset is None else {"subset": self.subset.digest}),
+            **({} if self.limit is None else {"limit": self.limit}),
         }
 
     def scored_by(self, scorer: ClipScorer, batch_size: int) -> ScoredBy:
@@ -285,6 +292,7 @@ def _dataset(urls: Sequence[str], scorer: ClipScorer, options: ScoringOptions, *
         layout=options.layout,
         json_columns=options.columns,
         subset=options.subset,
+        first_samples=options.first_samples,
         interleaved=scorer.copies_inputs,
     )
 

@@ -69,6 +69,17 @@ class ScoreFolder:
         if not source.startswith("pipe:"):  # what is public of a command does not tell which shard it reads
             self._name_by_source.setdefault(source, name)
 
+    def refuse_trial(self) -> None:
+        """Refuse scores of a run's first samples.
+
+        Raises:
+            ValueError: When the tables are of ``--limit``.
+        """
+        if limit := self.fingerprint.get("limit"):
+            raise ValueError(
+                f"the scores in {str(self.folder)!r} are a trial on the first {limit:,} samples; score without --limit"
+            )
+
     def read(self, url: str) -> ShardScores:
         """The scores of a shard.
 

@@ -93,8 +93,10 @@ class FolderLookup:
         """For these shards, with captions of this layout.
 
         Raises:
-            ValueError: When some have no scores, the scores are of other captions, or the tables lack a column.
+            ValueError: When some have no scores, the scores are of other captions, or the tables lack a column, or
+                are a trial.
         """
+        table.refuse_trial()
         _check_columns(table, columns)
         check_fingerprint(
             SampleLayout.from_fingerprint(table.fingerprint).fingerprint,

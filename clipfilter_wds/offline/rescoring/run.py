@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipfilter_wds.models.device import resolve_device
-from clipfilter_wds.offline.commit import CURE, read_marks
+from clipfilter_wds.offline.commit import read_marks
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.ranks import Ranks
 from clipfilter_wds.offline.rescoring.by_embeddings import neg_clip_loss, norm_sim
@@ -24,6 +24,8 @@ from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish, publish_json, remove_leftovers
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.world import World
+
+_CURE = "choose another folder"
 
 
 def rescore_shards(
@@ -118,7 +120,7 @@ class RescoreTask:
         if not self.table.is_file():
             return None
         scores = ShardScores.read(self.table)
-        check_fingerprint(scores.metadata.fingerprint, self.metadata.fingerprint, repr(str(self.table)), CURE)
+        check_fingerprint(scores.metadata.fingerprint, self.metadata.fingerprint, repr(str(self.table)), _CURE)
         return _stats_of(scores) if scores.metadata == self.metadata else None
 
 
