@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 #: Seconds between two lines where there is no bar.
 _LINE_SECONDS = 10.0
+
+#: Columns of the bar, at most, and between its neighbours and it.
+_BAR_WIDTH, _GAPS = 40, 2
 
 #: A row of the closing table: what is counted, the count, and the whole that it is a share of, or a text instead.
 Row = tuple[str, int, int | str]
@@ -41,12 +45,14 @@ class Shown(NamedTuple):
         phase: What is being done, such as ``scoring``.
         share: How much of it is done, 0 to 1.
         beside_bar: Text on the right of the bar, in rich's markup.
+        pace: Text behind that, where there is room for it.
         line: Text of a line, where there is no bar.
     """
 
     phase: str
     share: float
     beside_bar: str
+    pace: str
     line: str
 
 
@@ -56,12 +62,17 @@ def show_progress(console: Console) -> Iterator[Callable[[Shown], None]]:
     if not console.is_terminal:
         yield _lines(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[beside_bar]}"))
+    bar = BarColumn(bar_width=min(_BAR_WIDTH, max(console.width // 4, 1)))
+    columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[beside_bar]}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("scoring", total=1.0, beside_bar="")
 
         def update(shown: Shown) -> None:
-            progress.update(task, description=shown.phase, completed=shown.share, beside_bar=shown.beside_bar)
+            text = f"{shown.beside_bar}  {shown.pace}" if shown.pace else shown.beside_bar
+            taken = len(shown.phase) + (bar.bar_width or 0) + Text.from_markup(text).cell_len + _GAPS
+            fits = taken <= console.width
+            beside_bar = text if fits else shown.beside_bar
+            progress.update(task, description=shown.phase, completed=shown.share, beside_bar=beside_bar)
 
         yield update
 

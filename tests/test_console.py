@@ -88,8 +88,8 @@ def test_rich_markup_is_shown_and_not_obeyed():
 # --- the bar and the closing table ---
 
 SHOWN = [
-    Shown("scoring", 0.25, "[bold]1/4[/] shards  50 samples/s", "1/4 shards, 50 samples/s"),
-    Shown("copying", 1.0, "[bold]4/4[/] shards  60 samples/s", "4/4 shards, 60 samples/s"),
+    Shown("scoring", 0.25, "[bold]1/4[/] shards", "50 samples/s", "1/4 shards, 50 samples/s"),
+    Shown("copying", 1.0, "[bold]4/4[/] shards", "60 samples/s", "4/4 shards, 60 samples/s"),
 ]
 
 
@@ -102,8 +102,17 @@ def show(console: Console) -> str:
 
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    assert re.search(r"copying ━{40} 4/4 shards  60 samples/s", show(console))
+    assert re.search(r"copying ━{25} 4/4 shards  60 samples/s", show(console))
     assert console.file.getvalue().endswith("\x1b[2K")
+
+
+@pytest.mark.parametrize("width", [30, 40, 50, 120, 200])
+def test_a_narrow_terminal_drops_the_pace_first_and_never_the_count(width):
+    shown = show(Console(file=io.StringIO(), force_terminal=True, width=width))
+    assert ("60 samples/s" in shown) == (width >= 50)
+    last = next(line for line in re.split(r"[\r\n]", shown) if "copying" in line)
+    assert re.match(r"copying ━+ 4/4 shards", last)
+    assert len(last.rstrip()) <= width
 
 
 def test_what_is_no_terminal_gets_a_line_now_and_then(monkeypatch):

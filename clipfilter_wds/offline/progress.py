@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary, show_progress
+from clipfilter_wds.console import Row, count_rows, plain, print_summary
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.advice import advice
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
@@ -39,10 +39,8 @@ def run_with_progress(
     if engine is None and not (isinstance(config, RewriteConfig) and config.scores):
         with console.status("loading the model"):
             scorer = load_scorer()
-    with show_progress(console) as show:
-        tally = process_shards(
-            config, scorer, world=world, rank_timeout=rank_timeout, on_progress=lambda tally: show(shown(tally))
-        )
+    shows = is_first and not quiet
+    tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, progress=shows)
     if is_first and quiet:
         for line in _failures(tally):
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
@@ -56,21 +54,6 @@ def run_with_progress(
             notes=[*_notes(tally), *map(plain, advice(tally, config)), *map(plain, next_steps(config, tally))],
         )
     return tally
-
-
-def shown(tally: Tally) -> Shown:
-    """How far a run is."""
-    finished = tally.done + len(tally.failed)
-    left, done_here = tally.num_shards - finished, finished - tally.resumed
-    seconds_left = tally.seconds / done_here * left if done_here and left else None
-    how_fast = pace(tally.samples_per_second, tally.counts.keep_rate if tally.counts.seen else None, seconds_left)
-    count = f"{finished}/{tally.num_shards}"
-    return Shown(
-        phase=tally.phase,
-        share=finished / tally.num_shards if tally.num_shards else 1.0,
-        beside_bar=f"[progress.download]{count}[/] shards  {how_fast}",
-        line=f"{count} shards, {how_fast}",
-    )
 
 
 def closing_rows(tally: Tally, kept_as: str) -> list[Row]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.batch_size import resumed_batch_size
+from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
@@ -33,6 +34,7 @@ def process_shards(
     world: World | None = None,
     rank_timeout: float = DEFAULT_RANK_TIMEOUT,
     on_progress: OnProgress = lambda tally: None,
+    progress: bool = False,
 ) -> Tally:
     """Score shards and write what comes of them. Resumes an earlier run of the same settings.
 
@@ -42,6 +44,7 @@ def process_shards(
         world: This rank among those that share the shards; None is a world of one.
         rank_timeout: Seconds that a rank waits for the others without a sign of progress.
         on_progress: Called after every batch and shard.
+        progress: Show on stderr how far the run is, as the commands do; of several ranks, rank zero does.
 
     Returns:
         The totals, which are also in ``summary.json``; of a rank other than zero, those of its share. Shards that could
@@ -52,6 +55,9 @@ def process_shards(
         OSError: When the output can't be written, or the other ranks don't finish.
     """
     world = world or World()
+    if progress:
+        with show_run(world.rank == 0, on_progress) as on_both:
+            return process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_both)
     if config.dry_run:
         raise ValueError("dry_run is True, so nothing can be written; describe_run says what would be")
     if config.overwrite and world.world_size > 1:
@@ -201,6 +207,7 @@ class _Run:
                 left.append(task)
             else:
                 tally.resumed += 1
+                tally.num_resumed += stats.counts.seen
                 tally.add(stats)
         self.on_progress(tally)
         return left

@@ -77,6 +77,8 @@ _COUNTERS = [field.name for field in fields(ShardStats) if field.name not in ("c
 #: Why a sample lacks an image or a caption, and why nobody knows whether it does.
 _LACKING = (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION)
 _UNREAD = (DropReason.TORN, DropReason.MEMBER_TOO_LARGE, DropReason.NOT_IN_SUBSET, DropReason.DECODER_CRASH)
+#: Samples of a shard where none is done yet: what img2dataset writes.
+_USUAL_SHARD = 10_000
 #: Of so many names, the most frequent are kept.
 _MAX_NAMES = 64
 
@@ -99,6 +101,7 @@ class Tally:
         phase: What is being done to them; ``COPYING`` when all of them have been scored before.
         done: Shards whose outcome is on disk, those of earlier runs included.
         resumed: How many of these an earlier run had committed.
+        num_resumed: Samples of the shards that an earlier run had committed.
         num_scored: Samples that this run has read and scored, those of unfinished shards included.
         num_copied: Samples of the shards that this run has copied from without scoring them, dropped ones included.
         stats: Of the shards that are done.
@@ -114,6 +117,7 @@ class Tally:
     phase: Phase = Phase.SCORING
     done: int = 0
     resumed: int = 0
+    num_resumed: int = 0
     num_scored: int = 0
     num_copied: int = 0
     stats: ShardStats = field(default_factory=ShardStats)
@@ -138,6 +142,17 @@ class Tally:
     def samples_per_second(self) -> float:
         """Pace of the run."""
         return (self.num_scored or self.num_copied) / max(self.seconds, 1e-9)
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1: shards, and of unfinished ones what their samples are of the others'."""
+        finished = self.done + len(self.failed)
+        if finished >= self.num_shards:
+            return 1.0
+        num_begun = max(self.num_scored - (self.counts.seen - self.num_resumed), 0)
+        per_shard = self.counts.seen / self.done if self.counts.seen else _USUAL_SHARD
+        left = self.num_shards - finished
+        return (finished + min(num_begun / per_shard, 0.95 * left)) / self.num_shards
 
     def add(self, stats: ShardStats) -> None:
         """Count a shard as done."""

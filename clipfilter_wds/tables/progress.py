@@ -16,7 +16,8 @@ def shown(tally: PairTally, share: float, *, decides: bool = True) -> Shown:
     return Shown(
         phase="scoring",
         share=share,
-        beside_bar=f"[progress.percentage]{share:4.0%}[/] {how_fast}",
+        beside_bar=f"[progress.percentage]{share:4.0%}[/]",
+        pace=how_fast,
         line=f"{tally.counts.seen:,} rows ({share:.0%}), {how_fast}",
     )
 

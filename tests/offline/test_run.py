@@ -9,6 +9,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from clipfilter_wds import console
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
@@ -42,6 +43,16 @@ def test_keeps_what_the_plain_loop_keeps_with_every_member_as_it_was(scorer, cli
     summary = check_accounting(tmp_path / "out")
     assert 0 < num_kept < 90
     assert (summary["kept"], summary["seen"], summary["shards"]) == (num_kept, 90, 3)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_is_shown_where_it_is_asked_for(scorer, shards, tmp_path, capsys, monkeypatch, progress):
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    told = []
+    config = ScoreConfig(shards=shards, output=tmp_path / "out", num_workers=0)
+    process_shards(config, scorer, on_progress=lambda tally: told.append(tally.done), progress=progress)
+    assert ("3/3 shards" in capsys.readouterr().err) == progress
+    assert told[-1] == 3
 
 
 def test_what_describes_the_output_is_what_other_tools_read(scorer, shards, tmp_path):

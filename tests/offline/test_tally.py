@@ -84,3 +84,31 @@ def test_stats_tell_what_members_are_called_where_most_samples_lack_one_and_of_l
     rows = [SampleRow(str(index), index, reason and DropReason(reason)) for index, reason in enumerate(reasons)]
     scores = shard_scores(rows, members={"input.jpg": 3, "link:jpg": 1})
     assert shard_stats(FilterStats(), scores).members == kept
+
+
+class TestShare:
+    """How much of a run is done."""
+
+    def test_it_grows_with_every_batch_and_ends_at_one(self):
+        tally = Tally(num_shards=4)
+        shares = [tally.share]
+        for _ in range(4):
+            for _ in range(5):
+                tally.num_scored += 20
+                shares.append(tally.share)
+            tally.add(ShardStats(counts=FilterStats(seen=100, kept=100)))
+            shares.append(tally.share)
+        assert shares == sorted(shares)
+        assert (shares[0], shares[-1]) == (0.0, 1.0)
+        assert shares[8] == pytest.approx(1.4 / 4)  # a shard, and two batches of the next
+
+    def test_samples_of_an_earlier_run_are_not_taken_for_begun_ones(self):
+        tally = Tally(num_shards=4, resumed=1, num_resumed=100)
+        tally.add(ShardStats(counts=FilterStats(seen=100, kept=100)))
+        assert tally.share == 0.25
+        tally.num_scored += 50
+        assert tally.share == pytest.approx(1.5 / 4)
+
+    def test_unfinished_shards_never_count_as_finished(self):
+        tally = Tally(num_shards=2, num_scored=10**6)
+        assert tally.share < 1.0

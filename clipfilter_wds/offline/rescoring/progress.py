@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from clipfilter_wds.console import Shown, plain, print_summary, show_progress
-from clipfilter_wds.offline.progress import closing_rows, shown
+from clipfilter_wds.offline.bar import shown
+from clipfilter_wds.offline.progress import closing_rows
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
 from clipfilter_wds.offline.rescoring.method import Preparing
 from clipfilter_wds.offline.rescoring.run import rescore_shards
@@ -45,7 +46,11 @@ def _preparing(preparing: Preparing) -> Shown:
     phase, done, total, unit = preparing
     count = f"{done:,}/{total:,} {unit}"
     return Shown(
-        phase=phase, share=done / max(total, 1), beside_bar=f"[progress.download]{count}[/]", line=f"{phase}: {count}"
+        phase=phase,
+        share=done / max(total, 1),
+        beside_bar=f"[progress.download]{count}[/]",
+        pace="",
+        line=f"{phase}: {count}",
     )
 
 
