@@ -20,17 +20,19 @@ def next_steps(config: ScoreConfig, tally: Tally) -> Iterator[str]:
     """A line each, for people."""
     if tally.num_shards and tally.resumed == tally.num_shards:
         yield "all of it was done by an earlier run; nothing was left to do"
+    if not tally.counts.kept:
+        return  # the last line says why
     if isinstance(config, RewriteConfig):
         yield f"the kept samples are in {config.folder}"
-        yield from _after_rewrite(config, tally)
+        yield from _after_rewrite(config)
     else:
         yield f"the score tables are in {config.folder}"
-        yield from _after_score(config, tally)
+        yield from _after_score(config)
 
 
-def _after_rewrite(config: RewriteConfig, tally: Tally) -> Iterator[str]:
+def _after_rewrite(config: RewriteConfig) -> Iterator[str]:
     scores = config.folder if config.scores is None else config.scores
-    if tally.counts.seen and not isinstance(scores, RemotePath):
+    if not isinstance(scores, RemotePath):
         run = "" if config.scores is None else f" --run {_quoted(config.folder)}"
         yield (
             f"next: clipfilter-wds report {_quoted(scores)}{run} --shards {_shards(config)} --output report.html "
@@ -38,9 +40,7 @@ def _after_rewrite(config: RewriteConfig, tally: Tally) -> Iterator[str]:
         )
 
 
-def _after_score(config: ScoreConfig, tally: Tally) -> Iterator[str]:
-    if not tally.counts.kept:
-        return
+def _after_score(config: ScoreConfig) -> Iterator[str]:
     tables = [config.table_folder / f"{name}.parquet" for name in config.names.values()]
     local = [table for table in tables if isinstance(table, Path)]
     if local and len(local) <= _MAX_TABLES:
