@@ -5,8 +5,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
-from clipfilter_wds.offline.batch_size import resumed_batch_size
 from clipfilter_wds.offline.bar import show_run
+from clipfilter_wds.offline.batch_size import resumed_batch_size
 from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
