@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clipfilter_wds.report.histogram import COSINE_GRID, Grid, ScoreCounts
-from clipfilter_wds.report.picks import Pick, Picker
+from clipfilter_wds.report.picks import FirstOfEach, Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
@@ -25,6 +25,9 @@ _TOKEN_LIMITS = 2
 
 #: Of two scores that lie less than so many steps apart, one is shown.
 _STEPS_ALIKE = 10
+
+#: Of the samples that could not be scored, so many are shown of each reason.
+_SHOWN_PER_REASON = 6
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Findings:
         rechecked: How many scores were computed again in float32, because they lay within the band.
         shards: The keep rate of each table's shard.
         picks: The samples to show.
+        unusable_picks: Some samples of each reason, to show.
     """
 
     fingerprint: Fingerprint
@@ -106,6 +110,7 @@ class Findings:
     rechecked: int = 0
     shards: list[ShardRate] = field(default_factory=list)
     picks: list[Pick] = field(default_factory=list)
+    unusable_picks: list[Pick] = field(default_factory=list)
 
     @property
     def max_tokens(self) -> int:
@@ -143,11 +148,13 @@ def gather(run: ScoredRun, start: Start, num_picks: int) -> Findings:
     findings = Findings(fingerprint=run.table.fingerprint, scores=ScoreCounts(start.grid))
     findings.num_tokens = np.zeros(_TOKEN_LIMITS * findings.max_tokens + 2, dtype=np.int64)
     picker = Picker(start.threshold, num_picks, keeps=start.keeps, spread_width=_STEPS_ALIKE / start.grid.steps)
+    unusable = FirstOfEach(min(_SHOWN_PER_REASON, num_picks // 5))
     for number, path in enumerate(run.table.paths):
         scores = ShardScores.read(path)
         _count(findings, scores, run.name(path), start)
         picker.add(number, scores.scores, scores.usable)
-    findings.picks = picker.finish()
+        unusable.add(number, scores.reasons)
+    findings.picks, findings.unusable_picks = picker.finish(), unusable.picks
     if start.cut is not None:
         _leave_out_ties(findings, start.cut)
     return findings
@@ -179,5 +186,13 @@ def _count(findings: Findings, table: ShardScores, name: str, start: Start) -> N
     findings.band = max(findings.band, table.metadata.band)
     findings.rechecked += table.metadata.rechecked
     findings.shards.append(
-        ShardRate(name=name, seen=len(scores), kept=kept, torn=table.metadata.torn, num_ties=num_ties)
+        ShardRate(
+            name=name,
+            seen=len(scores),
+            kept=kept,
+            torn=table.metadata.torn,
+            num_ties=num_ties,
+            scored=int(usable.sum()),
+            median=float(np.median(scores[usable])) if usable.any() else None,
+        )
     )

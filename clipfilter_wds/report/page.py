@@ -4,60 +4,71 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, date, datetime
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from clipfilter_wds.report.compare import Comparison
-from clipfilter_wds.report.findings import Findings, Start
+from clipfilter_wds.report.findings import Findings, ScoredRun, Start
+from clipfilter_wds.report.picks import Pick
 from clipfilter_wds.report.pictures import Card
 from clipfilter_wds.report.shard_rates import OUTLIER_DEVIATIONS, ShardRate, outliers
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.version import __version__
 
-#: The most shards in the chart, the most outliers among them, and the most lines in the table of outliers.
-_MAX_SHARD_POINTS, _MAX_OUTLIERS, _MAX_OUTLIER_LINES = 2000, 500, 50
+#: What the page's script is made of, in this order.
+_SCRIPTS = ("counts.js", "charts.js", "gallery.js", "page.js")
+
+#: The most shards in chart and table, and the most outliers among them.
+_MAX_SHARD_POINTS, _MAX_OUTLIERS = 2000, 500
 _MAX_FAILED_LINES = 20
 
 #: Why the run dropped samples without looking at their scores.
 _NOT_CHOSEN = ("not_in_subset", "not_selected")
 
 
-def render(
-    findings: Findings,
-    cards: Sequence[Card],
-    summary: Mapping[str, Any],
-    start: Start,
-    compared: Comparison | None = None,
-    *,
-    has_shards: bool,
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        run: The score tables and the run's summary.
+        findings: What the tables say.
+        start: Where the threshold begins.
+        cards: What is known of each sample to show.
+        compared: What another folder of scores makes of the samples, if one is named.
+        has_shards: Whether there were shards to take captions and pictures from.
+        made: The day that the page is of.
+    """
+
+    run: ScoredRun
+    findings: Findings
+    start: Start
+    cards: Mapping[Pick, Card]
+    compared: Comparison | None
+    has_shards: bool
+    made: date = field(default_factory=lambda: datetime.now(UTC).date())
+
+
+def render(page: Page) -> str:
     """The page's HTML.
 
-    Texts from samples are in a JSON block that browsers don't run, and the page's scripts only ever show them as text.
-    A Content-Security-Policy names these scripts by their hashes, and forbids all others and every request.
-
-    Args:
-        findings: What the tables say.
-        cards: The gallery, lowest score first.
-        summary: The run's ``summary.json``, or empty.
-        start: Where the slider begins.
-        compared: What another folder of scores makes of the samples, if one is named.
-        has_shards: Whether there were shards to take pictures from.
+    Texts from samples are in a JSON block that browsers don't run, and the page's script only ever shows them as text.
+    A Content-Security-Policy names this script by its hash, and forbids all others and every request.
     """
-    from plotly.offline import get_plotlyjs  # takes 0.3 s, and no other command needs it
-
+    findings, summary, start = page.findings, page.run.summary, page.start
     folder = files(__package__)
-    scripts = [get_plotlyjs(), (folder / "page.js").read_text(encoding="utf-8")]
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     flags = outliers(findings.shards)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(
-        policy=_policy(scripts),
+        policy=_policy(script),
         style=(folder / "page.css").read_text(encoding="utf-8"),
-        scripts=scripts,
+        script=script,
         data={
             **_scores(findings, start),
             "band": findings.band,
@@ -65,14 +76,18 @@ def render(
             "unusable": {reason: findings.unusable[reason] for reason in DropReason if findings.unusable[reason]},
             "tokens": _tokens(findings),
             "shards": _shard_points(findings.shards, flags),
-            "cards": [asdict(card) for card in cards],
+            "has_shards": page.has_shards,
+            "cards": [asdict(page.cards[pick]) for pick in sorted(findings.picks)],
+            "unusable_cards": [asdict(page.cards[pick]) for pick in findings.unusable_picks],
         },
         findings=findings,
+        folder=page.run.table.folder,
+        made=page.made.isoformat(),
+        num_unusable=findings.unusable.total(),
         kind=start.kind,
-        compared=compared,
+        compared=page.compared,
         step=f"{1 / start.grid.steps:g}",
         facts=_facts(findings, summary),
-        outliers=_outlier_lines(findings.shards, flags),
         num_outliers=sum(flags),
         outlier_deviations=OUTLIER_DEVIATIONS,
         failed=list(summary.get("failed_shards", {}).items())[:_MAX_FAILED_LINES],
@@ -82,16 +97,15 @@ def render(
         run_groups=summary.get("groups"),
         run_kept=summary.get("kept"),
         run_cut=start.cut,
-        has_shards=has_shards,
+        has_shards=page.has_shards,
         version=__version__,
     )
 
 
-def _policy(scripts: Sequence[str]) -> str:
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -134,20 +148,8 @@ def _shard_points(shards: Sequence[ShardRate], flags: Sequence[bool]) -> dict[st
     others = [number for number, flag in enumerate(flags) if not flag]
     every = math.ceil(len(others) / (_MAX_SHARD_POINTS - len(far)))
     shown = sorted(far + others[:: every or 1])
-    return {
-        "total": len(shards),
-        "points": [
-            {"number": number, "name": shards[number].name, "seen": shards[number].seen, "kept": shards[number].kept}
-            | {"outlier": flags[number]}
-            for number in shown
-        ],
-    }
-
-
-def _outlier_lines(shards: Sequence[ShardRate], flags: Sequence[bool]) -> list[ShardRate]:
-    far = [shard for shard, flag in zip(shards, flags, strict=True) if flag]
-    rates = sorted(shard.rate for shard in shards if shard.seen)
-    return sorted(far, key=lambda shard: -abs(shard.rate - rates[len(rates) // 2]))[:_MAX_OUTLIER_LINES]
+    points = [{"number": number, **asdict(shards[number]), "outlier": flags[number]} for number in shown]
+    return {"total": len(shards), "points": points}
 
 
 def _facts(findings: Findings, summary: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Chooses the samples to show: around the threshold, at both ends, and at every score between."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from clipfilter_wds.scores.kind import COSINES
+from clipfilter_wds.types import NO_REASON
 
 #: Cosines that lie closer together are alike.
 _SPREAD_WIDTH = 0.001
@@ -98,3 +100,19 @@ class Least:
         order = np.argsort(np.concatenate([self._costs, costs[rows]]), kind="stable")[: self._size]
         self._costs = np.concatenate([self._costs, costs[rows]])[order]
         self.picks = [(self.picks + new)[number] for number in order]
+
+
+class FirstOfEach:
+    """Chooses the first ``size`` samples that could not be scored for each reason."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._num_found: Counter[int] = Counter()
+        self.picks: list[Pick] = []
+
+    def add(self, table: int, reasons: np.ndarray) -> None:
+        """Add a table: per sample the number of its reason, int8 ``[N]``, ``NO_REASON`` where it was scored."""
+        for reason in np.setdiff1d(reasons, [NO_REASON]).tolist():
+            rows = np.flatnonzero(reasons == reason)[: self._size - self._num_found[reason]]
+            self._num_found[reason] += len(rows)
+            self.picks += [Pick(0.0, table, int(row)) for row in rows]

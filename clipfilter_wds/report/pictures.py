@@ -16,14 +16,23 @@ from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
-from clipfilter_wds.types import Sample, ShardError, UnusableError
+from clipfilter_wds.types import DropReason, Sample, ShardError, UnusableError
 
 _SIDE = 240
 _QUALITIES = (78, 60, 40, 20)
 _MAX_CAPTION_CHARS = 600
 
-#: No thumbnail is larger, so that 200 of them and plotly.js fit into a page of 12 MB.
+#: No thumbnail is larger, so that 200 of them fit into a page of 8 MB.
 MAX_THUMBNAIL_BYTES = 18_000
+
+#: Reasons of samples whose image may be decoded here: none that crashed a decoder is among them.
+_HAVE_A_PICTURE = (
+    None,
+    DropReason.MISSING_CAPTION,
+    DropReason.BLANK_CAPTION,
+    DropReason.NOT_FINITE,
+    DropReason.NEAR_DUPLICATE,
+)
 
 # Control characters are shown as the symbols that Unicode has for them.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
@@ -34,13 +43,15 @@ class Card:
     """What the gallery shows of a sample.
 
     Attributes:
-        key: The sample's key.
+        key: The sample's key, as it can be shown.
         shard: Its shard's name.
-        score: Raw cosine.
+        score: Raw, of the table's kind.
         num_tokens: Length of the caption in tokens.
         truncated: Whether the caption is longer than the text tower takes.
         width: Width of the image as stored, in pixels.
         height: Its height.
+        listable: Whether ``key`` is the key as it is, so that a list of keys can hold it.
+        reason: Why the sample could not be scored, None when it was.
         caption: The beginning of the caption, None when no shard was there to read it from.
         image: Thumbnail as a ``data:`` URL, or None.
         problem: Why there is no image or caption.
@@ -53,20 +64,11 @@ class Card:
     truncated: bool
     width: int
     height: int
+    listable: bool
+    reason: str | None = None
     caption: str | None = None
     image: str | None = None
     problem: str | None = None
-
-
-def make_cards(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> list[Card]:
-    """Read the picked samples. Cards come lowest score first.
-
-    Args:
-        picks: The samples.
-        run: The tables that they were picked from.
-        urls: As :func:`cards_by_pick` takes them.
-    """
-    return sorted(cards_by_pick(picks, run, urls).values(), key=lambda card: card.score)
 
 
 def cards_by_pick(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) -> dict[Pick, Card]:
@@ -102,6 +104,8 @@ def _bare_card(pick: Pick, name: str, scores: ShardScores) -> Card:
         truncated=row["truncated"],
         width=row["width"],
         height=row["height"],
+        listable=_is_listable(row["key"]),
+        reason=row["reason"],
     )
 
 
@@ -135,6 +139,11 @@ def _illustrated(card: Card, sample: Sample, fingerprint: Fingerprint) -> Card:
     layout = SampleLayout.from_fingerprint(fingerprint)
     try:
         caption = _printable(" | ".join(read_captions(members, layout)))
+    except UnusableError as unusable:
+        problem = f"it can't be shown: {unusable.reason}"
+    if card.reason not in _HAVE_A_PICTURE:
+        return replace(card, caption=caption, problem="it could not be read when it was scored")
+    try:
         image = thumbnail(first_image(members, layout), max_pixels=fingerprint["max_pixels"])
     except UnusableError as unusable:
         problem = f"it can't be shown: {unusable.reason}"
@@ -164,3 +173,7 @@ def _with_problem(cards: Mapping[int, Card], problem: str) -> dict[int, Card]:
 def _printable(text: str) -> str:
     shown = text if len(text) <= _MAX_CAPTION_CHARS else text[:_MAX_CAPTION_CHARS] + " …"
     return shown.translate(_CONTROLS)
+
+
+def _is_listable(key: str) -> bool:
+    return _printable(key) == key == key.strip() and len(key.splitlines()) == 1

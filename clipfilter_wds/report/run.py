@@ -8,8 +8,8 @@ from clipfilter_wds.report.compare import compare
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.findings import Findings, ScoredRun, Start, gather
 from clipfilter_wds.report.histogram import grid_of
-from clipfilter_wds.report.page import render
-from clipfilter_wds.report.pictures import make_cards
+from clipfilter_wds.report.page import Page, render
+from clipfilter_wds.report.pictures import cards_by_pick
 from clipfilter_wds.scores.fraction import Cut, find_cutoffs
 from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
 from clipfilter_wds.shards.urls import find_shards
@@ -33,11 +33,11 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
         urls = [] if config.shards is None else find_shards(config.shards, skip_missing=True).urls
     start = _start(config, run)
     findings = gather(run, start, config.thumbnails)
-    cards = make_cards(findings.picks, run, urls)
+    cards = cards_by_pick([*findings.picks, *findings.unusable_picks], run, urls)
     compared = None
     if config.compare is not None:
         compared = compare(run, ScoredRun.open(config.compare), start, findings.scores, urls)
-    page = render(findings, cards, run.summary, start, compared, has_shards=bool(urls))
+    page = render(Page(run=run, findings=findings, start=start, cards=cards, compared=compared, has_shards=bool(urls)))
     with publish(any_path(config.output)) as file:
         file.write(page.encode())
     return findings

@@ -14,13 +14,25 @@ _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRate:
-    """How much of a shard the report's threshold keeps, and how many of its scores equal the run's cut."""
+    """What is known of a shard.
+
+    Attributes:
+        name: Its name in the run's output, without suffix.
+        seen: How many samples it has.
+        kept: How many of them the report's threshold keeps.
+        torn: Whether it is damaged or cut.
+        num_ties: How many of its scores equal the run's cut.
+        scored: How many of its samples could be scored.
+        median: Of their scores; None where there is none.
+    """
 
     name: str
     seen: int
     kept: int
     torn: bool
     num_ties: int = 0
+    scored: int = 0
+    median: float | None = None
 
     @property
     def rate(self) -> float:

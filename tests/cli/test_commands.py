@@ -9,7 +9,7 @@ from clipfilter_wds import __version__
 from clipfilter_wds.cli import commands
 from clipfilter_wds.cli.commands import COMMANDS, main
 
-HEAVY = {"torch", "torchvision", "transformers", "lightning", "ray", "pandas", "pyarrow", "webdataset", "plotly"}
+HEAVY = {"torch", "torchvision", "transformers", "lightning", "ray", "pandas", "pyarrow", "webdataset"}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,12 @@ from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.run import write_report
+from clipfilter_wds.scores.selection import select
+from clipfilter_wds.scores.subset import Subset
+from tests.report.browser import DESKTOP, PHONE, Browser
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
 from tests.support.pace import FOREVER
+from tests.support.score_tables import derive
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -28,41 +33,7 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
 )
 
-PHONE, DESKTOP = (390, 844), (1280, 900)
-
-
-class Browser:
-    """The page in headless Chromium, served by a local server that remembers what it is asked for."""
-
-    def __init__(self, driver: webdriver.Chrome, url: str, requests: list[str]) -> None:
-        self.driver, self.url, self.requests = driver, url, requests
-
-    def open(self, size: tuple[int, int] = DESKTOP, *, dark: bool = False, page: str | None = None) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(self.url if page is None else f"{self.url.rpartition('/')[0]}/{page}")
-        self.settle()
-
-    def settle(self) -> None:
-        """Wait until what was asked for is drawn."""
-        self.driver.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done));")
-
-    def find(self, name: str):
-        return self.driver.find_element(By.ID, name)
-
-    def run(self, script: str, *arguments: object):
-        return self.driver.execute_script(script, *arguments)
-
-    def number(self, name: str) -> int:
-        return int(self.find(name).text.replace(",", ""))
-
-    def type_threshold(self, threshold: float) -> None:
-        box = self.find("threshold-number")
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(f"{threshold:.4f}")
-        self.settle()
+PLACES = ("below", "above", "lowest", "highest", "unusable")
 
 
 @pytest.fixture(scope="module")
@@ -97,48 +68,94 @@ def browser(run) -> Iterator[Browser]:
 def check_numbers(browser: Browser, run: Run, threshold: float) -> None:
     kept, seen = run.kept(threshold), sum(table.table.num_rows for table in run.tables)
     assert browser.number("kept") == kept
-    assert browser.find("share").text == f"{100 * kept / seen:.1f}%"
+    assert float(browser.find("share").text.removesuffix("%")) == pytest.approx(100 * kept / seen, abs=0.0501)
     assert browser.number("seen") == seen
     assert browser.number("below") == len(run.all_scores()) - kept
     assert f"{kept} are at or above the threshold" in browser.find("scores").get_attribute("aria-label")
-    assert f"below_threshold {len(run.all_scores()) - kept}" in browser.find("reasons").get_attribute("aria-label")
-    bars = browser.run("return document.getElementById('scores').data.map(({name, y}) => [name, y])")
-    assert {name: sum(y) for name, y in bars} == {"kept": kept, "dropped": len(run.all_scores()) - kept}
+    outcomes = browser.outcomes()
+    assert (outcomes["kept"], outcomes["below_threshold"]) == (kept, len(run.all_scores()) - kept)
+    assert sum(outcomes.values()) == seen
+    assert browser.bars() == {"kept": kept, "dropped": len(run.all_scores()) - kept}
 
 
-def test_numbers_follow_the_slider_the_keyboard_and_the_box(browser, run):
+def test_numbers_follow_the_line_wherever_it_is_dragged(browser, run):
     browser.open()
     check_numbers(browser, run, THRESHOLD)
     assert not browser.find("reset").is_enabled()
-
-    slider, seen = browser.find("threshold"), set()
+    seen = set()
     for offset in (-200, 60, -40):
-        ActionChains(browser.driver).drag_and_drop_by_offset(slider, offset, 0).perform()
-        browser.settle()
-        threshold = float(slider.get_attribute("value"))
-        check_numbers(browser, run, threshold)
-        seen.add(threshold)
+        browser.drag(offset)
+        check_numbers(browser, run, browser.threshold())
+        seen.add(browser.threshold())
     assert len(seen) == 3
-
-    slider.send_keys(Keys.HOME)
-    browser.settle()
+    left = browser.run("return document.querySelector('#threshold .grip').getBoundingClientRect().left")
+    browser.drag(round(100 - left))  # beyond 0, to where scores are negative
+    assert browser.threshold() == 0.0
     check_numbers(browser, run, 0.0)
-    slider.send_keys(Keys.ARROW_RIGHT * 5)
-    browser.settle()
-    assert float(browser.find("threshold-number").get_attribute("value")) == 0.005
-    check_numbers(browser, run, 0.005)
-    slider.send_keys(Keys.END)
-    browser.settle()
-    check_numbers(browser, run, float(slider.get_attribute("value")))
 
-    scores = run.all_scores()
-    for threshold in np.quantile(scores[scores > 0], [0.01, 0.3, 0.5, 0.8, 0.99]).round(4):
-        browser.type_threshold(threshold)
-        check_numbers(browser, run, threshold)
-
+    chart = browser.find("scores")
+    ActionChains(browser.driver).move_to_element_with_offset(chart, 200, 0).click().perform()
+    browser.settle()
+    assert browser.threshold() > 0.05
+    check_numbers(browser, run, browser.threshold())
     browser.find("reset").click()
     browser.settle()
     check_numbers(browser, run, THRESHOLD)
+
+
+def test_numbers_follow_the_keyboard(browser, run):
+    browser.open()
+    browser.press(Keys.HOME)
+    check_numbers(browser, run, 0.0)
+    browser.press(Keys.ARROW_RIGHT * 5, Keys.ARROW_DOWN, Keys.ARROW_UP)
+    assert float(browser.find("threshold-number").get_attribute("value")) == browser.threshold() == 0.005
+    check_numbers(browser, run, 0.005)
+    browser.press(Keys.PAGE_UP, Keys.PAGE_UP, Keys.PAGE_DOWN, Keys.ARROW_LEFT)
+    assert browser.threshold() == 0.014
+    browser.press(Keys.END)
+    assert browser.threshold() > run.all_scores().max()
+    check_numbers(browser, run, browser.threshold())
+
+
+def test_numbers_are_those_of_the_tables_at_twenty_thresholds(browser, run):
+    browser.open()
+    scores = run.all_scores()
+    for threshold in np.quantile(scores[scores > 0], np.linspace(0.01, 0.99, 20)).round(4):
+        browser.type_threshold(threshold)
+        check_numbers(browser, run, threshold)
+
+
+def test_the_log_scale_shows_few_samples_beside_many_and_changes_no_count(browser, run):
+    browser.open()
+    lowest = (
+        "return Math.min(...[...document.querySelectorAll('#scores rect.kept')].map((bar) => bar.height.baseVal.value))"
+    )
+    evenly = browser.run(lowest)
+    browser.find("log").click()
+    browser.settle()
+    assert browser.run(lowest) > evenly
+    check_numbers(browser, run, THRESHOLD)
+
+
+@pytest.mark.parametrize("scale", [0.001, 30.0])
+def test_the_line_goes_over_the_range_of_scores_that_are_no_cosines(browser, run, tmp_path, scale):
+    folder = shutil.copytree(run.output / "_scores", tmp_path / "scores")
+    derive(folder, "loss", lambda cosines: np.float32(scale) * (cosines - np.float32(0.5)))
+    write_report(ReportConfig(scores=folder, output=run.report.with_name("loss.html")))
+    scores = np.float32(scale) * (run.all_scores() - np.float32(0.5))
+    browser.open(page="loss.html")
+    seen = set()
+    for offset in (0, -150, 40, -200):
+        browser.drag(offset)
+        kept = int((scores.astype(np.float64) >= browser.threshold()).sum())
+        assert browser.number("kept") == kept
+        assert browser.bars() == {"kept": kept, "dropped": len(scores) - kept}
+        seen.add(kept)
+    assert len(seen) == 4
+    browser.press(Keys.HOME)
+    assert browser.number("kept") == len(scores)
+    browser.press(Keys.END)
+    assert browser.number("kept") == 0
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -158,9 +175,7 @@ def test_the_page_of_a_fraction_shows_what_the_run_kept(browser, run, tmp_path, 
             browser.settle()
         assert browser.number("kept") == kept
         assert browser.number("below") == num_scored - kept
-        bars = browser.run("return document.getElementById('scores').data.map(({name, y}) => [name, y])")
-        assert {name: sum(y) for name, y in bars} == {"kept": kept, "dropped": num_scored - kept}
-        assert all(number >= 0 for _, y in bars for number in y)
+        assert browser.bars() == {"kept": kept, "dropped": num_scored - kept}
         if kept:
             assert all(card["kept"] for card in _cards(browser, "above-cards"))
         if kept < num_scored:
@@ -198,7 +213,9 @@ def _cards(browser: Browser, place: str) -> list[dict]:
           return {
             width: image?.naturalWidth, alt: image?.alt, kept: card.classList.contains("kept"),
             score: parseFloat(card.querySelector(".score").textContent),
-            caption: card.querySelector(".caption").textContent, tags: card.querySelector(".caption").childElementCount,
+            caption: card.querySelector(".caption")?.textContent,
+            tags: card.querySelector(".caption")?.childElementCount,
+            origin: (card.querySelector(".origin") ?? card.cells[1]).textContent,
           };
         }))""",
         place,
@@ -212,7 +229,7 @@ def test_hostile_captions_are_text(browser):
     hostile = [card for card in cards if HOSTILE.replace("\x1b", "\u241b") in card["caption"]]
     assert hostile
     assert all(card["tags"] == 0 for card in hostile)
-    assert browser.run("return document.querySelectorAll('script').length") == 3
+    assert browser.run("return document.querySelectorAll('script').length") == 2
     assert browser.run("return document.querySelectorAll('.cards b').length") == 0
 
 
@@ -255,25 +272,103 @@ def test_page_fits_the_screen_and_follows_its_colours(browser, size, dark, tmp_p
     assert browser.run("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
     paper, plot = browser.run(
         """return [getComputedStyle(document.body).backgroundColor,
-          getComputedStyle(document.querySelector("#scores .xtick text")).fill].map(
+          getComputedStyle(document.querySelector("#scores .tick")).fill].map(
           (colour) => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 765)"""
     )
     assert (paper < 0.2 and plot > 0.8) if dark else (paper > 0.8 and plot < 0.2)
     charts = browser.run(
         "return [...document.querySelectorAll('.chart')].map((chart) => chart.getAttribute('aria-label'))"
     )
-    assert len(charts) == 4
+    assert len(charts) == 3
     assert all(charts)
     browser.driver.save_screenshot(str(tmp_path / "report.png"))
 
 
 def test_colours_change_with_the_system_and_outliers_are_marked(browser):
     browser.open()
-    colour = "return getComputedStyle(document.querySelector('#tokens .xtick text')).fill"
+    colour = "return getComputedStyle(document.querySelector('#tokens .tick')).fill"
     light = browser.run(colour)
     scheme = {"name": "prefers-color-scheme", "value": "dark"}
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
     WebDriverWait(browser.driver, FOREVER).until(lambda _: browser.run(colour) != light)
-    marked = browser.run("return document.getElementById('shards').data.map(({name, text}) => [name, text])")
-    assert dict(marked)["outlier"] == ["00005"]
+    assert browser.run(
+        "return [...document.querySelectorAll('#shards .outlier title')].map((title) => title.textContent)"
+    )[0].startswith("00005")
     assert "1 of those drawn stand out" in browser.find("shards").get_attribute("aria-label")
+
+
+def test_shards_are_compared_by_any_of_their_numbers(browser, run):
+    browser.open()
+    shown = browser.lines("shard-lines")
+    assert len(shown) == 8
+    assert shown[0][0] == "00005 outlier"
+    assert [line[1:4] for line in sorted(shown)] == [
+        [str(table.table.num_rows), str(int((~table.usable).sum())), str(select(table, THRESHOLD).stats.kept)]
+        for table in run.tables
+    ]
+    medians = {f"{np.median(table.scores[table.usable]):.4f}" for table in run.tables}
+    for direction in (-1, 1):
+        browser.driver.find_element(By.CSS_SELECTOR, "[data-order=median]").click()
+        found = [line[5] for line in browser.lines("shard-lines")]
+        assert set(found) == medians
+        assert found == sorted(found, key=float)[::direction]
+
+
+@pytest.mark.parametrize("fewer", [True, False])
+def test_no_sample_is_shown_twice(browser, fewer):
+    browser.open()
+    if not fewer:
+        browser.find("more").click()
+    shown = [card["origin"] for name in PLACES for card in _cards(browser, f"{name}-cards")]
+    assert len(shown) == len(set(shown)) > 24
+
+
+def test_samples_are_found_by_outcome_and_text_and_their_keys_are_a_subset(browser, run, tmp_path):
+    browser.open()
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.select_outcome("below_threshold")
+    cards = {name: _cards(browser, f"{name}-cards") for name in PLACES}
+    assert [name for name in PLACES if cards[name]] == ["below", "lowest"]
+    assert not any(card["kept"] for card in cards["below"] + cards["lowest"])
+    browser.find("text-filter").send_keys("PHOTO")
+    cards = [card for name in PLACES for card in _cards(browser, f"{name}-cards")]
+    assert cards
+    assert all("photo" in card["caption"].lower() for card in cards)
+    browser.find("save").click()
+    WebDriverWait(browser.driver, FOREVER).until(lambda _: (tmp_path / "keys.txt").exists())
+    subset, keys = Subset(tmp_path / "keys.txt"), [card["origin"].split(" in ")[0] for card in cards]
+    assert subset.holds(keys, [None] * len(keys)).all()
+    assert len((tmp_path / "keys.txt").read_text().splitlines()) == len(keys)
+
+    browser.find("text-filter").send_keys("no caption has this")
+    assert browser.find("none").is_displayed()
+    assert not browser.find("save").is_enabled()
+    browser.open()
+    for reason in ("blank_caption", "unreadable_image"):
+        browser.select_outcome(reason)
+        assert _cards(browser, "unusable-cards")
+        assert not any(_cards(browser, f"{name}-cards") for name in PLACES[:-1])
+
+
+def test_without_shards_samples_are_lines_of_a_table(browser, run):
+    write_report(ReportConfig(scores=run.output, output=run.report.with_name("bare.html")))
+    browser.open(page="bare.html")
+    assert browser.run("return document.querySelectorAll('.frame').length") == 0
+    lines = browser.lines("above-cards")
+    above = run.all_scores()[run.all_scores() >= THRESHOLD][:6]
+    assert [float(line[0].split()[0]) for line in lines] == pytest.approx(above, abs=1e-4)
+
+
+@pytest.mark.parametrize("page", ["report.html", "compared.html"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_serious(browser, run, dark, page):
+    axe = pytest.importorskip("axe_playwright_python", reason="no axe-core: pip install axe-playwright-python")
+    if page == "compared.html":
+        config = ReportConfig(scores=run.output, output=run.report.with_name(page), compare=run.output / "_scores")
+        write_report(config)
+    for size in (PHONE, DESKTOP):
+        browser.open(size, dark=dark, page=page)
+        browser.run((Path(axe.__file__).parent / "axe.min.js").read_text())
+        found = browser.driver.execute_async_script("axe.run().then(arguments[0])")
+        assert len(found["passes"]) > 20
+        assert [broken for broken in found["violations"] if broken["impact"] in ("serious", "critical")] == []

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipfilter_wds.report.picks import Pick, Picker
+from clipfilter_wds.report.picks import FirstOfEach, Pick, Picker
 from clipfilter_wds.scores.kind import COSINES
+from clipfilter_wds.types import NO_REASON
 
 
 def pick(tables: list[np.ndarray], threshold: float, num_picks: int) -> list[Pick]:
@@ -65,3 +66,14 @@ def test_what_could_not_be_scored_is_not_picked():
 @pytest.mark.parametrize("num_picks", [0, 3])
 def test_no_more_are_picked_than_asked_for(num_picks):
     assert len(pick([np.linspace(0, 1, 50, dtype=np.float32)] * 3, 0.25, num_picks)) == num_picks
+
+
+@given(st.lists(st.lists(st.integers(NO_REASON, 4), max_size=20), max_size=5), st.integers(0, 4))
+def test_the_first_samples_of_each_reason_are_picked(tables, size):
+    chosen = FirstOfEach(size)
+    for number, reasons in enumerate(tables):
+        chosen.add(number, np.array(reasons, dtype=np.int8))
+    rows = [(reason, table, index) for table, reasons in enumerate(tables) for index, reason in enumerate(reasons)]
+    expected = {row for wanted in range(5) for row in [row for row in rows if row[0] == wanted][:size]}
+    assert {(tables[pick.table][pick.index], pick.table, pick.index) for pick in chosen.picks} == expected
+    assert len(chosen.picks) == len(expected)

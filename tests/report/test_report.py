@@ -3,9 +3,13 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from PIL import Image
@@ -19,7 +23,7 @@ from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason, UnusableError
 from tests.report.conftest import THRESHOLD, Run
-from tests.support.score_tables import derive
+from tests.support.score_tables import derive, written
 from tests.support.toys import encoded, pair, photo, write_shard
 
 
@@ -179,7 +183,7 @@ def test_pictures_and_captions_are_those_of_the_samples(run):
         assert np.abs(difference).mean() < 6
 
 
-def test_two_hundred_pictures_of_the_worst_kind_make_a_page_of_less_than_12_mb(scorer, tmp_path):
+def test_two_hundred_pictures_of_the_worst_kind_make_a_page_of_less_than_8_mb(scorer, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (240, 240, 3), dtype=np.uint8)
     jpeg = encoded(Image.fromarray(noise), quality=95)
     captions = ("\x1b\u2028<🤷" * 2000).encode()
@@ -190,7 +194,44 @@ def test_two_hundred_pictures_of_the_worst_kind_make_a_page_of_less_than_12_mb(s
     )
     write_report(config)
     assert sum(card["image"] is not None for card in page_data(tmp_path / "r.html")["cards"]) == 200
-    assert (tmp_path / "r.html").stat().st_size < 12e6
+    assert (tmp_path / "r.html").stat().st_size < 8e6
+
+
+@pytest.fixture(scope="module")
+def million_scores(run, tmp_path_factory) -> tuple[Path, np.ndarray]:
+    """Tables of 10^6 samples, and their scores."""
+    folder, template, rng = tmp_path_factory.mktemp("million"), run.tables[0], np.random.default_rng(0)
+    scores = np.clip(rng.normal(0.24, 0.06, (50, 20_000)), -1, 1).astype(np.float32)
+    rows = rng.choice(np.flatnonzero(template.usable), scores.shape[1])
+    table = template.table.take(rows).set_column(1, "index", pa.array(np.arange(len(rows), dtype=np.int32)))
+    for number, column in enumerate(scores):
+        made = table.set_column(table.schema.get_field_index("score"), "score", pa.array(column))
+        metadata = replace(template.metadata, shard=f"/data/{number:05d}.tar", num_samples=len(rows))
+        (folder / f"{number:05d}.parquet").write_bytes(written(ShardScores(table=made, metadata=metadata)))
+    return folder, scores
+
+
+def test_a_page_of_a_million_samples_is_small_and_exact(million_scores, tmp_path):
+    folder, scores = million_scores
+    write_report(ReportConfig(scores=folder, output=tmp_path / "r.html", thumbnails=24))
+    size, data = (tmp_path / "r.html").stat().st_size, page_data(tmp_path / "r.html")
+    assert (data["seen"], len(data["cards"])) == (10**6, 24)
+    assert size < 0.5e6
+    assert size + 24 * MAX_THUMBNAIL_BYTES * 4 / 3 < 1.5e6  # had all cards the largest picture that there can be
+    for threshold in np.linspace(0.01, 0.5, 20).round(4):
+        step = round(threshold * data["steps"]) - data["first_step"]
+        assert data["at_least"][step] == (scores.astype(np.float64) >= threshold).sum()
+
+
+def test_samples_that_could_not_be_scored_are_shown_by_reason(run):
+    data = page_data(run.report)
+    reasons = Counter(card["reason"] for card in data["unusable_cards"])
+    assert reasons == {reason: min(number, 6) for reason, number in data["unusable"].items()}
+    assert all(card["reason"] is None for card in data["cards"])
+    for card in data["unusable_cards"]:
+        has_picture = card["reason"] == DropReason.BLANK_CAPTION
+        assert (card["image"] is not None) == has_picture
+        assert (card["problem"] is None) == has_picture
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
