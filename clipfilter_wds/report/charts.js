@@ -8,6 +8,9 @@ function svg(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** A number as attributes have to have it: never 1e-13. */
+const plain = (number) => String(number).includes("e") ? number.toFixed(20) : String(number);
+
 const titled = (text, shape) => (shape.append(svg("title", {}, text)), shape);
 
 /** Maps numbers from `low` to `high` to pixels; `of` undoes it. */
@@ -97,7 +100,7 @@ function barShapes(bar, x, y, bottom) {
 /** The chart of scores. `draw(threshold, isLog)` draws it; `choose(threshold)` is called when the line is moved. */
 function scoresChart(choose) {
   const place = element("scores"), plot = svg("g", { "aria-hidden": "true" });
-  const handle = svg("g", { class: "handle", id: "threshold", role: "slider", tabindex: 0, "aria-label": "Threshold", "aria-valuemin": least, "aria-valuemax": most },
+  const handle = svg("g", { class: "handle", id: "threshold", role: "slider", tabindex: 0, "aria-label": "Threshold", "aria-valuemin": plain(least), "aria-valuemax": plain(most) },
     svg("rect", { class: "reach", x: -22, width: 44, y: 0, height: CURVE_BOTTOM }),
     svg("line", { y1: 8, y2: CURVE_BOTTOM }),
     svg("rect", { class: "grip", x: -8, width: 16, y: 8, height: 30, rx: 8 }),
@@ -122,7 +125,7 @@ function scoresChart(choose) {
       ...xAxis(x, roundNumbers(low, high, Math.max(width / 110, 5)), CURVE_BOTTOM, decimal, data.kind),
       svg("circle", { class: "dot", r: 5, cx: x(threshold), cy: share(numKept(threshold) / (data.seen || 1)) }));
     handle.setAttribute("transform", `translate(${x(threshold)} 0)`);
-    handle.setAttribute("aria-valuenow", threshold);
+    handle.setAttribute("aria-valuenow", plain(threshold));
     handle.setAttribute("aria-valuetext", shown(threshold));
     place.setAttribute("aria-label",
       `Histogram of ${count(numScored)} scores from ${data.lowest.toFixed(digits - 1)} to ${data.highest.toFixed(digits - 1)}; ` +

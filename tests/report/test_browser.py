@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.subset import Subset
+from clipfilter_wds.scores.table import ShardScores
 from tests.report.browser import DESKTOP, PHONE, Browser
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
 from tests.support.pace import FOREVER
-from tests.support.score_tables import derive
+from tests.support.score_tables import derive, written
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -101,6 +103,24 @@ def test_numbers_follow_the_line_wherever_it_is_dragged(browser, run):
     browser.find("reset").click()
     browser.settle()
     check_numbers(browser, run, THRESHOLD)
+
+
+def test_a_finger_drags_the_line_on_a_phone(browser, run):
+    browser.open(PHONE)
+    left, top = browser.run(
+        "const {left, top} = document.querySelector('#threshold .grip').getBoundingClientRect(); return [left, top]"
+    )
+
+    def touch(kind: str, *points: dict) -> None:
+        browser.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    touch("touchStart", {"x": left + 8, "y": top + 15})
+    for moved in (10, 30, 60):
+        touch("touchMove", {"x": left + 8 - moved, "y": top + 15})
+    touch("touchEnd")
+    browser.settle()
+    assert browser.threshold() < THRESHOLD - 0.02
+    check_numbers(browser, run, browser.threshold())
 
 
 def test_numbers_follow_the_keyboard(browser, run):
@@ -357,6 +377,27 @@ def test_without_shards_samples_are_lines_of_a_table(browser, run):
     lines = browser.lines("above-cards")
     above = run.all_scores()[run.all_scores() >= THRESHOLD][:6]
     assert [float(line[0].split()[0]) for line in lines] == pytest.approx(above, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [None, "loss"], ids=["cosines", "loss"])
+@pytest.mark.parametrize("num_samples", [0, 1])
+def test_pages_of_hardly_any_sample_are_drawn(browser, run, tmp_path, num_samples, kind):
+    table = run.tables[0]
+    few = ShardScores(
+        table=table.table.slice(0, num_samples), metadata=replace(table.metadata, num_samples=num_samples)
+    )
+    (tmp_path / "few.parquet").write_bytes(written(few))
+    if kind is not None:
+        derive(tmp_path, kind, np.negative)
+    write_report(ReportConfig(scores=tmp_path, output=run.report.with_name("few.html")))
+    browser.driver.get_log("browser")
+    browser.open(page="few.html")
+    assert browser.number("seen") == num_samples
+    browser.press(Keys.END)
+    browser.press(Keys.HOME)
+    assert browser.number("kept") == few.usable.sum()
+    assert browser.driver.get_log("browser") == []
+    assert "e" not in browser.find("threshold").get_attribute("aria-valuemin")
 
 
 @pytest.mark.parametrize("page", ["report.html", "compared.html"])
