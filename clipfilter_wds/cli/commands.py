@@ -1,6 +1,5 @@
 """Runs the commands. What a command needs beside its configs is imported when it runs, so that help comes at once."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import NoReturn, get_type_hints
 from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.cli.options import plain_text
 from clipfilter_wds.cli.parser import CommandParser
+from clipfilter_wds.cli.termination import TerminatedError, ending_on_sigterm
 from clipfilter_wds.console import printable
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
@@ -26,7 +26,6 @@ from clipfilter_wds.version import __version__
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _PROGRAM = "clipfilter-wds"
-_DOCS = "docs"  # in the repository
 _RESUME = "What was finished is whole; start the same command again to resume"
 
 
@@ -193,7 +192,7 @@ class Command:
             f"{_PROGRAM} {self.name}",
             description=self.summary,
             examples=[f"{_PROGRAM} {self.name} {example}" for example in self.examples],
-            page=f"{_DOCS}/{self.page}",
+            page=self.page,
             configs=configs,
             positional=self.positional,
         )
@@ -202,7 +201,7 @@ class Command:
 COMMANDS = {
     command.name: command
     for command in (
-        Command(demo, ["--output clipfilter_demo"], "../README.md"),
+        Command(demo, ["--output clipfilter_demo"], "README.md"),
         Command(
             rewrite,
             [
@@ -210,7 +209,7 @@ COMMANDS = {
                 "data --output kept --keep_fraction 0.3 --report kept.html",
                 "'data/*.tar' --output kept --scores scores --threshold 0.3 --dry_run",
             ],
-            "selection.md",
+            "docs/selection.md",
             "shards",
         ),
         Command(
@@ -220,15 +219,15 @@ COMMANDS = {
                 "data -o scores --embeddings fp16",
                 "data -o trial --limit 1000",
             ],
-            "selection.md",
+            "docs/selection.md",
             "shards",
         ),
-        Command(rescore, ["scores --output better --method neg_clip_loss"], "selection.md", "scores"),
-        Command(dedup, ["scores --output distinct --similarity 0.95"], "selection.md", "scores"),
+        Command(rescore, ["scores --output better --method neg_clip_loss"], "docs/selection.md", "scores"),
+        Command(dedup, ["scores --output distinct --similarity 0.95"], "docs/selection.md", "scores"),
         Command(
             report,
             ["scores --output report.html --shards 'data/*.tar'", "scores -o report.html --threshold 0.3"],
-            "selection.md",
+            "docs/selection.md",
             "scores",
         ),
         Command(
@@ -237,7 +236,7 @@ COMMANDS = {
                 "scores --format clip_retrieval --output exported",
                 "scores --format datacomp --datacomp_model b32 --output exported",
             ],
-            "interop.md",
+            "docs/interop.md",
             "scores",
         ),
         Command(
@@ -246,7 +245,7 @@ COMMANDS = {
                 "photos.csv --output kept.csv --score_key clip_score",
                 "photos.csv --output kept.parquet --image_key path --caption_key alt_text",
             ],
-            "inputs.md",
+            "docs/inputs.md",
             "input",
         ),
     )
@@ -268,7 +267,7 @@ def _overview(args: Sequence[str]) -> int:
             f"usage: {_PROGRAM} COMMAND [options]\n\nFilter image-caption shards by CLIP similarity.\n\n"
             f"commands:\n{commands}\n\n"
             f"{_PROGRAM} rewrite --help explains the options of rewrite; {_PROGRAM} --version prints the version.\n"
-            f"documentation: {_DOCS}/, and README.md beside it"
+            "documentation: docs/, and README.md beside it"
         )
         return ALL_DONE
     if args and args[0] == "--version":
@@ -291,12 +290,12 @@ def _run(command: Command, args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):
         command.parser.print_help()
         return ALL_DONE
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        return command.run(*command.parser.read(args))
+        with ending_on_sigterm():
+            return command.run(*command.parser.read(args))
     except ValueError as error:
         return _complain(str(error), UNUSABLE)
-    except _TerminatedError:
+    except TerminatedError:
         return _complain(f"stopped by SIGTERM. {_RESUME}", TERMINATED)
     except KeyboardInterrupt:
         return _complain(f"stopped. {_RESUME}", INTERRUPTED)
@@ -306,15 +305,6 @@ def _run(command: Command, args: Sequence[str]) -> int:
         if not isinstance(error, (OSError, WorkerError)):
             raise
         return _complain(f"{error}. {_RESUME}", SOME_FAILED)
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which a scheduler sends before it kills. It ends a run as Ctrl-C does."""
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is ending, and a second one must not cut that short
-    raise _TerminatedError
 
 
 def _complain(message: str, code: int) -> int:

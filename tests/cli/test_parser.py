@@ -97,7 +97,7 @@ def test_the_examples_in_the_help_can_be_typed(command, example, configs, tmp_pa
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
 def test_the_help_names_a_page_that_is_there(command):
-    assert (ROOT / "docs" / command.page).is_file()
+    assert (ROOT / command.page).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
