@@ -38,6 +38,7 @@ from clipfilter_wds.demo.drawing import draw, to_jpeg
 from clipfilter_wds.demo.run import MODEL, demo_threshold
 from clipfilter_wds.demo.scenes import describe, different_scene, random_scene
 from clipfilter_wds.models.loading import BUNDLED_MODELS
+from clipfilter_wds.palette import LIGHT
 
 GALLERY_SIZE = 100
 
@@ -202,18 +203,19 @@ def import_pyplot() -> Any:
 def plot(pyplot: Any, path: Path, outcomes: dict[str, Outcome]) -> None:
     """Draw both recalls over steps; on white, which reads well in light and dark pages."""
     figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
-    styles: Sequence[tuple[str, str]] = (("#777777", "-"), ("#1f77b4", "-"), ("#e8710a", "--"))
+    styles: Sequence[tuple[str, str, float]] = ((LIGHT.dropped, "-", 2), (LIGHT.kept, "-", 4), (LIGHT.ink, "--", 1.5))
     for panel, direction in zip(panels, ("image_to_text", "text_to_image"), strict=True):
-        for (name, outcome), (colour, line) in zip(outcomes.items(), styles, strict=True):
+        for (name, outcome), (colour, line, width) in zip(outcomes.items(), styles, strict=True):
             points = [(step, getattr(recall, direction)) for step, recall in outcome.recalls]
-            panel.plot(*zip(*points, strict=True), line, color=colour, label=name, linewidth=2)
-        panel.axhline(1 / GALLERY_SIZE, color="black", linestyle=":", linewidth=1, label="chance")
+            panel.plot(*zip(*points, strict=True), line, color=colour, label=name, linewidth=width)
+        panel.axhline(1 / GALLERY_SIZE, color=LIGHT.faint, linestyle=":", linewidth=1, label="chance")
         panel.set(title=direction.replace("_", " "), xlabel="training steps", ylim=(0, 1))
-        panel.grid(alpha=0.3)
+        panel.yaxis.set_major_formatter("{x:.0%}")
+        panel.grid(color=LIGHT.line, linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"recall@1 among {GALLERY_SIZE}, held-out")
+    panels[0].set_ylabel(f"held-out recall@1 among {GALLERY_SIZE}")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
     pyplot.close(figure)
 
 

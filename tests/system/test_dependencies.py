@@ -48,7 +48,7 @@ DECLARED = names_of(PROJECT["dependencies"])
 EXTRAS = {
     name
     for extra, requirements in PROJECT["optional-dependencies"].items()
-    if extra not in ("benchmarks", "docs", "test", "dev")  # which users of the package don't install
+    if extra not in ("benchmarks", "docs", "pictures", "test", "dev")  # which users of the package don't install
     for name in names_of(requirements)
 }
 

@@ -1,0 +1,1 @@
+"""Makes the pictures of the documents anew: ``python -m pictures --help``."""
