@@ -1,3 +1,3 @@
 """The command line."""
 
-from clipfilter_wds.cli.commands import main as main
+from clipfilter_wds.cli.program import main as main

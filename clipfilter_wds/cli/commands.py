@@ -1,32 +1,27 @@
-"""Runs the commands. What a command needs beside its configs is imported when it runs, so that help comes at once."""
+"""Holds the commands. What one needs beside its configs is imported when it runs, so that help comes at once."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NoReturn, get_type_hints
+from typing import get_type_hints
 
 from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.cli.options import plain_text
 from clipfilter_wds.cli.parser import CommandParser
-from clipfilter_wds.cli.termination import TerminatedError, ending_on_sigterm
 from clipfilter_wds.console import printable
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
-from clipfilter_wds.options import did_you_mean
 from clipfilter_wds.report.config import ReportConfig, RunReportConfig, check_page
 from clipfilter_wds.scores.export.config import ExportConfig
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.tables.config import TableConfig
-from clipfilter_wds.version import __version__
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-_PROGRAM = "clipfilter-wds"
-_RESUME = "What was finished is whole; start the same command again to resume"
+PROGRAM = "clipfilter-wds"
 
 
 def demo(config: DemoConfig, show: ShowConfig) -> int:
@@ -189,9 +184,9 @@ class Command:
         """Reads its options."""
         configs = [hint for name, hint in get_type_hints(self.run).items() if name != "return"]
         return CommandParser(
-            f"{_PROGRAM} {self.name}",
+            f"{PROGRAM} {self.name}",
             description=self.summary,
-            examples=[f"{_PROGRAM} {self.name} {example}" for example in self.examples],
+            examples=[f"{PROGRAM} {self.name} {example}" for example in self.examples],
             page=self.page,
             configs=configs,
             positional=self.positional,
@@ -250,63 +245,3 @@ COMMANDS = {
         ),
     )
 }
-
-
-def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 Ctrl-C, 143 SIGTERM."""
-    args = sys.argv[1:] if args is None else args
-    command = COMMANDS.get(args[0]) if args else None
-    sys.exit(_run(command, args[1:]) if command else _overview(args))
-
-
-def _overview(args: Sequence[str]) -> int:
-    """Answer what names no command."""
-    if args and args[0] in ("-h", "--help"):
-        commands = "\n".join(f"  {command.name:<8} {command.summary}" for command in COMMANDS.values())
-        print(
-            f"usage: {_PROGRAM} COMMAND [options]\n\nFilter image-caption shards by CLIP similarity.\n\n"
-            f"commands:\n{commands}\n\n"
-            f"{_PROGRAM} rewrite --help explains the options of rewrite; {_PROGRAM} --version prints the version.\n"
-            "documentation: docs/, and README.md beside it"
-        )
-        return ALL_DONE
-    if args and args[0] == "--version":
-        return _print_version()
-    if args and (hint := did_you_mean(args[0], COMMANDS, f"{_PROGRAM} {{}}")):
-        return _complain(f"{args[0]!r} is no command{hint} (see {_PROGRAM} --help)", UNUSABLE)
-    found = f"{args[0]!r} is no command" if args else "no command is given"
-    return _complain(f"{found}; use one of {', '.join(COMMANDS)} (see {_PROGRAM} --help)", UNUSABLE)
-
-
-def _print_version() -> int:
-    print(f"{_PROGRAM} {__version__}")
-    return ALL_DONE
-
-
-def _run(command: Command, args: Sequence[str]) -> int:
-    """Run a command with these arguments."""
-    if "--version" in args:
-        return _print_version()
-    if {"-h", "--help"} & set(args):
-        command.parser.print_help()
-        return ALL_DONE
-    try:
-        with ending_on_sigterm():
-            return command.run(*command.parser.read(args))
-    except ValueError as error:
-        return _complain(str(error), UNUSABLE)
-    except TerminatedError:
-        return _complain(f"stopped by SIGTERM. {_RESUME}", TERMINATED)
-    except KeyboardInterrupt:
-        return _complain(f"stopped. {_RESUME}", INTERRUPTED)
-    except Exception as error:
-        from clipfilter_wds.workers.crashes import WorkerError
-
-        if not isinstance(error, (OSError, WorkerError)):
-            raise
-        return _complain(f"{error}. {_RESUME}", SOME_FAILED)
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"{_PROGRAM}: {printable(without_secrets(' '.join(message.split())))}\n")
-    return code

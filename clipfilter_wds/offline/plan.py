@@ -11,7 +11,7 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.copying import CopyOptions, CopyTask
 from clipfilter_wds.offline.duplicate_keys import find_suffixes
 from clipfilter_wds.offline.packing import AnyCopyTask, PackTask, Source, check_covered, left_over
-from clipfilter_wds.offline.scoring import ScoreTask
+from clipfilter_wds.offline.score_task import ScoreTask
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.fraction import Cut, Cutoff, find_group_cutoffs

@@ -16,7 +16,8 @@ from clipfilter_wds.offline.engines.ranks import Ranks
 from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring
-from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions
+from clipfilter_wds.offline.score_task import ScoreTask
+from clipfilter_wds.offline.scoring import ScoringOptions
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder

@@ -13,22 +13,13 @@ from clipfilter_wds.models.batch_size import default_batch_size
 from clipfilter_wds.models.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
-from clipfilter_wds.offline.commit import CURE, check_source
 from clipfilter_wds.offline.config import DTYPES, Embeddings, RewriteConfig, ScoreConfig
-from clipfilter_wds.offline.copying import CopyTask, shard_stats
 from clipfilter_wds.offline.pending import PendingShard, ScoredBlock, ScoredBy, ScoredShard
-from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.preprocess.json_columns import JsonColumns
-from clipfilter_wds.scores.embeddings import EmbeddingFiles
-from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
-from clipfilter_wds.scores.metadata import ScoreMetadata
-from clipfilter_wds.scores.selection import Choice, select
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
-from clipfilter_wds.scores.table import ShardScores, read_metadata
-from clipfilter_wds.shards.identity import is_scored
 from clipfilter_wds.shards.samples import SampleLayout
-from clipfilter_wds.storage.paths import AnyPath
-from clipfilter_wds.storage.publish import publish
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import default_num_workers
 from clipfilter_wds.workers.transport import Lent
@@ -112,118 +103,6 @@ class ScoringOptions:
     def rechecked_at(self, fingerprint: Fingerprint) -> float | None:
         """What score tables say of the threshold; None when all scores are in float32."""
         return None if fingerprint["precision"] == "fp32" else self.threshold
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreTask:
-    """Makes the score table of a shard, and right after it the tar of the kept samples, where a task for that is given.
-
-    Attributes:
-        url: The shard.
-        table: Where its scores go.
-        fingerprint: What they depend on beside the shard.
-        rechecked_at: What the table says of the threshold; see ``ScoreMetadata``.
-        files: Where embeddings go.
-        embeddings: Their type; None saves none.
-        columns: What further columns the table has at least; see ``ScoreMetadata``.
-        copy: Makes the tar; None where nothing is copied, or nothing before all shards are scored.
-    """
-
-    url: str
-    table: AnyPath
-    fingerprint: Fingerprint
-    rechecked_at: float | None
-    files: EmbeddingFiles
-    embeddings: Embeddings | None
-    columns: tuple[str, ...]
-    copy: CopyTask | None
-
-    @property
-    def mark(self) -> AnyPath:
-        """See ``Task``. A table is its own mark when nothing is copied."""
-        return self.table if self.copy is None else self.copy.mark
-
-    @property
-    def tar(self) -> AnyPath | None:
-        """See ``Task``."""
-        return None if self.copy is None else self.copy.tar
-
-    @property
-    def embedding_paths(self) -> tuple[AnyPath, ...]:
-        """The files of the embeddings that are saved."""
-        return () if self.embeddings is None else (self.files.image, self.files.text)
-
-    def committed(self) -> ShardStats | None:
-        """See ``Task``."""
-        if self.copy is None:
-            scores = self._read_table()
-            return None if scores is None else _stats_of(scores)
-        stats = self.copy.committed()
-        if stats is None or not (self.embeddings or self.columns) or self._read_table() is not None:
-            return stats
-        self.copy.files.forget()  # it was made without embeddings, or columns
-        return None
-
-    def copy_left(self) -> CopyTask | None:
-        """The task that makes the tar, if a run that was killed has left the table that it takes.
-
-        A table that is damaged or of another run counts as none: the shard is scored again, and the table replaced.
-        """
-        try:
-            return None if self.copy is None or self._read_table() is None else self.copy
-        except (ValueError, ShardError):
-            return None
-
-    def _read_table(self) -> ShardScores | None:
-        """The table that an earlier run has left; None when there is none, or this run would make another one.
-
-        Raises:
-            ValueError: When it was made with another model, other settings or from another shard.
-            ShardError: When the shard can't be reached.
-        """
-        if not self.table.is_file():
-            return None
-        scores = ShardScores.read(self.table)
-        found = scores.metadata
-        check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
-        check_source(self.table, found.shard, self.url)
-        is_alike = found.rechecked_at == self.rechecked_at and is_scored(self.url, found.identity, self.table)
-        has_columns = set(self.columns) <= set(found.columns)
-        return scores if is_alike and has_columns and self._has_embeddings(found) else None
-
-    def _has_embeddings(self, found: ScoreMetadata) -> bool:
-        """Whether the embeddings that this run would save are there."""
-        if self.embeddings is None:
-            return True
-        saved = {} if found.embeddings is None else found.embeddings
-        return saved.get("dtype") == DTYPES[self.embeddings] and self.files.are_there(found)
-
-    def commit(self, shard: ScoredShard) -> ShardStats:
-        """Write the embeddings, the table, then the tar; when this returns, they are on disk and whole.
-
-        Raises:
-            ShardError: When the shard can't be read again or has changed.
-        """
-        self._clear(shard.scores.metadata)
-        if shard.embeddings is not None:
-            self.files.write(shard.embeddings)
-        with publish(self.table) as file:
-            shard.scores.write(file)
-        return _stats_of(shard.scores) if self.copy is None else self.copy()
-
-    def _clear(self, metadata: ScoreMetadata) -> None:
-        """Delete a table that goes with other embeddings, and then these; not what another run has made of the same."""
-        try:
-            found = read_metadata(self.table) if self.table.is_file() else metadata
-        except ValueError:
-            found = None
-        if found is None or (found != metadata and (found.embeddings or metadata.embeddings)):
-            self.table.unlink(missing_ok=True)
-            self.files.remove()
-
-
-def _stats_of(scores: ShardScores) -> ShardStats:
-    return shard_stats(select(scores, threshold=None).stats, scores)
 
 
 def measured_recheck(scorer: ClipScorer, options: ScoringOptions) -> Recheck:

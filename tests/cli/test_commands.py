@@ -7,7 +7,8 @@ import pytest
 
 from clipfilter_wds import __version__
 from clipfilter_wds.cli import commands
-from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.cli.commands import COMMANDS
+from clipfilter_wds.cli.program import main
 
 HEAVY = {"torch", "torchvision", "transformers", "lightning", "ray", "pandas", "pyarrow", "webdataset"}
 

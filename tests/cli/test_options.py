@@ -2,9 +2,10 @@ import re
 
 import pytest
 
-from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.cli.commands import COMMANDS
 from clipfilter_wds.cli.config import ShowConfig
 from clipfilter_wds.cli.options import options_of
+from clipfilter_wds.cli.program import main
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipfilter_wds.cli import commands
-from clipfilter_wds.cli.commands import COMMANDS, main
+from clipfilter_wds.cli import program
+from clipfilter_wds.cli.commands import COMMANDS
 from clipfilter_wds.cli.config import ShowConfig
+from clipfilter_wds.cli.program import main
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.engines.config import EngineConfig
@@ -41,7 +42,7 @@ def configs(monkeypatch, capsys):
     def idle(command):
         return replace(command, run=wraps(command.run)(lambda *made: given.extend(made) or 0))
 
-    monkeypatch.setattr(commands, "COMMANDS", {name: idle(command) for name, command in COMMANDS.items()})
+    monkeypatch.setattr(program, "COMMANDS", {name: idle(command) for name, command in COMMANDS.items()})
 
     def call(*args):
         given.clear()

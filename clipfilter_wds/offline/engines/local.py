@@ -12,7 +12,8 @@ from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.engines.engine import Outcomes
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.score_task import ScoreTask
+from clipfilter_wds.offline.scoring import ScoringOptions, measured_recheck, score_shards
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError

@@ -13,7 +13,8 @@ from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ray_cluster import num_assigned_cpus
 from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.scoring import ScoreTask, ScoringOptions
+from clipfilter_wds.offline.score_task import ScoreTask
+from clipfilter_wds.offline.scoring import ScoringOptions
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError

@@ -1,0 +1,83 @@
+"""Runs the command that is named, and says in one line why it can't be."""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from clipfilter_wds.cli.commands import (
+    ALL_DONE,
+    COMMANDS,
+    INTERRUPTED,
+    PROGRAM,
+    SOME_FAILED,
+    TERMINATED,
+    UNUSABLE,
+    Command,
+)
+from clipfilter_wds.cli.termination import TerminatedError, ending_on_sigterm
+from clipfilter_wds.console import printable
+from clipfilter_wds.options import did_you_mean
+from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.version import __version__
+
+_RESUME = "What was finished is whole; start the same command again to resume"
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 Ctrl-C, 143 SIGTERM."""
+    args = sys.argv[1:] if args is None else args
+    command = COMMANDS.get(args[0]) if args else None
+    sys.exit(_run(command, args[1:]) if command else _overview(args))
+
+
+def _overview(args: Sequence[str]) -> int:
+    """Answer what names no command."""
+    if args and args[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {command.name:<8} {command.summary}" for command in COMMANDS.values())
+        print(
+            f"usage: {PROGRAM} COMMAND [options]\n\nFilter image-caption shards by CLIP similarity.\n\n"
+            f"commands:\n{commands}\n\n"
+            f"{PROGRAM} rewrite --help explains the options of rewrite; {PROGRAM} --version prints the version.\n"
+            "documentation: docs/, and README.md beside it"
+        )
+        return ALL_DONE
+    if args and args[0] == "--version":
+        return _print_version()
+    if args and (hint := did_you_mean(args[0], COMMANDS, f"{PROGRAM} {{}}")):
+        return _complain(f"{args[0]!r} is no command{hint} (see {PROGRAM} --help)", UNUSABLE)
+    found = f"{args[0]!r} is no command" if args else "no command is given"
+    return _complain(f"{found}; use one of {', '.join(COMMANDS)} (see {PROGRAM} --help)", UNUSABLE)
+
+
+def _print_version() -> int:
+    print(f"{PROGRAM} {__version__}")
+    return ALL_DONE
+
+
+def _run(command: Command, args: Sequence[str]) -> int:
+    """Run a command with these arguments."""
+    if "--version" in args:
+        return _print_version()
+    if {"-h", "--help"} & set(args):
+        command.parser.print_help()
+        return ALL_DONE
+    try:
+        with ending_on_sigterm():
+            return command.run(*command.parser.read(args))
+    except ValueError as error:
+        return _complain(str(error), UNUSABLE)
+    except TerminatedError:
+        return _complain(f"stopped by SIGTERM. {_RESUME}", TERMINATED)
+    except KeyboardInterrupt:
+        return _complain(f"stopped. {_RESUME}", INTERRUPTED)
+    except Exception as error:
+        from clipfilter_wds.workers.crashes import WorkerError
+
+        if not isinstance(error, (OSError, WorkerError)):
+            raise
+        return _complain(f"{error}. {_RESUME}", SOME_FAILED)
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"{PROGRAM}: {printable(without_secrets(' '.join(message.split())))}\n")
+    return code
