@@ -32,8 +32,7 @@ class LoaderConfig(WorkerConfig):
             get as many batches, all of ``batch_size``, and a bool column ``is_padding`` marks repeated rows.
         batches_per_epoch: For ``repeat``.
         num_streams: Streams that an epoch is split into, which ranks and workers share out; a run can be resumed on up
-            to as many ranks, and uses as many workers. By default as many as there are workers in all ranks, with which
-            the fewest shards are read by several of them.
+            to as many ranks, and uses as many workers. By default as many as there are workers in all ranks.
         record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
             and samples that were dropped are not decoded again.
         score_columns: Columns of the tables of a ``ScoreFolder`` that batches hold too: numbers as float32, NaN where

@@ -140,7 +140,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
             world_size=world.world_size,
             num_workers=num_workers,
             num_streams=num_streams or world.world_size * num_workers,
-            rotates=world.world_size > 1,
+            num_groups=world.world_size,
         )
 
 
@@ -188,7 +188,7 @@ class StreamWorker(IterableDataset[StreamBatch]):
             shuffle=dataset.shuffle,
             seed=dataset.seed,
             num_streams=topology.num_streams,
-            rotates=topology.rotates,
+            num_groups=topology.num_groups,
         )
         self.topology, self.streams = topology, streams
         self.epoch = epoch

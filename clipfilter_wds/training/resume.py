@@ -64,7 +64,7 @@ def share_out(states: Sequence[LoaderState], topology: Topology) -> LoaderState:
     first = states[0]
     there = first.progress.topology
     _check_are_of_one_moment(states)
-    here = replace(topology, num_streams=there.num_streams, rotates=there.rotates)
+    here = replace(topology, num_streams=there.num_streams, num_groups=there.num_groups)
     mine = [state for state in states if state.progress.topology.is_same_rank(here)]
     if len(states) == 1 and mine:
         return _moved(mine[0], here)

@@ -99,22 +99,26 @@ class StreamOrder:
         shuffle: Samples per window within which samples are shuffled; 0 keeps shards and samples in order.
         seed: Of the order of shards and samples.
         num_streams: Streams of an epoch.
-        rotates: Whether they take turns with the shards; see ``Topology``.
+        num_groups: Groups of streams that have the same work; see ``Topology``.
     """
 
     urls: Sequence[str]
     shuffle: int
     seed: int
     num_streams: int
-    rotates: bool = False
+    num_groups: int = 1
 
     def parts(self, epoch: int, stream: int) -> list[ShardPart]:
         """What a stream reads in an epoch."""
         urls = list(self.urls)
         if self.shuffle:
             random.Random(f"{self.seed}/{epoch}").shuffle(urls)
-        turn = (stream + epoch) % self.num_streams if self.rotates else stream
-        return split_by_worker(urls, turn, self.num_streams)
+        turn = (stream + epoch) % self.num_streams if self.num_groups > 1 else stream
+        if len(urls) < self.num_streams or self.num_streams % self.num_groups:
+            return split_by_worker(urls, turn, self.num_streams)
+        # Only groups share shards, since each of several streams reads all of a shard for its part of it.
+        of_group = split_by_worker(urls, turn % self.num_groups, self.num_groups)
+        return of_group[turn // self.num_groups :: self.num_streams // self.num_groups]
 
     def permutation(self, stream: int, window: Position, num_samples: int) -> list[int]:
         """The order of a window's samples."""

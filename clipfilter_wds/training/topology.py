@@ -12,14 +12,15 @@ class Topology:
         world_size: How many ranks there are.
         num_workers: Workers of each rank.
         num_streams: Streams of an epoch.
-        rotates: Whether the streams take turns with the shards, so that over the epochs each rank reads all of them.
+        num_groups: Groups of streams that have the same work, one for each rank when the epoch was split. Of several,
+            they take turns with the shards, so that over the epochs each rank reads all of them.
     """
 
     rank: int
     world_size: int
     num_workers: int
     num_streams: int
-    rotates: bool = False
+    num_groups: int = 1
 
     @property
     def streams(self) -> range:
@@ -31,9 +32,9 @@ class Topology:
         return self.streams[worker :: self.num_workers]
 
     @property
-    def split(self) -> tuple[int, bool]:
+    def split(self) -> tuple[int, int]:
         """How an epoch is split, whoever reads it."""
-        return self.num_streams, self.rotates
+        return self.num_streams, self.num_groups
 
     def is_same_rank(self, other: "Topology") -> bool:
         """Whether it has the same streams, whatever the number of workers."""
@@ -42,7 +43,7 @@ class Topology:
     @property
     def num_passes_for_all(self) -> int:
         """In how many epochs this rank reads all that it ever will."""
-        if not self.rotates:
+        if self.num_groups == 1:
             return 1
         streams = [*self.streams]
         following = [*streams[1:], *(stream + self.num_streams for stream in streams[:1])]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.batches import StreamBatch
 from clipfilter_wds.training.config import LoaderConfig
@@ -55,7 +56,7 @@ class Job:
             shuffle=settings.shuffle,
             seed=settings.seed,
             num_streams=topology.num_streams,
-            rotates=topology.rotates,
+            num_groups=topology.num_groups,
         )
         epochs = [list(self._read(order, stream, epoch)) for epoch in range(progress.position.epoch + 3)]
         places = [sample.after for epoch in epochs for sample in epoch]
@@ -85,7 +86,7 @@ class Rank:
     given: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        packer = Packer(self.job.config, self.state, has_scores=True)
+        packer = Packer(self.job.config, self.state, has_scores=True, kind=COSINES, layout=SampleLayout())
         self._packed = packer.pack(score_stream(None, None, self._batches()))
         self._waiting: Packed | None = None
 

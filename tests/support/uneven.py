@@ -50,7 +50,7 @@ def check_each_pass_is_shared_out(handed: list[list[str]], recipe: Recipe, kept:
     """
     urls, ranks = expand_shards(recipe.shards), range(len(handed))
     keys = {url: list(dict.fromkeys(name.split(".")[0] for name, _ in tar_members(Path(url)))) for url in urls}
-    order = StreamOrder(urls=urls, shuffle=0, seed=0, num_streams=len(handed), rotates=len(handed) > 1)
+    order = StreamOrder(urls=urls, shuffle=0, seed=0, num_streams=len(handed), num_groups=len(handed))
     streams: list[list[str]] = [[] for _ in ranks]
     for number in count():
         if all(len(streams[rank]) >= len(handed[rank]) for rank in ranks):

@@ -21,8 +21,8 @@ def urls(tmp_path_factory):
     ]
 
 
-def order(urls, *, shuffle=4, seed=0, num_streams=1, rotates=False):
-    return StreamOrder(urls=urls, shuffle=shuffle, seed=seed, num_streams=num_streams, rotates=rotates)
+def order(urls, *, shuffle=4, seed=0, num_streams=1, num_groups=1):
+    return StreamOrder(urls=urls, shuffle=shuffle, seed=seed, num_streams=num_streams, num_groups=num_groups)
 
 
 def epoch_of(stream_order, *, epoch=0, stream=0, start=None):
@@ -46,15 +46,15 @@ def all_keys():
     shuffle=st.sampled_from([0, 1, 3, 100]),
     epoch=st.integers(0, 3),
     num_shards=st.integers(1, 6),
-    rotates=st.booleans(),
+    num_groups=st.integers(1, 4),
 )
-def test_the_streams_hold_every_sample_once_an_epoch(urls, num_streams, shuffle, epoch, num_shards, rotates):
+def test_the_streams_hold_every_sample_once_an_epoch(urls, num_streams, shuffle, epoch, num_shards, num_groups):
     read = [
         key
         for stream in range(num_streams)
         for key in keys(
             epoch_of(
-                order(urls[:num_shards], shuffle=shuffle, num_streams=num_streams, rotates=rotates),
+                order(urls[:num_shards], shuffle=shuffle, num_streams=num_streams, num_groups=num_groups),
                 epoch=epoch,
                 stream=stream,
             )
@@ -98,7 +98,7 @@ def test_streams_that_rotate_read_every_shard_over_the_epochs(urls):
         read = {
             key
             for epoch in range(3)
-            for key in keys(epoch_of(order(urls, shuffle=0, num_streams=3, rotates=True), epoch=epoch, stream=stream))
+            for key in keys(epoch_of(order(urls, shuffle=0, num_streams=3, num_groups=3), epoch=epoch, stream=stream))
         }
         assert sorted(read) == all_keys()
 
