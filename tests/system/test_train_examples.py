@@ -52,10 +52,10 @@ def test_plain_loop_resumes_as_if_it_had_never_stopped(folder, tmp_path):
 
 @pytest.mark.slow
 def test_plain_loop_draws_its_own_shards_and_learns(tmp_path):
-    lines = losses(run("plain_loop.py", cwd=tmp_path))
+    lines = losses(run("plain_loop.py", "--steps", "200", cwd=tmp_path))
     assert len(list((tmp_path / "demo_shards").glob("*.tar"))) == 4
     first, last = (float(line.split()[3].rstrip(",")) for line in (lines[0], lines[-1]))
-    assert last < first - 0.3
+    assert last < first - 1.0
 
 
 def test_fabric_loop_runs_on_two_ranks(folder, tmp_path):

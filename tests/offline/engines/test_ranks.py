@@ -201,6 +201,7 @@ class TestCommand:
 @pytest.mark.slow
 def test_torchrun_starts_ranks_that_share_the_work(shards, expected, clip_folder, tmp_path):
     options = ["--threshold", "0.12", "--batch_size", "8", "--num_workers", "0", "--model", str(clip_folder)]
+    options += ["--embeddings", "fp16"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command = [*launcher, "-m", "clipfilter_wds", "rewrite", shards, "--output", str(tmp_path / "out"), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
