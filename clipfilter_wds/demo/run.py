@@ -38,7 +38,7 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     )
     shards = write_demo_shards(folder / "shards")
     threshold = demo_threshold()
-    rewrite = RewriteConfig(shards=shards, output=folder / "filtered", threshold=threshold)
+    rewrite = RewriteConfig(shards=str(folder / "shards"), output=folder / "filtered", threshold=threshold)
     run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet)
 
     decided = [pair for shard in shards for pair in _decided(shard, folder / "filtered", threshold)]

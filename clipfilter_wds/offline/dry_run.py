@@ -20,11 +20,11 @@ def describe_run(config: ScoreConfig) -> Iterator[str]:
     """
     sizes = [size for _, size in ask_storage(_num_bytes_of, config.urls)]
     known = [size for size in sizes if size is not None]
-    yield f"would read {len(sizes):,} shards, {sum(known) / 1e9:,.3f} GB"
+    yield f"would read {_shards(len(sizes))}, {sum(known) / 1e9:,.3f} GB"
     if len(known) < len(sizes):
         yield f"the sizes of {len(sizes) - len(known):,} are not known, or they can't be read"
     if config.missing:
-        yield f"{len(config.missing):,} shards are missing and would be left out"
+        yield f"missing, and would be left out: {_shards(len(config.missing))}"
     if isinstance(config, RewriteConfig) and config.scores is not None:
         yield from _describe_copying(config, ScoreFolder(config.scores))
         return
@@ -33,14 +33,14 @@ def describe_run(config: ScoreConfig) -> Iterator[str]:
     ends = "_stats.json" if isinstance(config, RewriteConfig) else ".parquet"
     marks = [config.folder / f"{name}{ends}" for name in config.names.values()]
     if num_done := sum(is_there for _, is_there in ask_storage(lambda mark: mark.is_file(), marks)):
-        yield f"{num_done:,} shards have an output there already, which stays where the settings are the same"
+        yield f"done there already, and stays where the settings are the same: {_shards(num_done)}"
 
 
 def _describe_copying(config: RewriteConfig, scores: ScoreFolder) -> Iterator[str]:
     scores.refuse_trial()
     tables = {url: scores.path(url) for url in config.urls}
     if lacking := sum(table is None for table in tables.values()):
-        yield f"{lacking:,} shards have no score table, and would fail"
+        yield f"without a score table, and would fail: {_shards(lacking)}"
     plan = plan_copying(config, scores.fingerprint, {url: table for url, table in tables.items() if table is not None})
     for url, why in plan.failed.items():
         yield f"{url} would fail: {why}"
@@ -48,7 +48,7 @@ def _describe_copying(config: RewriteConfig, scores: ScoreFolder) -> Iterator[st
     seen, kept = (sum(count[part] for count in counts) for part in (0, 1))
     num_tars = sum(num_kept > 0 for _, num_kept in counts)
     yield f"would keep {kept:,} of {seen:,} samples ({kept / max(seen, 1):.1%})"
-    yield f"would write {num_tars:,} shards to {config.folder}"
+    yield f"would write {_shards(num_tars)} to {config.folder}"
     if plan.cut is not None:
         yield f"cut: {plan.cut.describe()}"
 
@@ -60,6 +60,10 @@ def _count(config: RewriteConfig, task: AnyCopyTask) -> tuple[int, int]:
     assert task.table is not None
     counts = config.choice.select(ShardScores.read(task.table), task.cutoff).stats
     return counts.seen, counts.kept
+
+
+def _shards(number: int) -> str:
+    return f"{number:,} shard{'' if number == 1 else 's'}"
 
 
 def _num_bytes_of(url: str) -> int | None:

@@ -75,8 +75,7 @@ class EmbeddingFiles:
         """Write both; each appears whole. Write the table after them."""
         for path, array in ((self.image, embeddings.image), (self.text, embeddings.text)):
             with publish(path) as file:
-                file.write(_header(array.shape, array.dtype))
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                np.save(file, np.ascontiguousarray(array), allow_pickle=False)
 
     def remove(self) -> None:
         """Delete both."""
@@ -131,6 +130,7 @@ def _expected(metadata: ScoreMetadata) -> tuple[tuple[int, int], np.dtype]:
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What ``np.save`` writes before an array."""
     file = io.BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, described)

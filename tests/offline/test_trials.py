@@ -88,7 +88,8 @@ class TestDryRun:
         assert said[1] == f"would score all of it, and write score tables to {out}"
         assert not out.exists()
         score(scorer, shards / "00000.tar", out)
-        assert list(describe_run(ScoreConfig(shards=shards, output=out, dry_run=True)))[2].startswith("1 shards have")
+        done = list(describe_run(ScoreConfig(shards=shards, output=out, dry_run=True)))[2]
+        assert done == "done there already, and stays where the settings are the same: 1 shard"
 
     @pytest.mark.parametrize(
         "choice", [{"threshold": THRESHOLD}, {"keep_fraction": 0.3}, {"keep_fraction": 0.3, "samples_per_shard": 2}]
