@@ -2,14 +2,26 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from clipfilter_wds.cli import main
+from clipfilter_wds.tables.operator import ImageClipFilter
+from tests.support.dataflow import RowLoop
 from tests.support.pair_tables import NUM_ROWS
 from tests.support.toys import Reference, encoded, photo
+
+IMAGE_KINDS = {
+    "jpg": lambda image: encoded(image, quality=90),
+    "png": lambda image: encoded(image, "PNG"),
+    "webp": lambda image: encoded(image, "WEBP"),
+    "gif": lambda image: encoded(image, "GIF"),
+    "alpha.png": lambda image: encoded(image.convert("RGBA"), "PNG"),
+    "grey.jpg": lambda image: encoded(image.convert("L")),
+}
 
 
 @pytest.fixture
@@ -71,3 +83,30 @@ def threshold(expected):
     widest = np.diff(scores).argmax()
     assert scores[widest + 1] - scores[widest] > 1e-4
     return float(scores[widest : widest + 2].mean())
+
+
+@pytest.fixture(scope="module")
+def operator(clip_folder):
+    return ImageClipFilter(str(clip_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def row_loop(clip_folder):
+    return RowLoop(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """More than two batches of pairs that the original handles."""
+    folder = tmp_path_factory.mktemp("images")
+    rows = []
+    for seed in range(150):
+        kind = list(IMAGE_KINDS)[seed % len(IMAGE_KINDS)]
+        path = folder / f"{seed}.{kind}"
+        path.write_bytes(IMAGE_KINDS[kind](photo(seed, (40 + seed % 30, 50))))
+        rows.append({"image": str(path), "caption": f"photo number {seed}", "n": seed, "nested": [seed, None]})
+    rows[7]["image"] = str(folder / "there is none.jpg")
+    rows[9]["caption"] = "  "
+    (folder / "no image.jpg").write_text("no image")
+    rows[140]["image"] = str(folder / "no image.jpg")
+    return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from clipfilter_wds.tables.operator import ImageClipFilter
+from tests.support.dataflow import run_operator
 from tests.support.toys import encoded, photo
 
 #: path, bytes -> cell
@@ -19,24 +20,6 @@ FORMS = {
     "list of bytes": lambda path, data: [data],
     "array": lambda path, data: np.array([path], dtype=object),
 }
-
-
-class Memory:
-    """The least that is a storage."""
-
-    def __init__(self, table: pd.DataFrame) -> None:
-        self.table = table
-
-    def read(self, output_type):
-        return self.table
-
-    def write(self, data):
-        self.written = data
-
-
-@pytest.fixture(scope="module")
-def operator(clip_folder):
-    return ImageClipFilter(str(clip_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +34,7 @@ def table(tmp_path_factory):
 
 
 def kept(operator: ImageClipFilter, table: pd.DataFrame) -> pd.DataFrame:
-    storage = Memory(table)
-    operator.run(storage, threshold=0.01)
-    return storage.written
+    return run_operator(operator, table, threshold=0.01)[1]
 
 
 @pytest.mark.parametrize("form", FORMS)
