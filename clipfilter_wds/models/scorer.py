@@ -99,6 +99,10 @@ class ClipScorer(nn.Module):
         caption = torch.zeros(1, self.preprocess.tokenize.max_length, dtype=torch.int64)
         return self.exact.encode_text(caption).shape[1]
 
+    def describe_embeddings(self, dtype: str) -> dict[str, Any]:
+        """What score tables say of embeddings that are saved as ``float16`` or ``float32``. JSON-ready."""
+        return {"dtype": dtype, "dim": self.embedding_dim, "temperature": self.temperature}
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a score depends on beside the sample: weights, preprocessing, text handling, precision. JSON-ready."""

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from clipfilter_wds.offline.limit import first_samples
 from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.groups import Groups
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
+from clipfilter_wds.scores.metadata import Embeddings
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.where import Where
@@ -19,11 +20,6 @@ from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_m
 from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
-
-Embeddings = Literal["fp16", "fp32"]
-
-#: Types of saved embeddings, as numpy and torch call them.
-DTYPES: dict[Embeddings, str] = {"fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +201,7 @@ class RewriteConfig(ScoreConfig):
             raise ValueError("group_limits names groups, and group_by no column whose values they are")
         groups = None if self.group_by is None else Groups.parse(self.group_by, self.group_limits)
         kind = self._kind
-        threshold = kind.default_threshold if is_default else self.threshold
+        threshold = kind.resolve_threshold("auto" if is_default else self.threshold)
         return Choice(
             threshold=threshold, keep_fraction=self.keep_fraction, subset=subset, kind=kind, where=where, groups=groups
         )

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from clipfilter_wds.offline.commit import CURE, check_source
-from clipfilter_wds.offline.config import DTYPES, Embeddings
 from clipfilter_wds.offline.copying import CopyTask, shard_stats
 from clipfilter_wds.offline.pending import ScoredShard
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
-from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.metadata import DTYPES, Embeddings, ScoreMetadata
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores, read_metadata
 from clipfilter_wds.shards.identity import is_scored

@@ -13,10 +13,11 @@ from clipfilter_wds.models.batch_size import default_batch_size
 from clipfilter_wds.models.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.blocks import Block, BlockDataset, read_blocks
-from clipfilter_wds.offline.config import DTYPES, Embeddings, RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.pending import PendingShard, ScoredBlock, ScoredBy, ScoredShard
 from clipfilter_wds.preprocess.json_columns import JsonColumns
 from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.metadata import DTYPES, Embeddings
 from clipfilter_wds.scores.selection import Choice
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.shards.samples import SampleLayout
@@ -90,8 +91,7 @@ class ScoringOptions:
         """What the tables say of how they were made, so many samples at a time."""
         fingerprint, embeddings = self.fingerprint(scorer), None
         if self.embeddings is not None:
-            saved = {"dtype": DTYPES[self.embeddings], "dim": scorer.embedding_dim}
-            embeddings = {**saved, "temperature": scorer.temperature}
+            embeddings = scorer.describe_embeddings(DTYPES[self.embeddings])
         return ScoredBy(
             fingerprint=fingerprint,
             rechecked_at=self.rechecked_at(fingerprint),

@@ -1,11 +1,15 @@
 """Says what kind of score a table holds, and what a threshold means for it. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 #: What a model gives. The fingerprint's entry ``score`` names the kind; tables without the entry hold cosines.
 COSINE = "cosine"
+
+#: What suits the kind of score, where nothing is said.
+AutoThreshold = Literal["auto"]
 
 #: For cosines. No number suits other kinds.
 DEFAULT_THRESHOLD = 0.25
@@ -30,17 +34,23 @@ class ScoreKind:
         """Whether scores are cosines, which are clipped to [0, 1] before they are compared."""
         return self.name == COSINE
 
-    @property
-    def default_threshold(self) -> float:
-        """What is kept where nothing is said.
+    def resolve_threshold(self, threshold: float | AutoThreshold | None) -> float | None:
+        """The threshold as a number, or None where there is none: for cosines, ``auto`` is 0.25.
 
         Raises:
-            ValueError: When scores are no cosines.
+            ValueError: When it is ``auto`` and scores are no cosines, does not lie in the range of the kind, or is no
+                number.
         """
+        if threshold is None:
+            return None
+        if not isinstance(threshold, str):
+            return self.check_threshold(threshold)
+        if threshold != "auto":
+            raise ValueError(f"threshold is {threshold!r}; give a number, 'auto', or None")
         if not self.is_cosine:
             raise ValueError(
-                f"the scores are of kind {self.name!r}, which has no usual threshold; give a threshold, or a "
-                "keep_fraction"
+                f"the scores are of kind {self.name!r}, which has no usual threshold; give a threshold that suits it, "
+                "or, where shards are rewritten, a keep_fraction. The report shows what each threshold keeps"
             )
         return DEFAULT_THRESHOLD
 

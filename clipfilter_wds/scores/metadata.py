@@ -3,11 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.kind import COSINE, COSINES, ScoreKind
 from clipfilter_wds.types import ShardIdentity
+
+Embeddings = Literal["fp16", "fp32"]
+
+#: Types of saved embeddings, as numpy and torch call them.
+DTYPES: dict[Embeddings, str] = {"fp16": "float16", "fp32": "float32"}
 
 _METADATA_KEY = b"clipfilter_wds"
 _FORMAT_VERSION = 1

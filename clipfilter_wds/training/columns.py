@@ -37,7 +37,7 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
         return batch.columns["pixel_values"], input_ids
 
     usable = map(_usable, batches)
-    for batch, cosines in score_batches(recheck, usable, inputs, lambda batch, may_be_kept: batch):
+    for batch, cosines, _ in score_batches(recheck, usable, inputs, lambda batch, may_be_kept: batch):
         scores, reasons = finite_scores(np.full(len(cosines), NO_REASON, dtype=np.int8), cosines)
         places = np.flatnonzero(reasons == NO_REASON)
         not_finite = count_reasons(reasons)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from clipfilter_wds.scores.kind import DEFAULT_THRESHOLD
+from clipfilter_wds.scores.kind import AutoThreshold
+from clipfilter_wds.scores.metadata import DTYPES, Embeddings
 from clipfilter_wds.workers.config import WorkerConfig
 
 TrainEnd = Literal["sync", "repeat"]
@@ -19,8 +20,9 @@ class LoaderConfig(WorkerConfig):
     """How a :class:`ClipFilterLoader` works.
 
     Attributes:
-        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; None keeps all pairs and
-            only adds their scores. Scores of another kind, from a score folder, are compared as they are.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; ``auto`` is 0.25. None
+            keeps all pairs and only adds their scores. Scores of another kind, from a score folder, are compared as
+            they are, and need a number.
         batch_size: Pairs per training batch and rank.
         score_batch_size: Samples per forward pass of the scorer; by default as many as suit the model on its device, 64
             on a CPU.
@@ -35,6 +37,8 @@ class LoaderConfig(WorkerConfig):
             to as many ranks, and uses as many workers. By default as many as there are workers in all ranks.
         record: Folder to record the scores of shards in. What it holds is not scored again, not even in later epochs,
             and samples that were dropped are not decoded again.
+        record_embeddings: Save the embeddings beside them, as ``fp16`` or ``fp32``, as ``score --embeddings`` does.
+            What was recorded without is scored again.
         score_columns: Columns of the tables of a ``ScoreFolder`` that batches hold too: numbers as float32, NaN where
             one is missing; texts as a list.
         starvation_limit: Raise an error after this many samples in a row of which none is kept.
@@ -47,7 +51,7 @@ class LoaderConfig(WorkerConfig):
         ValueError: When an option can't be used.
     """
 
-    threshold: float | None = DEFAULT_THRESHOLD
+    threshold: float | AutoThreshold | None = "auto"
     batch_size: int = 256
     score_batch_size: int | None = None
     num_workers: int = 0
@@ -56,6 +60,7 @@ class LoaderConfig(WorkerConfig):
     batches_per_epoch: int | None = None
     num_streams: int | None = None
     record: str | Path | None = None
+    record_embeddings: Embeddings | None = None
     score_columns: Sequence[str] = ()
     starvation_limit: int = 100_000
     on_crash: OnCrash = "skip"
@@ -69,6 +74,10 @@ class LoaderConfig(WorkerConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
+        if self.record_embeddings is not None and self.record_embeddings not in DTYPES:
+            raise ValueError(f"record_embeddings is {self.record_embeddings!r}; use {' or '.join(DTYPES)}")
+        if self.record_embeddings is not None and self.record is None:
+            raise ValueError("record_embeddings go beside recorded scores; give the folder to record in, as record")
         if self.end not in get_args(End):
             raise ValueError(f"end is {self.end!r}; use 'sync' or 'repeat' to train, 'each' or 'pad' to evaluate")
         if self.drop_last and self.is_evaluation:
@@ -81,6 +90,12 @@ class LoaderConfig(WorkerConfig):
             raise ValueError(
                 f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"
             )
+
+    @property
+    def resolved_threshold(self) -> float | None:
+        """The threshold of a loader, which has replaced ``auto`` by what suits its scores."""
+        assert not isinstance(self.threshold, str)
+        return self.threshold
 
     @property
     def is_evaluation(self) -> bool:

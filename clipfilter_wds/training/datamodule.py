@@ -195,6 +195,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         config = replace(
             self._loader_config,
             record=None,
+            record_embeddings=None,
             drop_last=False,
             end=self.hparams["val_end"],
             batches_per_epoch=None,
@@ -214,7 +215,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         if not is_filtered:
             config = replace(config, threshold=None)
         if not is_scored:
-            config = replace(config, record=None)
+            config = replace(config, record=None, record_embeddings=None)
         dataset = ClipWebDataset(
             shards,
             None if isinstance(scorer, ScoreFolder) else scorer.preprocess,

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from clipfilter_wds.options import changed_options, check_options
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.metadata import DTYPES
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.epoch import Epoch, training_batches
 from clipfilter_wds.training.evaluation import evaluation_batches
 from clipfilter_wds.training.precomputed import FolderLookup, config_for
-from clipfilter_wds.training.record import Recorder, RecordFolder, RecordLookup
+from clipfilter_wds.training.record import Recorder, RecordLookup
+from clipfilter_wds.training.record_folder import RecordFolder
 from clipfilter_wds.training.resume import check_settings, check_streams, share_out
 from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState, Progress
@@ -95,7 +97,9 @@ class ClipFilterLoader:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
             return BatchSource(dataset, config, scorer)
         if table is not None:
-            lookup = FolderLookup.of(table, dataset.urls, dataset.layout, config.threshold, config.score_columns)
+            lookup = FolderLookup.of(
+                table, dataset.urls, dataset.layout, config.resolved_threshold, config.score_columns
+            )
             view = dataset.preprocess.view if dataset.preprocess else ImageView.from_fingerprint(table.fingerprint)
             return BatchSource(dataset, config, scorer, lookup=lookup, view=view, kind=table.kind)
         if dataset.preprocess is None:
@@ -103,7 +107,14 @@ class ClipFilterLoader:
         if config.record is None or scorer is None:
             return BatchSource(dataset, config, scorer)
         fingerprint = {**scorer.fingerprint, **dataset.layout.fingerprint}
-        folder = RecordFolder.open(config.record, dataset.urls, fingerprint, config.threshold)
+        saved = config.record_embeddings
+        folder = RecordFolder.open(
+            config.record,
+            dataset.urls,
+            fingerprint,
+            config.resolved_threshold,
+            embeddings=None if saved is None else scorer.describe_embeddings(DTYPES[saved]),
+        )
         return BatchSource(dataset, config, scorer, lookup=RecordLookup(record=folder), recorder=Recorder(folder))
 
     @property

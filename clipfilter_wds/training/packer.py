@@ -64,7 +64,7 @@ class Packer:
     ) -> None:
         self._config, self._begin, self._has_scores, self._kind = config, begin, has_scores, kind
         self.progress = begin.progress
-        self.watch = KeepRateWatch(config.threshold, config.starvation_limit, layout)
+        self.watch = KeepRateWatch(config.resolved_threshold, config.starvation_limit, layout)
         self._num_seen = self._num_kept = 0
         self._num_batches = begin.batches
         self._last_kept_epoch = begin.progress.epoch
@@ -92,7 +92,7 @@ class Packer:
         yield self._packed(None)
 
     def _take_in(self, scored: Scored) -> None:
-        keep, stats = scored.decide(self._config.threshold, self._kind)
+        keep, stats = scored.decide(self._config.resolved_threshold, self._kind)
         before = self.progress
         kept, given = stats.kept, before.streams[scored.stream].given
         self.progress = before.advance(scored, stats, given=max(0, given - kept))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -146,9 +146,8 @@ def config_for(table: ScoreFolder | None, options: Mapping[str, Any]) -> LoaderC
         ValueError: When they don't.
     """
     kind = COSINES if table is None else table.kind
-    config = LoaderConfig(**options if "threshold" in options else {**options, "threshold": kind.default_threshold})
-    if config.threshold is not None:
-        kind.check_threshold(config.threshold)
+    config = LoaderConfig(**options)
+    config = replace(config, threshold=kind.resolve_threshold(config.threshold))
     if config.score_columns and table is None:
         raise ValueError(f"score_columns are {list(config.score_columns)}, but there is no ScoreFolder that has them")
     return config

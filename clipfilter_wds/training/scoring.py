@@ -81,9 +81,9 @@ def score_stream(
     """
     hold = partial(_hold, Recycler())
     scored = score_batches(recheck, map(lent, batches), lambda batch: batch.item.prepared.inputs, hold)
-    for (batch, columns, places), cosines in scored:
+    for (batch, columns, places), cosines, embeddings in scored:
         if recorder is not None and recheck is not None:
-            recorder.add(batch, cosines, recheck.band)
+            recorder.add(batch, cosines, recheck.band, embeddings)
         could_be_scored = batch.rows.usable
         all_cosines = batch.known_scores.copy()
         all_cosines[could_be_scored & ~batch.is_known] = cosines
@@ -127,18 +127,21 @@ def score_batches(
     batches: Iterable[T],
     inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
     hold: Callable[[T, np.ndarray], U],
-) -> Iterator[tuple[U, np.ndarray]]:
-    """Score batches as ``Recheck.map`` does, beside training on a GPU; every score is 0.0 where there is no model."""
+) -> Iterator[tuple[U, np.ndarray, np.ndarray | None]]:
+    """Score batches as ``Recheck.map`` does, beside training on a GPU; every score is 0.0 where there is no model.
+
+    Each comes with its scores, and with its embeddings where these were asked for; see ``BatchScores``.
+    """
     if recheck is None:
         for batch in batches:
             num_samples = len(inputs(batch)[0])
-            yield hold(batch, np.ones(num_samples, dtype=bool)), np.zeros(num_samples, dtype=np.float32)
+            yield hold(batch, np.ones(num_samples, dtype=bool)), np.zeros(num_samples, dtype=np.float32), None
         return
     is_on_gpu = recheck.scorer.device.type == "cuda"
     map_ = partial(_map_beside_training, recheck) if is_on_gpu else recheck.map
     scored = map_(batches, inputs, hold)
     for held, scores in scored:
-        yield held, scores.scores
+        yield held, scores.scores, scores.embeddings
 
 
 def _map_beside_training(

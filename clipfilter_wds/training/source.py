@@ -5,9 +5,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from clipfilter_wds.console import printable
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
+from clipfilter_wds.scores.metadata import DTYPES
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.columns import score_columns
@@ -141,7 +144,9 @@ class BatchSource:
             return None
         from clipfilter_wds.models.recheck import Recheck
 
-        return Recheck(self._scorer, self._config.threshold)
+        saved = self._config.record_embeddings
+        dtype = None if saved is None else getattr(torch, DTYPES[saved])
+        return Recheck(self._scorer, self._config.resolved_threshold, embeddings=dtype)
 
     def _batches(self, dataset: ClipWebDataset, begin: LoaderState, tracker: CrashTracker) -> Iterable[Any]:
         """Unscored batches, from persistent workers if they continue there, else from new ones."""

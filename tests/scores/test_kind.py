@@ -61,9 +61,14 @@ def test_the_threshold_of_another_kind_lies_in_its_range():
 
 
 def test_only_cosines_have_a_default_threshold():
-    assert COSINES.default_threshold == DEFAULT_THRESHOLD
-    with pytest.raises(ValueError, match="'neg_clip_loss', which has no usual threshold; give a threshold, or a keep_"):
-        _ = LOSSES.default_threshold
+    assert COSINES.resolve_threshold("auto") == DEFAULT_THRESHOLD
+    assert LOSSES.resolve_threshold(-0.5) == -0.5
+    assert LOSSES.resolve_threshold(None) is None
+    for kind in (LOSSES, ScoreKind("sum", None, None)):  # 0.25 lies in the range of a sum, and means nothing there
+        with pytest.raises(ValueError, match=f"'{kind.name}', which has no usual threshold; give a threshold that"):
+            kind.resolve_threshold("auto")
+    with pytest.raises(ValueError, match="threshold is 'high'; give a number, 'auto', or None"):
+        COSINES.resolve_threshold("high")
 
 
 def test_a_table_is_selected_from_by_the_kind_that_it_names():

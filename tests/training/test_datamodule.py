@@ -12,6 +12,7 @@ from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
 from tests.support.fitting import THRESHOLD, Recorder, SaveEverywhere, data_module, fit, new_trainer
+from tests.support.score_tables import derive
 
 EVAL_STAGES = ("val", "test", "predict")
 
@@ -118,6 +119,21 @@ def test_evaluation_takes_its_scores_from_tables(evaluated, tmp_path):
         module.setup("validate")
     for batch, expected in zip(from_tables.val_dataloader(), with_model.val_dataloader(), strict=True):
         assert torch.equal(batch["score"], expected["score"])
+
+
+def test_scores_of_another_kind_need_a_threshold_even_if_0_25_could_be_one(evaluated, tmp_path):
+    fit({**evaluated, "threshold": None, "record": tmp_path}, {"max_epochs": 1})
+    derive(tmp_path, "sum", lambda cosines: 2 * cosines)
+    evaluated.pop("threshold")
+    unsaid = data_module({**evaluated, "scores": str(tmp_path)})
+    unsaid.setup("fit")
+    with pytest.raises(ValueError, match="of kind 'sum', which has no usual threshold; give a threshold that suits it"):
+        unsaid.train_dataloader()
+    assert list(unsaid.val_dataloader())  # filters nothing
+    said = data_module({**evaluated, "scores": str(tmp_path), "threshold": 0.25})
+    said.setup("fit")
+    kept = list(said.train_dataloader())
+    assert min(batch["score"].min() for batch in kept) >= 0.25
 
 
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])
