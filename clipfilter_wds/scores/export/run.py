@@ -1,6 +1,6 @@
 """Exports a folder of scores and embeddings, one shard at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.storage.publish import publish
 
-#: Columns of score tables that DataComp's metadata has under other names.
-_DATACOMP_NAMES = {"width": "original_width", "height": "original_height"}
+#: Columns of score tables that DataComp's metadata has under other names; captions come of ``--columns``.
+_DATACOMP_NAMES = {"width": "original_width", "height": "original_height", "caption": "text"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +53,8 @@ def export(config: ExportConfig) -> tuple[int, int]:
         How many samples were written, and of how many shards.
 
     Raises:
-        ValueError: When there are no tables, one has no embeddings, or a sample has no uid that DataComp would need.
+        ValueError: When there are no tables, one has no embeddings, a sample has no uid that DataComp would need, or
+            there is another score of the same name.
         OSError: When the output can't be written.
     """
     write = _write_clip_retrieval if config.format == "clip_retrieval" else _write_datacomp
@@ -83,8 +84,7 @@ def _write_clip_retrieval(config: ExportConfig, part: _Part) -> None:
         with publish(config.folder / f"{tower}_emb" / f"{tower}_emb_{part.suffix}.npy") as file:
             np.save(file, array)
     table = part.table.drop_columns(["reason", "uid"]).append_column("uid", pa.array(part.uids))
-    table = table.rename_columns(["image_path" if name == "key" else name for name in table.column_names])
-    _write_table(table, config.folder / "metadata" / f"metadata_{part.suffix}.parquet")
+    _write_table(_renamed(table, {"key": "image_path"}), config.folder / "metadata" / f"metadata_{part.suffix}.parquet")
 
 
 def _write_datacomp(config: ExportConfig, part: _Part) -> None:
@@ -92,13 +92,24 @@ def _write_datacomp(config: ExportConfig, part: _Part) -> None:
     if not all(uids):
         key = part.table["key"][uids.index("")].as_py()
         raise ValueError(f"sample {key!r} has no uid, which DataComp's metadata is told apart by")
+    score_name = f"clip_{model}_similarity_score"
+    if score_name in part.table.column_names:
+        raise ValueError(
+            f"the tables have a column {score_name!r}, of the json member, and the scores would be called that too; "
+            "choose another --datacomp_model, or score without that column"
+        )
     arrays: dict[str, Any] = {f"{model}_img": part.embeddings.image, f"{model}_txt": part.embeddings.text}
     with publish(config.folder / f"{part.suffix}.npz") as file:
         np.savez(file, **arrays)
-    names = {**_DATACOMP_NAMES, "score": f"clip_{model}_similarity_score"}
-    table = part.table.drop_columns(["reason", "uid"])
-    table = table.rename_columns([names.get(name, name) for name in table.column_names])
+    table = _renamed(part.table.drop_columns(["reason", "uid"]), {**_DATACOMP_NAMES, "score": score_name})
     _write_table(table.add_column(0, "uid", pa.array(uids)), config.folder / f"{part.suffix}.parquet")
+
+
+def _renamed(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
+    """With other names, except where a field of the json member has that name: it knows the original size."""
+    taken = set(table.column_names)
+    found = [(name, names.get(name, name)) for name in table.column_names]
+    return table.rename_columns([name if other in taken else other for name, other in found])
 
 
 def _write_table(table: pa.Table, path: AnyPath) -> None:

@@ -1,7 +1,11 @@
 """Exports, read as the tools that they are for read them."""
 
+import importlib
 import json
+import subprocess
+import sys
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,14 +29,17 @@ def scores(scorer, tmp_path_factory):
         samples[UNREADABLE] = {"jpg": b"no image", "txt": b"a caption"}
         write_shard(folder / f"{shard:05d}.tar", samples if shard != 4 else [], start=1000 * shard)
     output = tmp_path_factory.mktemp("scores")
-    process_shards(
-        ScoreConfig(shards=f"{folder}/*.tar", output=output, embeddings="fp16", batch_size=64, num_workers=0), scorer
-    )
+    saved = {"embeddings": "fp16", "columns": "json:caption=text,json:original_width=integer"}
+    process_shards(ScoreConfig(shards=f"{folder}/*.tar", output=output, batch_size=64, num_workers=0, **saved), scorer)
     return output
 
 
 def record(shard: int, number: int) -> bytes:
-    return json.dumps({"uid": f"{1000 * shard + number:032x}"}).encode()
+    """As img2dataset writes it: ``original_width`` is what the image had before it was resized."""
+    number += 1000 * shard
+    return json.dumps(
+        {"uid": f"{number:032x}", "caption": f"caption {number}", "original_width": 2000 + number}
+    ).encode()
 
 
 def expected(scores) -> tuple[list[dict], np.ndarray, np.ndarray]:
@@ -73,9 +80,18 @@ def test_the_layout_is_clip_retrievals(scores, clip_retrieval):
     assert metadata["uid"].tolist() == [row["uid"].hex() for row in rows]
 
 
-def test_clip_retrievals_reader_reads_it(scores, clip_retrieval):
-    """``pip install embedding_reader`` asks for an older pandas; without, this is skipped."""
-    reader = pytest.importorskip("embedding_reader").EmbeddingReader(
+@pytest.fixture
+def embedding_reader(tmp_path, monkeypatch):
+    """The package, without what it asks for: an older pandas, although it runs with this one."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "packages"]
+    subprocess.run([*install, "embedding_reader==1.8.1"], check=True)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    return importlib.import_module("embedding_reader")
+
+
+@pytest.mark.slow  # installs a package
+def test_clip_retrievals_reader_reads_it(embedding_reader, scores, clip_retrieval):
+    reader = embedding_reader.EmbeddingReader(
         embeddings_folder=str(clip_retrieval / "img_emb"),
         metadata_folder=str(clip_retrieval / "metadata"),
         meta_columns=["image_path", "score"],
@@ -90,16 +106,22 @@ def test_clip_retrievals_reader_reads_it(scores, clip_retrieval):
 
 
 def test_datacomps_baselines_can_read_it(scores, tmp_path):
-    """They open ``NAME.npz`` beside ``NAME.parquet`` and index one by the rows of the other."""
+    """They list a folder's parquet files, and open ``NAME.npz`` beside ``NAME.parquet`` through fsspec."""
     export(ExportConfig(scores=scores, output=tmp_path / "out", format="datacomp", datacomp_model="b32"))
     rows, images, texts = expected(scores)
     uids, similarities, found = [], [], {"b32_img": [], "b32_txt": []}
-    for path in sorted((tmp_path / "out").glob("*.parquet")):
-        metadata = pd.read_parquet(path, columns=["uid", "clip_b32_similarity_score", "original_width"])
-        uids += [(int(uid[:16], 16), int(uid[16:32], 16)) for uid in metadata["uid"]]
+    columns = ["uid", "text", "clip_b32_similarity_score", "original_width", "original_height"]
+    filesystem, folder = fsspec.core.url_to_fs(str(tmp_path / "out"))
+    for path in sorted(name for name in filesystem.ls(folder) if ".parquet" in name):
+        metadata = pd.read_parquet(path, columns=columns, filesystem=filesystem)
+        uids += [(int(uid[:16], 16), int(uid[16:32], 16)) for uid in metadata["uid"].values]
         similarities += metadata["clip_b32_similarity_score"].tolist()
-        arrays = np.load(path.with_suffix(".npz"))
+        assert metadata["text"].tolist() == [f"caption {int(uid, 16)}" for uid in metadata["uid"]]
+        assert metadata["original_width"].tolist() == [2000 + int(uid, 16) for uid in metadata["uid"]]
+        assert (metadata["original_height"] > 0).all()
+        arrays = np.load(filesystem.open(path.replace(".parquet", ".npz")))
         assert set(arrays) == set(found)
+        assert {(array.dtype, len(array)) for array in arrays.values()} == {(np.dtype("float16"), len(metadata))}
         for name in found:
             found[name].append(arrays[name])
     assert uids == [divmod(int(row["uid"].hex(), 16), 2**64) for row in rows]
@@ -116,6 +138,18 @@ def test_the_command_says_what_it_wrote(command, scores, tmp_path):
     code, said = command(*arguments)
     assert code == 2
     assert "is not empty" in said
+
+
+def test_another_score_of_that_name_is_refused(scorer, tmp_path):
+    sample = {**pair(0), "json": json.dumps({"uid": "0" * 32, "clip_b32_similarity_score": 0.25}).encode()}
+    write_shard(tmp_path / "0.tar", [sample])
+    saved = {"embeddings": "fp16", "columns": "json:clip_b32_similarity_score"}
+    config = ScoreConfig(shards=tmp_path / "0.tar", output=tmp_path / "scores", num_workers=0, **saved)
+    process_shards(config, scorer)
+    layout = {"scores": tmp_path / "scores", "format": "datacomp"}
+    with pytest.raises(ValueError, match="the scores would be called that too; choose another --datacomp_model"):
+        export(ExportConfig(output=tmp_path / "b32", datacomp_model="b32", **layout))
+    assert export(ExportConfig(output=tmp_path / "l14", datacomp_model="l14", **layout)) == (1, 1)
 
 
 def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
