@@ -41,7 +41,8 @@ class JsonColumns:
             field, _, kind = part.strip().partition("=")
             source, _, name = field.partition(":")
             kind = kind or COLUMN_TYPES[0]
-            if source != "json" or not all(name.split(".")) or kind not in COLUMN_TYPES:
+            is_one = "json:" not in name  # "json:a json:b", without a comma, is none
+            if source != "json" or not all(name.split(".")) or not is_one or kind not in COLUMN_TYPES:
                 raise ValueError(
                     f"columns {self.text!r}: {part.strip()!r} should be json:FIELD or json:FIELD=TYPE, with a TYPE of "
                     f"{', '.join(COLUMN_TYPES)}"

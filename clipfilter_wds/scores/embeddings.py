@@ -93,7 +93,8 @@ class EmbeddingFiles:
         """
         if metadata.embeddings is None:
             raise ValueError(
-                f"the scores of {metadata.shard!r} were made without embeddings; score again with --embeddings fp16"
+                f"the scores of {metadata.shard!r} were made without embeddings, or derived from others; "
+                "`clipfilter-wds score --embeddings fp16` saves them"
             )
         return ShardEmbeddings(image=_open(self.image, metadata), text=_open(self.text, metadata))
 

@@ -14,6 +14,7 @@ from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.table import ShardScores, read_metadata, read_scores
 from clipfilter_wds.shards.names import public_url, shard_path, unnameable
+from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.types import ShardError
 
 #: Folder within a folder of tables in which a loader records scores of shards that it has not read whole.
@@ -31,7 +32,8 @@ class ScoreFolder:
         folder: What ``clipfilter-wds score`` or ``rewrite`` wrote: a folder of tables, or one that holds ``_scores``.
 
     Raises:
-        ValueError: When the folder holds no table, a file that is none, or tables of different fingerprints.
+        ValueError: When the folder is not on this machine, or holds no table, a file that is none, or tables of
+            different fingerprints.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -133,6 +135,10 @@ def schema_of_scores(folder: str | Path) -> pa.Schema | None:
 
 
 def _table_folder(folder: str | Path) -> Path:
+    if "://" in str(folder):
+        raise ValueError(
+            f"score tables are read from this machine; copy {without_secrets(str(folder))!r} to a local folder first"
+        )
     folder = Path(folder).expanduser()
     return folder / "_scores" if (folder / "_scores").is_dir() else folder
 

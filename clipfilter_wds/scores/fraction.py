@@ -9,6 +9,8 @@ import numpy as np
 ReadScores = Callable[[], Iterable[np.ndarray]]
 
 _HALF_BITS = 16
+#: Groups of which each has its histogram.
+_MOST_GROUPS = 10_000
 _SIGN = np.uint32(1 << 31)
 
 
@@ -67,15 +69,15 @@ class Cut:
         return f"scores of at least {self.score!r} are kept{ties}"
 
 
-def check_fraction(fraction: float) -> float:
-    """The fraction, if it is one.
+def check_fraction(fraction: float, name: str = "keep_fraction") -> float:
+    """The fraction, if it is one; else the error calls it by its name.
 
     Raises:
         ValueError: When it does not lie in [0, 1].
     """
     if not 0.0 <= fraction <= 1.0:
         hint = f" Did you mean {fraction / 100:g}?" if 1 < fraction <= 100 else ""
-        raise ValueError(f"keep_fraction is {fraction:g}; a fraction lies in [0, 1].{hint}")
+        raise ValueError(f"{name} is {fraction:g}; a fraction lies in [0, 1].{hint}")
     return fraction
 
 
@@ -102,11 +104,19 @@ def find_group_cutoffs(
     Args:
         read: Reads the scores of one shard after another, by group.
         fraction_of: What is kept of a group. There is a histogram for each.
+
+    Raises:
+        ValueError: When there are so many groups that their histograms would fill the memory.
     """
     searches: dict[str, _Search] = {}
     for by_group in read():
         for group, scores in by_group.items():
             searches.setdefault(group, _Search()).count_upper(scores)
+        if len(searches) > _MOST_GROUPS:
+            raise ValueError(
+                f"there are more than {_MOST_GROUPS:,} groups, and each takes half a megabyte of memory; group by a "
+                "column of fewer values"
+            )
     for group, search in searches.items():
         search.settle_upper(fraction_of(group))
     for by_group in read():

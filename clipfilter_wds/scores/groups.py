@@ -35,6 +35,8 @@ class Groups:
         found: dict[str, float] = {}
         for part in limits.split(",") if limits is not None else ():
             name, _, number = part.strip().rpartition("=")
+            if name in found:
+                raise ValueError(f"group_limits {limits!r} gives the group {name!r} two limits")
             try:
                 found[name] = float(number)
             except ValueError:

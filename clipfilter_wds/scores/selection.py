@@ -85,7 +85,7 @@ class Choice:
         if self.groups is not None and self.threshold is None and self.keep_fraction is None:
             raise ValueError("group_by needs a threshold or keep_fraction, for the groups that group_limits leaves out")
         for limit in self.groups.limits.values() if self.groups is not None else ():
-            check_fraction(limit) if self.threshold is None else self.kind.check_threshold(limit)
+            check_fraction(limit, "a group's limit") if self.threshold is None else self.kind.check_threshold(limit)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -46,9 +46,12 @@ class Where:
     text: str
 
     def __post_init__(self) -> None:
-        for node in ast.walk(self._tree):
-            if not isinstance(node, _NODES):
-                raise ValueError(f"where {self.text!r}: can't use {ast.unparse(node)!r}; {_USABLE}")
+        for node in ast.walk(ast.Expression(self._tree)):
+            for part in ast.iter_child_nodes(node):
+                if not isinstance(part, _NODES):  # that of an operator is no text
+                    raise ValueError(
+                        f"where {self.text!r}: can't use {ast.unparse(part) or ast.unparse(node)!r}; {_USABLE}"
+                    )
 
     @cached_property
     def _tree(self) -> ast.expr:
@@ -77,7 +80,9 @@ class Where:
         numbered = table.append_column(_ROW, pa.array(np.arange(table.num_rows)))
         try:
             rows = numbered.filter(_Compiler(self.text, table.schema).expression(self._tree))[_ROW]
-        except (pa.ArrowException, NotImplementedError, TypeError) as error:
+        except RecursionError:
+            raise ValueError(f"where {_start(self.text)!r} is nested too deeply") from None
+        except (pa.ArrowException, NotImplementedError, TypeError, OverflowError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"where {self.text!r} does not go with the types of the columns: {reason}") from None
         chosen[rows.to_numpy()] = True
@@ -136,8 +141,14 @@ class _Compiler:
                 raise self._error(right)
             return value.is_null() if isinstance(op, ast.Is) else value.is_valid()
         if isinstance(op, ast.In | ast.NotIn):
-            listed = value.isin(self._values(right))
+            values = self._values(right)
+            if None in values:
+                raise self._none_error(left)
+            listed = value.isin(values)
             return value.is_valid() & (listed if isinstance(op, ast.In) else ~listed)
+        for side, other in ((left, right), (right, left)):
+            if isinstance(side, ast.Constant) and side.value is None:
+                raise self._none_error(other)
         return getattr(pc, _COMPARISONS[type(op)])(value, self.expression(right))
 
     def _number(self, node: ast.expr) -> "pc.Expression":
@@ -168,8 +179,16 @@ class _Compiler:
         column = pc.field((name,))
         return column.cast("float64") if pa.types.is_floating(self._schema.field(name).type) else column
 
+    def _none_error(self, node: ast.expr) -> ValueError:
+        shown = ast.unparse(node)
+        return ValueError(f"where {self._text!r}: nothing equals None; `{shown} is None` finds what is missing")
+
     def _error(self, node: ast.expr) -> ValueError:
         return ValueError(f"where {self._text!r}: can't use {ast.unparse(node)!r} there; {_USABLE}")
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _listed(names: Sequence[str]) -> str:

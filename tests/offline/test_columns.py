@@ -102,5 +102,5 @@ def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_
     process_shards(from_scores)
     later = bits(tmp_path / "later")
     assert later == {name: digest for name, digest in expected.items() if not name.startswith("_scores")}
-    with pytest.raises(ValueError, match=r"groups .* there"):
+    with pytest.raises(ValueError, match=r"groups.limits.* there"):
         process_shards(RewriteConfig(output=tmp_path / "out", **plain), scorer)

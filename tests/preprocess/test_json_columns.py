@@ -42,7 +42,10 @@ def test_fields_keep_their_names_and_order():
     assert columns.read(sample(b'{"n": 2, "a": {"c": 0.5}, "b": "x"}')) == ("x", 0.5, 2)
 
 
-@pytest.mark.parametrize("text", ["", "punsafe", "txt:x", "json:", "json:a..b", "json:a=float", "json:a,", "json:a=,x"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "punsafe", "txt:x", "json:", "json:a..b", "json:a=float", "json:a,", "json:a=,x", "json:a json:b"],
+)
 def test_what_names_no_field_is_refused(text):
     with pytest.raises(ValueError, match=r"columns .* should be json:FIELD or json:FIELD=TYPE, with a TYPE of number"):
         JsonColumns(text)

@@ -71,7 +71,7 @@ def test_damaged_or_missing_embeddings_are_named(tmp_path, content):
 
 
 def test_a_table_without_embeddings_says_how_to_get_them(tmp_path):
-    with pytest.raises(ValueError, match=r"'/data/0.tar' were made without embeddings; score again with --embeddings"):
+    with pytest.raises(ValueError, match=r"were made without embeddings, or derived .*score --embeddings"):
         EmbeddingFiles(tmp_path, "00000").read(shard_scores([SampleRow("0", 0)]).metadata)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from clipfilter_wds.scores.folder import ScoreFolder
+from clipfilter_wds.scores.folder import ScoreFolder, kind_of_scores, schema_of_scores
 from clipfilter_wds.shards.names import output_names, public_url
 from clipfilter_wds.types import SampleRow, ShardError
 from tests.support.score_tables import FINGERPRINT, plain_parquet, shard_scores, written
@@ -53,6 +53,12 @@ def test_the_shard_itself_goes_before_one_of_its_name(tmp_path):
     table = ScoreFolder(tmp_path)
     assert found_key(table, "/new/a/0.tar") == "/new/a/0.tar"
     assert found_key(table, "/other/a/0.tar") == "/data/a/0.tar"
+
+
+@pytest.mark.parametrize("find", [ScoreFolder, kind_of_scores, schema_of_scores])
+def test_a_folder_that_is_not_on_this_machine_is_refused_with_the_cure(find):
+    with pytest.raises(ValueError, match="are read from this machine; copy 's3://bucket/scores' to a local folder"):
+        find("s3://bucket/scores")
 
 
 def test_a_folder_without_tables_is_refused(tmp_path):

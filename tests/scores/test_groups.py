@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 
+from clipfilter_wds.scores import fraction
 from clipfilter_wds.scores.fraction import find_group_cutoffs
 from clipfilter_wds.scores.groups import GroupCutoffs, Groups
 from clipfilter_wds.scores.selection import Choice, select
@@ -52,11 +53,24 @@ def test_limits_that_are_none_are_refused(limits):
         Groups.parse("language", limits)
 
 
+def test_a_group_has_one_limit():
+    with pytest.raises(ValueError, match="gives the group 'en' two limits"):
+        Groups.parse("language", "en=0.3,de=0.2,en=0.4")
+
+
+def test_so_many_groups_that_they_would_fill_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(fraction, "_MOST_GROUPS", 3)
+    shards = [{f"{number}": np.float32([number])} for number in range(4)]
+    assert find_group_cutoffs(lambda: shards[:3], lambda group: 1.0)
+    with pytest.raises(ValueError, match=r"more than 3 groups, .* group by a column of fewer values"):
+        find_group_cutoffs(lambda: shards, lambda group: 1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"threshold": 0.2, "groups": Groups(column="a", limits={"en": 28})}, "threshold is 28"),
-        ({"keep_fraction": 0.2, "groups": Groups(column="a", limits={"en": 28})}, "keep_fraction is 28"),
+        ({"keep_fraction": 0.2, "groups": Groups(column="a", limits={"en": 28})}, "a group's limit is 28"),
         ({"groups": Groups(column="a")}, "group_by needs a threshold or keep_fraction"),
     ],
 )

@@ -35,7 +35,6 @@ TABLE = pa.table(
         ("100 < width <= 200", "b"),
         ("width is None", "c"),
         ("width is not None", "abd"),
-        ("width == None", ""),
         ("key in ['a', 'd', 'z']", "ad"),
         ("key not in ('a', 'd')", "bc"),
         ("width not in [100]", "bd"),
@@ -70,6 +69,15 @@ def test_nothing_else_is_taken(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [("width % 2 == 0", "width % 2"), ("~width", "~width"), ("f(width) > 1", r"f\(width\)"), ("a[0]", r"a\[0\]")],
+)
+def test_what_can_not_be_used_is_shown(text, shown):
+    with pytest.raises(ValueError, match=f"can't use '{shown}'; use columns"):
+        Where(text)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("wdith > 1", r"there is no column 'wdith'; the tables have key, width, height, score, truncated, meta.lang"),
@@ -81,6 +89,11 @@ def test_nothing_else_is_taken(text):
         ("width in [height]", r"can't use '\[height\]' there"),
         ("width is 3", "can't use '3' there"),
         ("[1, 2]", r"can't use '\[1, 2\]' there"),
+        ("width == None", "nothing equals None; `width is None` finds what is missing"),
+        ("None != width", "nothing equals None; `width is None`"),
+        ("key in ['a', None]", "nothing equals None; `key is None` finds"),
+        (f"width > {10**30}", "does not go with the types of the columns: .*too large"),
+        ("not " * 1500 + "truncated", r"where '(not )+…' is nested too deeply"),
         ("truncated and 1", "does not go with the types of the columns"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from clipfilter_wds.offline.rescoring.config import RescoreConfig
 from clipfilter_wds.offline.rescoring.method import Method, OnPreparing, Preparing, Rescored, reasons_of
 from clipfilter_wds.offline.rescoring.sources import Sources, SourceShard
+from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.kind import ScoreKind
 from clipfilter_wds.scores.rescore.neg_clip_loss import NegClipLoss
 from clipfilter_wds.scores.rescore.norm_sim import NormSim2, NormSimInf
@@ -19,8 +20,9 @@ def neg_clip_loss(config: RescoreConfig, sources: Sources, device: torch.device,
     """Draw the batches from all shards, and hold their embeddings.
 
     Raises:
-        ValueError: When there is no temperature, or nothing to draw.
+        ValueError: When there is no temperature, nothing to draw, or the embeddings are of another model.
     """
+    _check_model(sources.embeddings_of, sources.fingerprints[0], "the embeddings")
     saved = sources.saved
     temperature = config.temperature if config.temperature is not None else saved.temperature
     if temperature is None:
@@ -63,10 +65,11 @@ def norm_sim(config: RescoreConfig, sources: Sources, device: torch.device, on_p
     """
     assert config.target is not None
     targets = Sources([config.target])
-    here, there = sources.saved.fingerprint, targets.saved.fingerprint
-    if here["weights"] != there["weights"]:
+    _check_model(sources.embeddings_of, sources.fingerprints[0], "the embeddings")
+    _check_model(targets.embeddings_of, sources.embeddings_of, "the target's embeddings")
+    if not any(shard.usable.any() for shard in targets.shards):
         raise ValueError(
-            f"the target's embeddings are of another model, {there['model']!r}; score it with {here['model']!r} too"
+            f"no image of the target {str(config.target)!r} could be scored; there is nothing to be near to"
         )
     digest = hashlib.sha256()
 
@@ -85,6 +88,13 @@ def norm_sim(config: RescoreConfig, sources: Sources, device: torch.device, on_p
 
     settings = {**config.settings, "embeddings": sources.saved.dtype, "target": digest.hexdigest()}
     return Method(score=score, settings=settings, kind=ScoreKind(config.method, 0.0, None))
+
+
+def _check_model(found: Fingerprint, expected: Fingerprint, what: str) -> None:
+    if found["weights"] != expected["weights"]:
+        raise ValueError(
+            f"{what} are of another model, {found['model']!r}; score with {expected['model']!r} and --embeddings there"
+        )
 
 
 def _less_empty(scores: np.ndarray, embeddings: np.ndarray) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Checks the options of ``rescore`` and ``dedup``. Imports neither torch nor pyarrow."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clipfilter_wds.scores.apart import check_apart
 from clipfilter_wds.scores.fraction import check_fraction
-from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
+from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.storage.publish import check_writable
 
 MethodName = Literal["neg_clip_loss", "norm_sim_2", "norm_sim_inf", "sum", "product", "min_rank", "then"]
@@ -43,10 +45,8 @@ class RescoringConfig:
         return any_path(self.output)
 
     def _check_output(self, sources: Sequence[str | Path]) -> None:
-        folders = [Path(source).expanduser() for source in sources]
-        inputs = {folder_identity(each) for folder in folders for each in (folder, folder / "_scores")}
-        if folder_identity(self.folder) in inputs:
-            raise ValueError(f"output {str(self.output)!r} holds the tables that are read; choose another folder")
+        for source in [*sources, *([] if self.embeddings is None else [self.embeddings])]:
+            check_apart(self.folder, source)
         check_writable(self.folder)
 
 
@@ -114,11 +114,15 @@ class RescoreConfig(RescoringConfig):
             raise ValueError(f"{self.method} takes one score folder, and {num_folders} are given")
         for name, numbers in (("weights", self.folder_weights), ("fractions", self.folder_fractions)):
             if getattr(self, name) is not None and len(numbers) != num_folders:
-                raise ValueError(f"there are {len(numbers)} {name} for {num_folders} score folders; give one for each")
+                raise ValueError(
+                    f"{name} are {_listed(numbers)}, and there are {num_folders} score folders; give one for each"
+                )
+        if not all(map(math.isfinite, self.folder_weights)):
+            raise ValueError(f"weights are {_listed(self.folder_weights)}; a sum needs numbers that are finite")
         if self.method == "then":
             if self.fractions is None:
                 raise ValueError("then needs fractions, one for each score folder, as 0.3,0.2 is")
-            falling = sorted(map(check_fraction, self.folder_fractions), reverse=True)
+            falling = sorted((check_fraction(each, "a fraction") for each in self.folder_fractions), reverse=True)
             if falling != self.folder_fractions:
                 raise ValueError(
                     f"fractions are {_listed(self.folder_fractions)}; each is of all pairs, so none can be above the "
@@ -134,7 +138,8 @@ class RescoreConfig(RescoringConfig):
     def folders(self) -> list[str]:
         """The score folders."""
         given = [self.scores] if isinstance(self.scores, str | Path) else self.scores
-        return [folder for each in given for folder in str(each).split(",")]
+        folders = [folder.strip() for each in given for folder in str(each).split(",")]
+        return [folder for folder in folders if folder]
 
     @cached_property
     def folder_weights(self) -> list[float]:

@@ -64,7 +64,8 @@ class Method:
 
     def fingerprint(self, sources: Sources) -> Fingerprint:
         """What the new scores depend on beside the shards."""
-        derived = {**self.settings, "of": [digest_of(parent) for parent in sources.parents]}
+        parents = [{name: value for name, value in parent.items() if name != "model"} for parent in sources.parents]
+        derived = {**self.settings, "of": list(map(digest_of, parents))}
         if self.kind is None:
             return {**sources.fingerprints[-1], "derived": derived}
         return {**sources.fingerprints[0], "score": self.kind.name, "derived": derived}

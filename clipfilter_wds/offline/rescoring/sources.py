@@ -75,13 +75,11 @@ class SavedEmbeddings:
     """What embeddings are.
 
     Attributes:
-        fingerprint: What they depend on beside the shards.
         dtype: ``float16`` or ``float32``.
         dim: How many numbers each has.
         temperature: The checkpoint's, None when it has none that fits.
     """
 
-    fingerprint: Fingerprint
     dtype: str
     dim: int
     temperature: float | None
@@ -130,6 +128,12 @@ class Sources:
         """The same, and what the embeddings depend on, where any are used."""
         return [*self.fingerprints, *([] if self._embeddings is None else [self._embeddings.fingerprint])]
 
+    @property
+    def embeddings_of(self) -> Fingerprint:
+        """What the embeddings depend on beside the shards."""
+        assert self._embeddings is not None
+        return self._embeddings.fingerprint
+
     @cached_property
     def saved(self) -> SavedEmbeddings:
         """What all shards' embeddings have in common.
@@ -146,10 +150,13 @@ class Sources:
                     f"{str(path)!r} was written without embeddings; `clipfilter-wds score --embeddings fp16` saves "
                     "them, and --embeddings names the folder where SCORES were derived from such tables"
                 )
-            saved = SavedEmbeddings(fingerprint=metadata.fingerprint, **metadata.embeddings)
+            saved = SavedEmbeddings(**metadata.embeddings)
             found = found or saved
             if saved != found:
-                raise ValueError(f"{str(path)!r} goes with {saved}, and the tables before it with {found}")
+                raise ValueError(
+                    f"{str(path)!r} goes with embeddings of another type, {saved}, than the tables before it, {found}; "
+                    "`clipfilter-wds score` with one type for --embeddings makes all alike"
+                )
         assert found is not None
         return found
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from clipfilter_wds.scores.apart import check_apart
 from clipfilter_wds.storage.paths import AnyPath, any_path
 from clipfilter_wds.storage.publish import check_writable
 
@@ -36,6 +37,7 @@ class ExportConfig:
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(get_args(kinds))}")
         check_writable(self.folder)
+        check_apart(self.folder, self.scores)
         if any(True for _ in self.folder.rglob("*")):
             raise ValueError(f"output {str(self.folder)!r} is not empty; choose another folder")
 

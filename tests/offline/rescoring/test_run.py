@@ -15,6 +15,7 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason
 from clipfilter_wds.world import World
 from tests.support.embeddings import pair_embeddings, unit_rows, write_scored
+from tests.support.score_tables import FINGERPRINT
 
 NAMES = ["00000", "00001", "a/00002", "a/00003"]
 NEG = {"method": "neg_clip_loss", "num_batches": 3, "batch_size": 20}
@@ -243,7 +244,7 @@ def test_a_search_in_clusters_without_faiss_says_what_to_install(scored, tmp_pat
 
 
 def test_an_output_of_other_settings_is_refused(scored, derived):
-    with pytest.raises(ValueError, match=r"written with other settings \(derived"):
+    with pytest.raises(ValueError, match=r"other settings \(derived.seed 0 there, 1 here; .{,120}\); choose"):
         rescore_shards(RescoreConfig(scores=scored, output=derived, **NEG, seed=1))
 
 
@@ -280,6 +281,47 @@ def test_folders_of_other_shards_are_refused(scored, tmp_path):
     config = RescoreConfig(scores=[scored, other], output=tmp_path / "out", method="sum")
     with pytest.raises(ValueError, match="different shards"):
         rescore_shards(config)
+
+
+@pytest.mark.parametrize("method", ["norm_sim_2", "norm_sim_inf"])
+@pytest.mark.parametrize("options", [{"bad_every": 1}, {"bad_every": 0}], ids=str)
+def test_a_target_of_no_image_is_refused(scored, tmp_path, method, options):
+    pairs = {"0": pair_embeddings(np.random.default_rng(0), 5 if options["bad_every"] else 0, 16)}
+    target = write_scored(tmp_path / "target", pairs, **options)
+    config = RescoreConfig(scores=scored, output=tmp_path / "out", method=method, target=target)
+    with pytest.raises(ValueError, match=r"no image of the target '.*target' could be scored"):
+        rescore_shards(config)
+
+
+def test_embeddings_of_another_model_are_refused(scored, derived, tmp_path):
+    rng = np.random.default_rng(0)
+    pairs = {name: pair_embeddings(rng, 40 + number, 16) for number, name in enumerate(NAMES)}
+    other = write_scored(tmp_path / "other", pairs, fingerprint={"model": "n", "weights": "1" * 64})
+    config = RescoreConfig(scores=derived, embeddings=other, output=tmp_path / "out", **NEG)
+    with pytest.raises(ValueError, match="the embeddings are of another model, 'n'; score with 'm' and --embeddings"):
+        rescore_shards(config)
+
+
+def test_embeddings_of_several_types_are_refused_and_of_several_places_of_a_model_are_not(scored, tmp_path):
+    """A model that has moved has another name, and the weights that it had."""
+    shutil.copytree(scored, tmp_path / "scored")
+    pairs = {"00001": pair_embeddings(np.random.default_rng(0), 41, 16)}
+    write_scored(tmp_path / "scored", pairs, fingerprint={**FINGERPRINT, "model": "/moved/m"})
+    rescore_shards(RescoreConfig(scores=tmp_path / "scored", output=tmp_path / "out", **NEG))
+    halves = {"00001": pair_embeddings(np.random.default_rng(0), 41, 16, dtype=np.float16)}
+    write_scored(tmp_path / "scored", halves)
+    with pytest.raises(ValueError, match=r"00001.parquet' goes with embeddings of another type, .*float16.*float32"):
+        rescore_shards(RescoreConfig(scores=tmp_path / "scored", output=tmp_path / "out2", **NEG))
+
+
+def test_what_the_model_is_called_changes_no_fingerprint(scored, tmp_path):
+    """Else tables that were derived where the model lies elsewhere could not be combined."""
+    for name in ("here", "there"):
+        pairs = {"0": pair_embeddings(np.random.default_rng(0), 10, 16)}
+        folder = write_scored(tmp_path / name, pairs, fingerprint={**FINGERPRINT, "model": f"/{name}/m"})
+        rescore_shards(RescoreConfig(scores=folder, output=tmp_path / f"neg-{name}", method="neg_clip_loss"))
+    here, there = (ScoreFolder(tmp_path / f"neg-{name}").fingerprint for name in ("here", "there"))
+    assert here["derived"] == there["derived"]
 
 
 def test_a_target_of_another_model_is_refused(scored, tmp_path):

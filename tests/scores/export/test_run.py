@@ -152,12 +152,17 @@ def test_another_score_of_that_name_is_refused(scorer, tmp_path):
     assert export(ExportConfig(output=tmp_path / "l14", datacomp_model="l14", **layout)) == (1, 1)
 
 
+def test_an_export_does_not_mix_with_the_tables(scores):
+    with pytest.raises(ValueError, match="would mix with the tables in"):
+        ExportConfig(scores=scores, output=scores / "exported", format="datacomp")
+
+
 def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
     with pytest.raises(ValueError, match="format is 'csv'; use clip_retrieval or datacomp"):
         ExportConfig(scores=scores, output=tmp_path / "out", format="csv")
     write_shard(tmp_path / "0.tar", [pair(0)])
     for embeddings, layout, message in (
-        (None, "datacomp", "made without embeddings; score again with --embeddings"),
+        (None, "datacomp", "made without embeddings, or derived from others; `clipfilter-wds score --embeddings"),
         ("fp16", "datacomp", "sample '000000000' has no uid"),
     ):
         plain = {"shards": tmp_path / "0.tar", "output": tmp_path / str(embeddings), "num_workers": 0}

@@ -1,0 +1,22 @@
+"""Keeps outputs out of the folders of score tables that they are made of. Imports nothing heavy."""
+
+from pathlib import Path
+
+from clipfilter_wds.storage.paths import AnyPath, folder_identity
+
+
+def check_apart(output: AnyPath, scores: str | Path) -> None:
+    """Refuse an output folder whose files would mix with the score tables of another.
+
+    Args:
+        output: The output folder.
+        scores: Folder of tables, or one that holds ``_scores``.
+
+    Raises:
+        ValueError: When one of both is, or lies within, the other.
+    """
+    folder = Path(scores).expanduser()
+    tables = folder / "_scores" if (folder / "_scores").is_dir() else folder
+    one, other = folder_identity(output), folder_identity(tables)
+    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
+        raise ValueError(f"output {str(output)!r} would mix with the tables in {str(tables)!r}; choose another folder")
