@@ -9,7 +9,7 @@ from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.scores.spread import Spread
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.errors import without_secrets
-from clipfilter_wds.storage.paths import RemotePath
+from clipfilter_wds.storage.paths import AnyPath, RemotePath
 
 #: Reading more tables again would take too long for a closing line.
 _MAX_TABLES = 1_000
@@ -49,10 +49,15 @@ def _after_score(config: ScoreConfig) -> Iterator[str]:
     if config.limit is not None:
         yield f"a trial on the first {config.limit:,} samples; next: the same without --limit, into another folder"
         return
-    yield (
-        f"next: clipfilter-wds rewrite {_shards(config)} --scores {_quoted(config.folder)} --keep_fraction 0.3 "
-        "--output DIR, or --threshold in its place"
-    )
+    yield rewrite_next(_shards(config), config.folder, "--keep_fraction 0.3", "or --threshold in its place")
+
+
+def rewrite_next(shards: str, scores: AnyPath, choice: str, remark: str = "") -> str:
+    """What to run to choose by these scores, which have to be on this machine for that."""
+    is_here = isinstance(scores, Path)
+    first = "" if is_here else "copy them to a local folder COPY, and "
+    command = f"clipfilter-wds rewrite {shards} --scores {_quoted(scores) if is_here else 'COPY'} {choice} --output DIR"
+    return f"next: {first}{command}{remark and f', {remark}'}"
 
 
 def _shards(config: ScoreConfig) -> str:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from clipfilter_wds.console import Shown, plain, print_summary, show_progress
 from clipfilter_wds.offline.bar import shown
+from clipfilter_wds.offline.next_steps import rewrite_next
 from clipfilter_wds.offline.progress import closing_rows
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
 from clipfilter_wds.offline.rescoring.method import Preparing
@@ -61,4 +62,4 @@ def _notes(config: RescoreConfig | DedupConfig, tally: Tally) -> Iterator[str]:
         yield "all of it was done by an earlier run; nothing was left to do"
     yield f"the score tables are in {plain(str(config.folder))}"
     choice = "--keep_fraction 1" if _drops(config) else "--keep_fraction 0.3"
-    yield f"next: clipfilter-wds rewrite SHARDS --scores {plain(str(config.folder))} {choice} --output DIR"
+    yield plain(rewrite_next("SHARDS", config.folder, choice))

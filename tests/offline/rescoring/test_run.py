@@ -4,10 +4,12 @@ import json
 import shutil
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
+from clipfilter_wds.offline.rescoring.progress import run_with_progress
 from clipfilter_wds.offline.rescoring.run import rescore_shards
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.rescore.row_sample import row_hashes
@@ -224,6 +226,17 @@ def test_the_place_of_the_folder_changes_nothing(scored, derived, tmp_path):
     shutil.copytree(scored / "_embeddings", tmp_path / "moved" / "_embeddings")
     rescore_shards(RescoreConfig(scores=tmp_path / "moved", output=tmp_path / "out", **NEG))
     assert files(tmp_path / "out") == files(derived)
+
+
+def test_another_storage_gets_the_same_bytes_and_the_last_line_says_to_copy_them(scored, derived, tmp_path, capsys):
+    run_with_progress(RescoreConfig(scores=scored, output="memory://neg", **NEG))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "copy them to a local folder COPY, and clipfilter-wds rewrite SHARDS --scores COPY --keep_fraction" in said
+    found = fsspec.filesystem("memory")
+    assert {name: found.cat(f"/neg/{name}") for name in files(derived)} == files(derived)
+    tally = rescore_shards(RescoreConfig(scores=scored, output="memory://neg", **NEG))
+    assert tally.resumed == tally.num_shards == 4
+    found.rm("/neg", recursive=True)
 
 
 def test_shards_that_could_not_be_scored_are_still_named(scored, tmp_path):
