@@ -32,6 +32,7 @@ from clipfilter_wds.models.checkpoint import (
     temperature_of,
 )
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
+from clipfilter_wds.models.hub import cached_copy
 from clipfilter_wds.models.naming import check_folder
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
@@ -64,6 +65,9 @@ _FAMILIES = {
     "chinese_clip": _Family(masks=True),
     "siglip": _Family(pads_to_max=True),
 }
+
+#: Files that the library prefers to others, which would do without them.
+_REPLACEABLE = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors")
 
 
 class HuggingFaceTowers(Towers):
@@ -99,6 +103,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
     Raises:
         ModelError: When there is none, it is no dual encoder, it lacks a part, or the hub can't be reached.
     """
+    source = cached_copy(source, _check_files, _REPLACEABLE)
     name, place = source.name, source.place
     if isinstance(place, Path):
         _check_folder(place)

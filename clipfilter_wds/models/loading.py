@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers.utils import logging
 
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
-from clipfilter_wds.models.hub import cached_where_offline
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
@@ -34,7 +33,7 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         place = Path(place).expanduser()
     try:
         with _without_bars():
-            return load(cached_where_offline(ModelSource(name=name, place=place, revision=revision)))
+            return load(ModelSource(name=name, place=place, revision=revision))
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # what a library makes of settings that can't be is anything

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from clipfilter_wds.models.checkpoint import (
     temperature_of,
 )
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
+from clipfilter_wds.models.hub import cached_copy
 from clipfilter_wds.models.naming import OPEN_CLIP, check_folder
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
@@ -57,12 +57,13 @@ def load_open_clip(source: ModelSource) -> DualEncoder:
         import open_clip
     except ImportError as error:
         raise ModelError(f"{name!r} needs open_clip: pip install 'clipfilter-wds[open_clip]'") from error
+    source = cached_copy(source, _check_files, [])
     folder = source.place if isinstance(source.place, Path) else _download(source, source.place)
     checkpoint = Checkpoint(source)
     if isinstance(source.place, Path) and not checkpoint.has(_CONFIG):
         check_folder(folder, OPEN_CLIP)
+    _check_files(checkpoint)
     config = checkpoint.read(_CONFIG)
-    _check_files(checkpoint, config)
     where = f"local-dir:{folder}"
     try:
         model, temperature = _load_towers(source, folder)
@@ -133,8 +134,8 @@ def _download(source: ModelSource, hub_id: str) -> Path:
         raise source.error(error, folder="open_clip:FOLDER") from error
 
 
-def _check_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    name = checkpoint.source.name
+def _check_files(checkpoint: Checkpoint) -> None:
+    name, config = checkpoint.source.name, checkpoint.read(_CONFIG)
     if not config:
         raise ModelError(f"{name!r} holds no {_CONFIG}, so it is no model of open_clip")
     # open_clip itself would take OpenAI's.

@@ -1,0 +1,52 @@
+"""Models of a hub: asked for what the cache lacks, and nothing else. The hub is a server of this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.dual_encoders import make_open_clip
+from tests.support.hub import COMMIT, HubServer
+
+LOAD = "import sys; from clipfilter_wds import ClipScorer; print(ClipScorer(sys.argv[1], device='cpu').model_name)"
+
+
+def load(model: str, hub: HubServer, cache: Path) -> list[str]:
+    """Load a model in a process of its own; what the hub was asked for."""
+    hub.requests.clear()
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", LOAD, model]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, model), done.stderr
+    return [*hub.requests]
+
+
+@pytest.fixture(scope="module")
+def open_clip_folder(tmp_path_factory):
+    return make_open_clip(tmp_path_factory.mktemp("models") / "open_clip")
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_a_model_that_is_whole_in_the_cache_is_loaded_without_asking(kind, clip_folder, request, tmp_path):
+    folder = clip_folder if kind == "clip" else request.getfixturevalue("open_clip_folder")
+    name = "org/tiny" if kind == "clip" else "open_clip:org/tiny"
+    with HubServer("org/tiny", folder).serving() as hub:
+        assert load(name, hub, tmp_path)
+        assert load(name, hub, tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_the_hub_is_asked_for_a_file_that_the_cache_lacks(clip_folder, tmp_path, file):
+    """Also where another file would do, such as the older preprocessor_config.json."""
+    folder, cache = shutil.copytree(clip_folder, tmp_path / "model"), tmp_path / "cache"
+    images = json.loads((folder / "processor_config.json").read_bytes())["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    with HubServer("org/tiny", folder).serving() as hub:
+        load("org/tiny", hub, cache)
+        (cache / "models--org--tiny" / "snapshots" / COMMIT / file).unlink()
+        assert f"HEAD /org/tiny/resolve/main/{file}" in load("org/tiny", hub, cache)
+        assert load("org/tiny", hub, cache) == []
