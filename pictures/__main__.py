@@ -1,7 +1,6 @@
 """Makes pictures of the documents anew, in ``docs/``: all, or those that are named."""
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -10,8 +9,9 @@ from PIL import Image
 
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.demo.run import run_demo
-from pictures.gallery import write_gallery
+from pictures.gallery import draw_filtering_pays, write_gallery
 from pictures.notebook import write_notebook
+from pictures.report import write_report_picture
 from pictures.terminal import record, write_animation
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,17 +31,33 @@ def make_terminal() -> None:
         write_animation(DOCS / "terminal.webp", record(command, typed="clipfilter-wds demo", cwd=Path(folder)))
 
 
+def make_report() -> None:
+    """The report of the demo in a browser; takes chromium and chromedriver."""
+    write_report_picture(DOCS / "report.png")
+
+
+def make_filtering_pays() -> None:
+    """What filtering brings, from the figures of a full run in pictures/figures/."""
+    draw_filtering_pays(DOCS / "filtering_pays.png")
+
+
 def make_gallery() -> None:
-    """The page of the examples with its pictures; the README shows one of them, too."""
+    """The page of the examples with its pictures; of those that take long, from the figures of a full run."""
     write_gallery(DOCS / "gallery.md")
-    shutil.copyfile(DOCS / "gallery" / "filtering_pays.png", DOCS / "filtering_pays.png")
 
 
-PICTURES = {"demo": make_demo, "terminal": make_terminal, "gallery": make_gallery, "notebook": write_notebook}
+PICTURES = {
+    "demo": make_demo,
+    "terminal": make_terminal,
+    "report": make_report,
+    "filtering_pays": make_filtering_pays,
+    "gallery": make_gallery,
+    "notebook": write_notebook,
+}
 
 
 def main() -> None:
-    about = "\n".join(f"  {name:10}{make.__doc__}" for name, make in PICTURES.items())
+    about = "\n".join(f"  {name:16}{make.__doc__}" for name, make in PICTURES.items())
     parser = argparse.ArgumentParser(
         prog="python -m pictures",
         description=__doc__,

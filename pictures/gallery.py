@@ -119,24 +119,43 @@ def _lightning(entry: Entry, folder: Path, picture: Path) -> str:
     return "\n".join(["Of lightning_logs/version_0/metrics.csv:", heading, *lines])
 
 
-def _filtering_pays(entry: Entry, folder: Path, picture: Path) -> str:
+def draw_filtering_pays(picture: Path, figures: Path = FIGURES / "filtering_pays.json") -> str:
+    """Draw what the example found; the table that it prints.
+
+    Args:
+        picture: A PNG.
+        figures: The figures.json that the example writes to its ``--output``.
+    """
+    sys.path.insert(0, str(EXAMPLES))
     import filtering_pays
     from retrieval import Recall
 
-    figures = json.loads((FIGURES / "filtering_pays.json").read_bytes())
+    found = json.loads(_read(figures, "filtering_pays.py"))
     outcomes = {}
-    for name, run in figures["runs"].items():
+    for name, run in found["runs"].items():
         recalls = [(recall.pop("step"), Recall(**recall)) for recall in run.pop("recalls")]
         outcomes[name] = filtering_pays.Outcome(**run, recalls=recalls)
     filtering_pays.plot(filtering_pays.import_pyplot(), picture, outcomes)
-    plan = filtering_pays.Plan(**{name: figures[name] for name in ("steps", "batch_size", "learning_rate", "seed")})
-    return _printed(filtering_pays.print_table, outcomes, plan, figures["galleries"] * figures["gallery_size"])
+    plan = filtering_pays.Plan(**{name: found[name] for name in ("steps", "batch_size", "learning_rate", "seed")})
+    return _printed(filtering_pays.print_table, outcomes, plan, found["galleries"] * found["gallery_size"])
+
+
+def _filtering_pays(entry: Entry, folder: Path, picture: Path) -> str:
+    return draw_filtering_pays(picture)
+
+
+def _read(figures: Path, script: str) -> bytes:
+    if not figures.is_file():
+        raise SystemExit(
+            f"{figures} is missing: `python train_examples/{script} --output OUT` makes OUT/figures.json; copy it there"
+        )
+    return figures.read_bytes()
 
 
 def _compare_scores(entry: Entry, folder: Path, picture: Path) -> str:
     import compare_scores
 
-    figures = json.loads((FIGURES / "compare_scores.json").read_bytes())
+    figures = json.loads(_read(FIGURES / "compare_scores.json", "compare_scores.py"))
     found = {name: [compare_scores.Found(**one) for one in runs] for name, runs in figures["runs"].items()}
     means = {
         name.replace("_", " "): [sum(getattr(one, of) for one in ones) / len(ones) for of in RECALLS]

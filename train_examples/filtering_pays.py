@@ -214,7 +214,7 @@ def plot(pyplot: Any, path: Path, outcomes: dict[str, Outcome]) -> None:
         panel.grid(color=LIGHT.line, linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"held-out recall@1 among {GALLERY_SIZE}")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=200)
     pyplot.close(figure)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -24,16 +23,13 @@ from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.table import ShardScores
+from pictures.chromium import CHROMEDRIVER, CHROMIUM, HOW_TO_GET_IT, chromium
 from tests.report.browser import DESKTOP, PHONE, Browser
 from tests.report.conftest import HOSTILE, THRESHOLD, Run
 from tests.support.pace import FOREVER
 from tests.support.score_tables import derive, written
 
-CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
-)
+pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=HOW_TO_GET_IT)
 
 PLACES = ("below", "above", "lowest", "highest", "unusable")
 
@@ -53,18 +49,10 @@ def browser(run) -> Iterator[Browser]:
     serve = functools.partial(Handler, directory=run.report.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
-        driver.set_script_timeout(FOREVER)
-        try:
+        with chromium() as driver:
+            driver.set_script_timeout(FOREVER)
             yield Browser(driver, f"http://127.0.0.1:{server.server_address[1]}/{run.report.name}", requests)
-        finally:
-            driver.quit()
-            server.shutdown()
+        server.shutdown()
 
 
 def check_numbers(browser: Browser, run: Run, threshold: float) -> None:

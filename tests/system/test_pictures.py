@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pictures.gallery import ENTRIES
+from pictures.chromium import CHROMEDRIVER, CHROMIUM, HOW_TO_GET_IT
+from pictures.gallery import ENTRIES, draw_filtering_pays
 from pictures.notebook import run_notebook
+from pictures.report import HEIGHT, SCALE, WIDTH, photograph
 from pictures.terminal import record, write_animation
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,27 @@ def test_recording_has_what_the_terminal_showed_from_first_to_last(tmp_path):
 def test_command_that_fails_is_not_recorded(tmp_path):
     with pytest.raises(RuntimeError, match="exit code 3"):
         record([sys.executable, "-c", "raise SystemExit(3)"], typed="go", columns=20, rows=5, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason=HOW_TO_GET_IT)
+def test_photograph_is_of_the_page_in_light_colours(tmp_path):
+    style = "<style>:root { color-scheme: light dark } body { background: light-dark(#0f0, #f00) }</style>"
+    (tmp_path / "page.html").write_text(f"<!doctype html>{style}")
+    picture = photograph(tmp_path / "page.html")
+    assert picture.size == (SCALE * WIDTH, SCALE * HEIGHT)
+    assert picture.getcolors() == [(picture.width * picture.height, (0, 255, 0))]
+
+
+def test_picture_is_drawn_from_the_figures_of_an_earlier_run(tmp_path):
+    recall = {"image_to_text": 0.5, "text_to_image": 0.25}
+    run = {"ahead_seconds": 1.0, "seconds": 2.0, "samples_read": 64, "true_share": 0.5}
+    run["recalls"] = [{"step": step, **recall} for step in (0, 8)]
+    plan = {"steps": 8, "batch_size": 8, "learning_rate": 0.001, "seed": 0, "galleries": 1, "gallery_size": 100}
+    (tmp_path / "figures.json").write_text(json.dumps({**plan, "runs": {"raw": run, "inline": run, "ahead": run}}))
+    assert "inline" in draw_filtering_pays(tmp_path / "picture.png", tmp_path / "figures.json")
+    assert Image.open(tmp_path / "picture.png").width > 1600
+    with pytest.raises(SystemExit, match=r"python train_examples/filtering_pays.py --output OUT` makes OUT/figures"):
+        draw_filtering_pays(tmp_path / "picture.png", tmp_path / "none.json")
 
 
 def test_gallery_shows_every_example_that_can_be_run():
