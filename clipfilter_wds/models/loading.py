@@ -10,6 +10,7 @@ from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSou
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
+from clipfilter_wds.options import did_you_mean
 
 #: Models that come with the package, and their folders.
 BUNDLED_MODELS = {"demo-tiny": Path(__file__).parents[1] / "demo" / "tiny_clip"}
@@ -29,6 +30,7 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         place = BUNDLED_MODELS[name]
     else:
         check_name(name)
+        _check_spelling(name)
     if _is_folder(place):
         place = Path(place).expanduser()
     try:
@@ -42,6 +44,12 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
             f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "
             f"({type(error).__name__})"
         ) from error
+
+
+def _check_spelling(name: str) -> None:
+    """Refuse what is no hub id, which is ``owner/name``, and nearly the name of a bundled model."""
+    if "/" not in name and not Path(name).is_dir() and (hint := did_you_mean(name, BUNDLED_MODELS, "{}")):
+        raise ModelError(f"there is no model {name!r}{hint}")
 
 
 @contextmanager

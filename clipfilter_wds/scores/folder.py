@@ -56,9 +56,7 @@ class ScoreFolder:
             self.paths.append(path)
             self._add(name, metadata.shard)
         if fingerprint is None:
-            raise ValueError(
-                f"there is no score table in {str(folder)!r}; write some: `clipfilter-wds score SHARDS --output DIR`"
-            )
+            raise ValueError(_why_empty(Path(folder).expanduser()))
         #: What all the scores depend on beside the shards.
         self.fingerprint: Fingerprint = fingerprint
         #: What they are.
@@ -132,6 +130,13 @@ def schema_of_scores(folder: str | Path) -> pa.Schema | None:
     """The columns of the tables in a folder, by any of them; None where there is none yet."""
     path = next(_table_folder(folder).rglob("*.parquet"), None)
     return None if path is None else pq.read_schema(path)
+
+
+def _why_empty(folder: Path) -> str:
+    if folder.is_file():
+        return f"{str(folder)!r} is a file; name the folder of score tables that it lies in"
+    found = f"there is no score table in {str(folder)!r}" if folder.is_dir() else f"there is no folder {str(folder)!r}"
+    return f"{found}; `clipfilter-wds score SHARDS --output DIR` writes score tables to DIR"
 
 
 def _table_folder(folder: str | Path) -> Path:

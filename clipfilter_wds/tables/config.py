@@ -84,4 +84,5 @@ def _check_local(**paths: str | Path) -> None:
 def _check_types(source: Path, target: Path) -> None:
     for name, path in (("input", source), ("output", target)):
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{name} {str(path)!r} is no {', '.join(SUFFIXES)} file")
+            hint = "; shards are for the commands rewrite and score" if ".tar" in path.suffixes else ""
+            raise ValueError(f"{name} {str(path)!r} is no {', '.join(SUFFIXES)} file{hint}")

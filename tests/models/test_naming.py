@@ -23,6 +23,10 @@ def refusal(model: str | Path) -> str:
     return str(raised.value)
 
 
+def test_a_bundled_model_that_is_misspelt():
+    assert refusal("demotiny") == "there is no model 'demotiny'; did you mean demo-tiny?"
+
+
 @pytest.mark.parametrize("name", ["hf-hub:org/clip", "open_clip:hf-hub:org/clip"])
 def test_hub_ids_as_open_clip_writes_them(name):
     assert "write 'open_clip:org/clip'" in refusal(name)

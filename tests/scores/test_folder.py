@@ -64,6 +64,11 @@ def test_a_folder_that_is_not_on_this_machine_is_refused_with_the_cure(find):
 def test_a_folder_without_tables_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no score table in .*clipfilter-wds score"):
         ScoreFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder '.*/none'"):
+        ScoreFolder(tmp_path / "none")
+    write_tables(tmp_path, ["/data/0.tar"])
+    with pytest.raises(ValueError, match=r"0.parquet' is a file; name the folder of score tables"):
+        ScoreFolder(tmp_path / "0.parquet")
 
 
 def test_a_shard_without_a_table_is_named_with_the_cure(tmp_path):

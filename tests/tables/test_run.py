@@ -112,6 +112,7 @@ class TestUnusableArguments:
         [
             ("pairs.jsonl", "out.xlsx", (), "output 'out.xlsx' is no .jsonl, .csv, .tsv, .parquet, .json file"),
             ("pairs.xlsx", "out.xlsx", (), "is no .jsonl, .csv, .tsv, .parquet, .json file"),
+            ("0.tar.gz", "out.csv", (), "file; shards are for the commands rewrite and score"),
             ("pairs.jsonl", "out.jsonl", ("--keep_fraction", "0.5"), "give one"),
             ("none.jsonl", "out.jsonl", (), "is no file"),
             ("pairs.jsonl", "out.jsonl", ("--score_key", "n"), "but there is such a column"),

@@ -91,7 +91,8 @@ def _write_datacomp(config: ExportConfig, part: _Part) -> None:
     uids, model = part.uids, config.datacomp_model
     if not all(uids):
         key = part.table["key"][uids.index("")].as_py()
-        raise ValueError(f"sample {key!r} has no uid, which DataComp's metadata is told apart by")
+        found = f"sample {key!r} has no uid in its json member"
+        raise ValueError(f"{found}, by which DataComp tells samples apart; clip_retrieval needs none")
     score_name = f"clip_{model}_similarity_score"
     if score_name in part.table.column_names:
         raise ValueError(

@@ -163,7 +163,7 @@ def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
     write_shard(tmp_path / "0.tar", [pair(0)])
     for embeddings, layout, message in (
         (None, "datacomp", "made without embeddings, or derived from others; `clipfilter-wds score --embeddings"),
-        ("fp16", "datacomp", "sample '000000000' has no uid"),
+        ("fp16", "datacomp", "sample '000000000' has no uid in its json member"),
     ):
         plain = {"shards": tmp_path / "0.tar", "output": tmp_path / str(embeddings), "num_workers": 0}
         process_shards(ScoreConfig(embeddings=embeddings, **plain), scorer)
