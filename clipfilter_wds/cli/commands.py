@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import get_type_hints
 
-from clipfilter_wds.cli.config import ShowConfig
+from clipfilter_wds.cli.config import LogConfig, ShowConfig
 from clipfilter_wds.cli.options import plain_text
 from clipfilter_wds.cli.parser import CommandParser
 from clipfilter_wds.console import printable
@@ -33,20 +33,25 @@ def demo(config: DemoConfig, show: ShowConfig) -> int:
 
 
 def rewrite(
-    config: RewriteConfig, scorer: ScorerConfig, engine: EngineConfig, page: RunReportConfig, show: ShowConfig
+    config: RewriteConfig,
+    scorer: ScorerConfig,
+    engine: EngineConfig,
+    page: RunReportConfig,
+    log: LogConfig,
+    show: ShowConfig,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
     if page.report is not None and not config.dry_run:
         check_page(page.report, of=config.scores or config.output)
-    code = _process(config, scorer, engine, show)
+    code = _process(config, scorer, engine, log, show)
     if page.report is not None and not config.dry_run:
         _report_on(config, page.report, show)
     return code
 
 
-def score(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, show: ShowConfig) -> int:
+def score(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, log: LogConfig, show: ShowConfig) -> int:
     """Write a table of scores for every shard, and no samples."""
-    return _process(config, scorer, engine, show)
+    return _process(config, scorer, engine, log, show)
 
 
 def rescore(config: RescoreConfig, show: ShowConfig) -> int:
@@ -90,7 +95,7 @@ def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
     return ALL_DONE
 
 
-def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, show: ShowConfig) -> int:
+def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, log: LogConfig, show: ShowConfig) -> int:
     """Score, and maybe rewrite, the shards."""
     if config.dry_run:
         from clipfilter_wds.offline.dry_run import describe_run
@@ -98,25 +103,12 @@ def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, sh
         for line in describe_run(config):
             print(printable(without_secrets(line)))
         return ALL_DONE
-    from clipfilter_wds.models.scorer import ClipScorer
-    from clipfilter_wds.offline.engines.ray import RayEngine
-    from clipfilter_wds.offline.progress import run_with_progress
-    from clipfilter_wds.world import World
+    from clipfilter_wds.cli.processing import process
 
-    world, load = World.from_env(), partial(ClipScorer, **asdict(scorer))
-    if engine.engine == "ray":
-        _refuse_ranks()
-        use_gpus = scorer.device != "cpu"
-        with RayEngine(
-            load, address=engine.ray_address, cpus_per_task=engine.cpus_per_task, use_gpus=use_gpus
-        ) as actors:
-            failed = run_with_progress(config, load, engine=actors, quiet=show.quiet).failed
-    else:
-        world.claim_gpu()
-        timeout = engine.rank_timeout
-        failed = run_with_progress(config, load, world=world, rank_timeout=timeout, quiet=show.quiet).failed
-    # Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
-    return SOME_FAILED if failed and world.rank == 0 else ALL_DONE
+    if engine.engine == "ray" or engine.devices is not None:
+        _refuse_ranks("" if engine.devices is None else ", or leave out devices: every rank has one")
+    any_failed = process(config, scorer, engine, log_to=log.log_to, quiet=show.quiet)
+    return SOME_FAILED if any_failed else ALL_DONE
 
 
 def _rescore(config: RescoreConfig | DedupConfig, show: ShowConfig) -> int:
@@ -145,12 +137,13 @@ def _report_on(config: RewriteConfig, page: str | Path, show: ShowConfig) -> Non
         _say(f"the report is {page}", show)
 
 
-def _refuse_ranks() -> None:
+def _refuse_ranks(hint: str = "") -> None:
     from clipfilter_wds.world import World
 
     world = World.from_env()
     if world.world_size > 1:
-        raise ValueError(f"this is rank {world.rank} of {world.world_size}; start the command once, as one process")
+        here = f"this is rank {world.rank} of {world.world_size}"
+        raise ValueError(f"{here}; start the command once, as one process{hint}")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Option:
         if float in self._types and str in self._types:
             return "numbers, separated by commas"
         known = [_EXPECTED[kind] for kind in _EXPECTED if kind in self._types]
-        return known[0] if known else f"one of {', '.join(get_args(self._types[0]))}"
+        choices = ", ".join(get_args(self._types[0]))
+        return " or ".join(filter(None, [choices, known[0]])) if known else f"one of {choices}"
 
     @property
     def label(self) -> str:
@@ -79,8 +80,14 @@ class Option:
     def usage(self) -> str:
         """How it is typed."""
         if not self.is_positional:
-            return f"--{self.name} {self.metavar}"
+            return f"--{self.name} {self.metavar or '|'.join(get_args(self._types[0]))}"
         return f"{self.label} ..." if self.is_list else self.label
+
+    @property
+    def wanted(self) -> str:
+        """What an error says to type where it is missing."""
+        is_unknown_choice = get_args(self._types[0]) and self.metavar == self.name.upper()
+        return f"{self.usage}, {self.expected}" if is_unknown_choice else self.usage
 
     @property
     def metavar(self) -> str | None:
@@ -151,6 +158,12 @@ def plain_text(docstring: str) -> str:
     """A docstring's text without its markup."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", docstring).replace("``", "")
     return " ".join(text.split())
+
+
+def where_is(page: str) -> str:
+    """Where a page of the documentation lies: in the copy of the repository that was installed from, if it is there."""
+    path = Path(__file__).parents[2] / page
+    return str(path) if path.exists() else f"{page} in the repository of the package"
 
 
 class HelpFormatter(RawDescriptionHelpFormatter):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from clipfilter_wds.cli.options import LETTERS, HelpFormatter, Option, options_of, plain_text
+from clipfilter_wds.cli.options import LETTERS, HelpFormatter, Option, options_of, plain_text, where_is
 from clipfilter_wds.options import did_you_mean
 
 
@@ -62,7 +62,7 @@ class CommandParser:
             prog=prog,
             usage=" ".join(["%(prog)s", *required, "[options]"]),
             description=description,
-            epilog="\n  ".join(["examples:", *examples]) + f"\n\ndocumentation: {page}",
+            epilog="\n  ".join(["examples:", *examples]) + f"\n\ndocumentation: {where_is(page)}",
             formatter_class=HelpFormatter,
             exit_on_error=False,
             add_help=False,
@@ -97,7 +97,7 @@ class CommandParser:
         values = {name: value for name, value in values.items() if value is not None}  # null means the default
         for option in self._options.values():
             if option.is_required and option.name not in values:
-                raise ValueError(f"{option.label} is missing; give {option.usage}")
+                raise ValueError(f"{option.label} is missing; give {option.wanted}")
         # The last ones first: the first creates the output folder, and should not when another one's values are wrong.
         made = [
             config(**{option.name: values[option.name] for option in options if option.name in values})

@@ -14,6 +14,7 @@ from clipfilter_wds.cli.commands import (
     UNUSABLE,
     Command,
 )
+from clipfilter_wds.cli.options import where_is
 from clipfilter_wds.cli.termination import TerminatedError, ending_on_sigterm
 from clipfilter_wds.console import printable
 from clipfilter_wds.options import did_you_mean
@@ -38,7 +39,7 @@ def _overview(args: Sequence[str]) -> int:
             f"usage: {PROGRAM} COMMAND [options]\n\nFilter image-caption shards by CLIP similarity.\n\n"
             f"commands:\n{commands}\n\n"
             f"{PROGRAM} rewrite --help explains the options of rewrite; {PROGRAM} --version prints the version.\n"
-            "documentation: docs/, and README.md beside it"
+            f"documentation: {where_is('README.md')}"
         )
         return ALL_DONE
     if args and args[0] == "--version":

@@ -1,17 +1,21 @@
 """Runs a command over shards, and shows how far it is and what came of it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 from rich.console import Console
 
 from clipfilter_wds.console import Row, count_rows, plain, print_summary
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.advice import advice
+from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine
 from clipfilter_wds.offline.next_steps import next_steps
 from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.offline.run_logger import RunLogger
 from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World
 
@@ -26,34 +30,51 @@ def run_with_progress(
     engine: Engine | None = None,
     world: World | None = None,
     rank_timeout: float = DEFAULT_RANK_TIMEOUT,
+    board: Board | None = None,
+    start_log: Callable[[], RunLogger] | None = None,
     quiet: bool = False,
 ) -> Tally:
     """Load the model if one is needed, process the shards, and show how far the run is and what came of it.
 
     An engine loads the model itself. Of several ranks, only rank zero shows anything. With ``quiet``, it shows
-    failed shards alone, on stderr.
+    failed shards alone, on stderr. While the run works, a ``board`` shows, and has logged, what all ranks have done.
     """
-    is_first = world is None or world.rank == 0
+    world = world or World()
+    is_first = world.rank == 0
+    log = start_log() if start_log is not None and is_first else None
     console = Console(stderr=True, quiet=quiet or not is_first)
     scorer: ClipScorer | Engine | None = engine
     if engine is None and not (isinstance(config, RewriteConfig) and config.scores):
         with console.status("loading the model"):
             scorer = load_scorer()
-    shows = is_first and not quiet
-    tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, progress=shows)
-    if is_first and quiet:
+    with log or nullcontext(), show_run(is_first and not quiet, log.on_progress if log else _ignore) as on_progress:
+        if board is not None:
+            on_progress = board.joined(world.rank, on_progress)
+        tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_progress)
+        if log is not None:
+            log.log(tally)
+    if is_first:
+        _show_outcome(config, tally, quiet=quiet)
+    return tally
+
+
+def _ignore(tally: Tally) -> None:
+    pass
+
+
+def _show_outcome(config: ScoreConfig, tally: Tally, *, quiet: bool) -> None:
+    if quiet:
         for line in _failures(tally):
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-    elif is_first:
-        kept_as = "kept" if isinstance(config, RewriteConfig) else "scored"
-        print_summary(
-            Console(),
-            closing_rows(tally, kept_as),
-            seconds=tally.seconds,
-            samples_per_second=tally.samples_per_second,
-            notes=[*_notes(tally), *map(plain, advice(tally, config)), *map(plain, next_steps(config, tally))],
-        )
-    return tally
+        return
+    kept_as = "kept" if isinstance(config, RewriteConfig) else "scored"
+    print_summary(
+        Console(),
+        closing_rows(tally, kept_as),
+        seconds=tally.seconds,
+        samples_per_second=tally.samples_per_second,
+        notes=[*_notes(tally), *map(plain, advice(tally, config)), *map(plain, next_steps(config, tally))],
+    )
 
 
 def closing_rows(tally: Tally, kept_as: str) -> list[Row]:

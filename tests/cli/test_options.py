@@ -1,9 +1,10 @@
 import re
+from pathlib import Path
 
 import pytest
 
 from clipfilter_wds.cli.commands import COMMANDS
-from clipfilter_wds.cli.config import ShowConfig
+from clipfilter_wds.cli.config import LogConfig, ShowConfig
 from clipfilter_wds.cli.options import options_of
 from clipfilter_wds.cli.program import main
 from clipfilter_wds.demo.config import DemoConfig
@@ -16,6 +17,7 @@ from clipfilter_wds.tables.config import TableConfig
 CONFIGS = [
     DemoConfig,
     EngineConfig,
+    LogConfig,
     ReportConfig,
     RewriteConfig,
     RunReportConfig,
@@ -73,7 +75,8 @@ def test_help_shows_types_and_defaults_as_a_person_reads_them(show):
     assert re.search(r"\(default:\s+openai/clip-vit-base-patch32\)", text)
     assert re.search(r"--worker_timeout NUMBER\s[^-]*\(default: 120\)", text)
     assert "(default: 0.25)" in show("table")
-    assert text.endswith("documentation: docs/selection.md\n")
+    page = text.rpartition("\ndocumentation: ")[2].strip()
+    assert Path(page) == Path(__file__).parents[2] / "docs" / "selection.md"
     assert not re.search(r"null|None|type:|Union|``|:class:|--\w+\+", text)
 
 
@@ -84,6 +87,7 @@ def test_help_is_in_groups(show):
         "The model, and how ClipScorer runs it",
         "Where shards are processed",
         "Report about the run",
+        "Log of the run",
         "What is shown",
         "Other options",
         "examples",

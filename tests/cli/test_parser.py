@@ -11,7 +11,7 @@ import yaml
 
 from clipfilter_wds.cli import program
 from clipfilter_wds.cli.commands import COMMANDS
-from clipfilter_wds.cli.config import ShowConfig
+from clipfilter_wds.cli.config import LogConfig, ShowConfig
 from clipfilter_wds.cli.program import main
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import RewriteConfig
@@ -77,9 +77,11 @@ def test_each_config_gets_its_own_options(configs):
         ScorerConfig(precision="fp32"),
         EngineConfig(engine="ray", cpus_per_task=2),
         RunReportConfig(report="r.html"),
+        LogConfig(),
         ShowConfig(),
     ]
-    assert configs("score", "data/0.tar", "--output", "o")[1:] == [ScorerConfig(), EngineConfig(), ShowConfig()]
+    others = [ScorerConfig(), EngineConfig(), LogConfig(), ShowConfig()]
+    assert configs("score", "data/0.tar", "--output", "o")[1:] == others
     assert configs("demo")[0].output == "clipfilter_demo"
 
 
@@ -110,10 +112,8 @@ def test_the_commands_on_a_page_can_be_typed(page, configs, capsys):
             with pytest.raises(SystemExit) as raised:
                 main(shlex.split(command, comments=True))
             # The shards, tables and lists of the page are not there.
-            missing = (
-                r"clipfilter-wds: (no shard matches|input .* is no file|there is no score table|can't read subset) "
-            )
-            assert raised.value.code == 0 or re.match(missing, capsys.readouterr().err), command
+            missing = r"no shard matches|input .* is no file|there is no (score table|folder)|can't read subset"
+            assert raised.value.code == 0 or re.match(f"clipfilter-wds: ({missing}) ", capsys.readouterr().err), command
 
 
 class TestCommandLineWins:
@@ -256,6 +256,11 @@ class TestPositional:
         assert configs("table", "--output", "o.csv", "in.csv")[0].input == "in.csv"
         assert fails("report", "s", "t", "--output", "r.html") == "SCORES is 's' and 't'; give one of them"
         assert fails("report", "--output", "r.html") == "SCORES is missing; give SCORES"
+
+    def test_choices_of_an_option_that_is_missing_are_named(self, fails):
+        says = "--format is missing; give --format clip_retrieval|datacomp"
+        assert fails("export", "s", "--output", "o") == says
+        assert "give --method METHOD, one of neg_clip_loss, " in fails("rescore", "s", "--output", "o")
 
     def test_a_command_without_one(self, fails):
         assert fails("demo", "x") == "'x' belongs to no option"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def has_workers(process: subprocess.Popen, num_workers: int = 2) -> bool:
     return False
 
 
+def devices_are_busy(process: subprocess.Popen) -> bool:
+    """Whether the processes of two devices have a worker each in the midst of decoding."""
+    with suppress(psutil.NoSuchProcess):
+        devices = [one for one in psutil.Process(process.pid).children() if one.children()]
+        return len(devices) == 2 and all(any(w.cpu_times().user > 0.5 for w in one.children()) for one in devices)
+    return False
+
+
 def check(stopped: Stopped, exit_code: int = 130) -> None:
     print(f"stopped within {stopped.seconds:.2f} s")
     assert stopped.exit_code == exit_code
@@ -131,6 +140,25 @@ def test_workers_that_decode_are_not_waited_for(shards, clip_folder, tmp_path, n
 def test_sigterm_stops_like_ctrl_c_with_an_exit_code_of_its_own(shards, clip_folder, tmp_path, send):
     command = [*COMMAND, "score", shards / "large.tar", "--output", tmp_path / "out", "--model", clip_folder]
     check(stop([*command, "--num_workers", 2], has_workers, send), exit_code=143)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("send", "exit_code"),
+    [
+        (lambda pid: os.killpg(pid, signal.SIGINT), 130),
+        (lambda pid: os.kill(pid, signal.SIGINT), 130),
+        (lambda pid: os.kill(pid, signal.SIGTERM), 143),
+        (lambda pid: os.killpg(pid, signal.SIGTERM), 143),
+    ],
+    ids=["Ctrl-C", "SIGINT to the command", "SIGTERM to the command", "SIGTERM to all its processes"],
+)
+def test_the_processes_of_several_devices_end_together(shards, clip_folder, tmp_path, send, exit_code):
+    for name in ("1.tar", "2.tar"):
+        shutil.copyfile(shards / "large.tar", tmp_path / name)  # a link would be the same shard
+    options = ("--output", tmp_path / "out", "--model", clip_folder, "--num_workers", 1, "--devices", 2)
+    command = [*COMMAND, "score", tmp_path / "*.tar", *options, "--device", "cpu"]
+    check(stop(command, devices_are_busy, send), exit_code)
 
 
 @pytest.mark.slow
