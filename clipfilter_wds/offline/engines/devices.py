@@ -144,7 +144,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _pass(number: int, frame: object) -> None:
-    """Ignore a signal. (With SIG_IGN, Python would print a traceback of one that came at the same time.)"""
+    """Ignore a signal; with SIG_IGN, Python would print a traceback of one that comes at the same time."""
 
 
 def _outcome_file(folder: Path, rank: int) -> Path:

@@ -20,7 +20,7 @@ from tests.support.outputs import bits, check_accounting
 from tests.support.pace import FOREVER
 from tests.support.toys import pair, write_shard
 
-OPTIONS = ("--threshold", "0.12", "--batch_size", "8", "--num_workers", "1", "--embeddings", "fp16", "--device", "cpu")
+OPTIONS = ("--batch_size", "8", "--num_workers", "1", "--embeddings", "fp16", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def words(*arguments: object) -> list[str]:
 
 
 def rewrite(shards: Path, output: Path, clip_folder: Path, *more: object) -> subprocess.CompletedProcess:
-    command = words("rewrite", shards, "--output", output, "--model", clip_folder, *OPTIONS, *more)
+    command = words("rewrite", shards, "--output", output, "--model", clip_folder, *OPTIONS, "--threshold", 0.12, *more)
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_two_processes_write_what_one_does_and_one_of_them_sums_up(shards, clip_folder, tmp_path):
-    one, two = (rewrite(shards, tmp_path / name, clip_folder, "--devices", name[0]) for name in ("1", "2"))
+    one, two = (rewrite(shards, tmp_path / num, clip_folder, "--devices", num) for num in ("1", "2"))
     assert (one.returncode, two.returncode) == (1, 1), two.stderr  # a shard is none
     assert bits(tmp_path / "2") == bits(tmp_path / "1")
     summary = check_accounting(tmp_path / "2")
@@ -76,7 +76,7 @@ class TestDeaths:
             with_group = [one.pid for one in psutil.process_iter() if session(one.pid) == process.pid]
             for pid in with_group:
                 os.kill(pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
 
     def wait_for_ranks(self, process) -> list[psutil.Process]:
         while True:
