@@ -65,7 +65,7 @@ class TestDeaths:
     def run(self, clip_folder, tmp_path):
         """A run on two devices that are both scoring: its process, and those of the devices."""
         for shard in range(2):
-            write_shard(tmp_path / "in" / f"{shard}.tar", [pair(1, size=(2000, 2000))] * 2000)
+            write_shard(tmp_path / "in" / f"{shard}.tar", [pair(1, size=(4000, 4000))] * 130)
         options = ("--output", tmp_path / "out", "--model", clip_folder, *OPTIONS, "--devices", 2)
         process = subprocess.Popen(
             words("score", tmp_path / "in", *options), stderr=subprocess.PIPE, text=True, start_new_session=True
