@@ -21,7 +21,7 @@ from clipfilter_wds.workers.crashes import WorkerError
 from clipfilter_wds.world import World
 
 #: Seconds that processes have to end by themselves after SIGTERM.
-_GRACE_SECONDS = 4.0
+_GRACE_SECONDS = 1.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOPPED = 128 + signal.SIGTERM
 
