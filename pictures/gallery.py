@@ -96,7 +96,7 @@ HEAD = """# Examples
 
 Each script of `train_examples/`, with what it prints and what comes of it. They draw their own scenes and need no
 download. `python -m pictures gallery` runs them and makes this page; of the last three, which take long, it shows what
-a full run left.
+a full run left, on a machine that was busy with other work.
 """
 
 
