@@ -37,19 +37,22 @@ def kernels(bench: Bench, size: str) -> dict[str, Any]:
         started = time.perf_counter()
         score()
         seconds = time.perf_counter() - started
-    names, launches = Counter(), 0
+    names, launches = Counter(), Counter()
     for event in found.events():
         if is_on_gpu and str(event.device_type).endswith("CUDA"):
-            names[event.name] += event.time_range.elapsed_us()
+            micros = event.time_range.elapsed_us()
         elif not is_on_gpu and event.name.startswith("aten::"):
-            names[event.name] += event.self_cpu_time_total
-        launches += 1
+            micros = event.self_cpu_time_total
+        else:
+            continue
+        names[event.name] += micros
+        launches[event.name] += 1
     kinds, count = Counter(), batch * _NUM_BATCHES
     for name, micros in names.items():
         kinds[_kind(name)] += micros
     return {
         "batch": batch,
-        "kernels_per_batch": round(launches / _NUM_BATCHES),
+        "kernels_per_batch": round(launches.total() / _NUM_BATCHES),
         "busy_share": round(names.total() / 1e6 / seconds, 3),
         **{f"{kind}, us per sample": round(micros / count, 2) for kind, micros in kinds.most_common()},
         "rows": [

@@ -9,8 +9,8 @@ import psutil
 import torch
 
 _SECONDS = 0.1
-#: To add up what processes hold takes a while, so it is done now and then.
-_MEMORY_EVERY = 15
+#: To add up what processes hold takes a while, in which they can get no more: after how many looks, and how often.
+_MEMORY_AFTER, _MEMORY_EVERY = 5, 40
 
 
 class Watch:
@@ -41,7 +41,7 @@ class Watch:
             if self._device.type == "cuda":
                 with suppress(Exception):  # where the driver does not tell, there is a figure less
                     self._loads.append(torch.cuda.utilization(self._device))
-            if turn % _MEMORY_EVERY == 0:
+            if turn % _MEMORY_EVERY == _MEMORY_AFTER:
                 self._host_bytes = max(self._host_bytes, _unshared_bytes())
             turn += 1
 

@@ -57,30 +57,25 @@ def loader_of(scorer, shards, threshold, **options):
 
 
 def train_on(batch, device) -> float:
-    """Something for the device to do, on the stream that training uses, and a check of what has come."""
+    """Keep the device busy on the stream that training uses; the mean of the images as they have come there."""
     images = batch["image"].to(device, non_blocking=True).float()
-    side = 512 if device.type == "cuda" else 32
-    numbers = torch.ones(side, side, device=device) / side
+    side = 1024 if device.type == "cuda" else 32
+    numbers = torch.randn(side, side, device=device)
     for _ in range(50):
-        numbers = numbers @ numbers
-    return float(images.mean() + numbers.mean())
+        numbers = (numbers @ numbers).tanh()
+    return float(images.mean() + 0 * numbers.mean())
 
 
 def test_what_is_kept_is_what_float32_keeps_though_training_uses_the_device(fast, shards, threshold, all_scores):
     found, means = {}, []
     for batch in loader_of(fast, shards, threshold):
-        means.append((train_on(batch, fast.device), float(batch["image"].float().mean()) + 1 / len(_side(fast))))
-        assert batch["image"].is_pinned() == (fast.device.type == "cuda")
+        means.append((train_on(batch, fast.device), float(batch["image"].float().mean())))
+        assert batch["image"].is_pinned() == torch.cuda.is_available()
         found |= dict(zip(batch["__key__"], batch["score"].tolist(), strict=True))
     assert found.keys() == {key for key, score in all_scores.items() if score >= threshold}
     assert found == pytest.approx({key: all_scores[key] for key in found}, abs=0.02)
     for there, here in means:
         assert there == pytest.approx(here, rel=1e-3)
-
-
-def _side(scorer) -> range:
-    """As many numbers as a row has whose mean training computes."""
-    return range(512 if scorer.device.type == "cuda" else 32)
 
 
 def test_a_loader_resumes_after_any_batch(fast, shards, threshold):
