@@ -103,7 +103,7 @@ def scores_of(recheck, inputs, score=None) -> np.ndarray:
 
     batches = map(put, zip(*(part.split(BATCH) for part in inputs), strict=True))
     if score is not None:
-        return np.concatenate([scores for _, scores in score(recheck, batches, tuple, hold)])
+        return np.concatenate([scores for _, scores, _ in score(recheck, batches, tuple, hold)])
     return np.concatenate([scores.scores for _, scores in recheck.map(batches, tuple, hold)])
 
 
