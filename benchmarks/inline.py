@@ -35,14 +35,14 @@ def inline(options: Options, report: Report) -> None:
     needed = options.batch_size * (_STEPS + _FIRST_STEPS + 1)
     if len(data.rows) < needed:
         raise SystemExit(f"num_samples is {options.num_samples}; {needed} are needed at this batch size")
-    forward = _seconds_per_batch(scorer, options)
+    forward = seconds_per_batch(scorer, options)
     rows, times = [], {}
     for cost in _COSTS:
-        train_step = _TrainStep(cost * forward, options.batch_size, device)
+        train_step = TrainStep(cost * forward, options.batch_size, device)
         plain, filtered = [], []
         for number in range(options.turns()):
-            plain.append(_step_time(_plain_loader(data, options), train_step))
-            filtered.append(_step_time(_filtering_loader(data, options, scorer), train_step))
+            plain.append(step_time(_plain_loader(data, options), train_step))
+            filtered.append(step_time(_filtering_loader(data, options, scorer), train_step))
             report.tell(f"round {number + 1}/{options.turns()}  {cost}x: {plain[-1]:.3f} s, with {filtered[-1]:.3f} s")
         overhead = Spread.of([100 * (after / before - 1) for before, after in zip(plain, filtered, strict=True)])
         rows.append({"cost": f"{cost}x", "plain": median(plain), "filtered": median(filtered), "overhead": overhead})
@@ -55,7 +55,7 @@ def inline(options: Options, report: Report) -> None:
     report.add("inline", rows=rows, seconds_per_step=times, clip_forward=forward)
 
 
-class _TrainStep:
+class TrainStep:
     """Forward, backward and update of transformer-like layers, as many as take a given time.
 
     In bf16, but in float32 on a processor that is slower in bf16.
@@ -80,8 +80,8 @@ class _TrainStep:
             self._optimizer.zero_grad()
         if images is not None:
             images.to(self._device).float().mean()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":  # not for the scorer, which has a stream of its own
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -90,21 +90,29 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _seconds_per_batch(scorer: ClipScorer, options: Options) -> float:
+def seconds_per_batch(scorer: ClipScorer, options: Options) -> float:
     pairs = [scorer.preprocess.open_pair(path.read_bytes(), text) for path, text in options.data().rows]
     pixels, tokens = scorer.preprocess.collate(pairs[: options.batch_size])
     return median(_timed(lambda: scorer(pixels, tokens.input_ids).cpu()) for _ in range(5))
 
 
-def _step_time(batches: Iterable[Tensor], train_step: Callable[[Tensor], None]) -> float:
+def step_time(
+    batches: Iterable[Tensor],
+    train_step: Callable[[Tensor], None],
+    steps: int = _STEPS,
+    first_steps: int = _FIRST_STEPS,
+) -> float:
     """Seconds per step, waiting for the batch included."""
     stream: Iterator[Tensor] = iter(batches)
-    for images in islice(stream, _FIRST_STEPS):
+    for images in islice(stream, first_steps):
         train_step(images)
-    started = time.perf_counter()
-    for images in islice(stream, _STEPS):
+    started, taken = time.perf_counter(), 0
+    for images in islice(stream, steps):
         train_step(images)
-    return (time.perf_counter() - started) / _STEPS
+        taken += 1
+    if taken < steps:
+        raise ValueError(f"there were batches for {taken} steps only, and {steps} are to be timed")
+    return (time.perf_counter() - started) / steps
 
 
 def _plain_loader(data: Data, options: Options) -> Iterator[Tensor]:

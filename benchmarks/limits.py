@@ -126,13 +126,26 @@ def _copy(data: Data) -> Outcome:
 
 
 def flops_per_sample(model: CLIPModel, image_size: tuple[int, int], ids: Tensor) -> float:
-    """Floating-point operations of the forward pass for one image and one caption, counted."""
+    """Floating-point operations of the forward pass for one image and one caption, counted, padding included."""
+    return image_flops(model, image_size) + text_flops(model, ids) / len(ids)
+
+
+def image_flops(model: CLIPModel, image_size: tuple[int, int]) -> int:
+    """Those for one image."""
     pixels = torch.zeros(1, 3, *image_size, device=model.device, dtype=model.dtype)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.get_image_features(pixels)
-        images = counter.get_total_flops()
-        model.get_text_features(ids)
-    return images + (counter.get_total_flops() - images) / len(ids)
+    return _flops(lambda: model.get_image_features(pixels))
+
+
+def text_flops(model: CLIPModel, ids: Tensor) -> int:
+    """Those for these captions."""
+    return _flops(lambda: model.get_text_features(ids))
+
+
+@torch.inference_mode()
+def _flops(forward: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -160,9 +162,11 @@ def _byte_tokenizer() -> CLIPTokenizer:
 
 
 def _draw(folder: Path, image_size: int) -> None:
-    rng = np.random.default_rng(0)
-    for number in range(_NUM_IMAGES):
-        _picture(rng, image_size).save(folder / f"{number:02d}.jpg", quality=90)
+    def draw(number: int) -> None:
+        _picture(np.random.default_rng(number), image_size).save(folder / f"{number:02d}.jpg", quality=90)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(draw, range(_NUM_IMAGES)))
 
 
 def _write_data(folder: Path, num_samples: int, images: Path) -> None:

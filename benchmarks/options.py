@@ -25,7 +25,8 @@ class Options:
         num_workers: Processes that decode, for everyone; None is what the commands choose.
         device: auto, cpu, cuda or cuda:1.
         compile: Measure the scorer, and the limit, with torch.compile as well; compiling takes a minute or so.
-        quick: Measure ``host`` on so few samples that nothing follows from it but that it runs.
+        quick: Measure ``host`` and ``gpu`` on so few samples that nothing follows from it but that they run.
+        budget: Seconds that ``gpu`` may take; parts that would take longer than is left are left for the next call.
         only: Measure only the contenders whose names hold one of these words.
         output: Folder of the JSON and the plots.
         cache: Folder of models and data; they are made when they are not there.
@@ -40,6 +41,7 @@ class Options:
     device: str = "auto"
     compile: bool = False
     quick: bool = False
+    budget: float = 240.0
     only: list[str] | None = None
     output: Path = Path("benchmark_results")
     cache: Path = Path.home() / ".cache" / "clipfilter_wds" / "benchmarks"

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,8 +29,15 @@ def our_contenders(options: Options, scorer: ClipScorer, threshold: float, *, su
 class _Use:
     name: str
 
-    def __init__(self, options: Options, scorer: ClipScorer, threshold: float) -> None:
+    def __init__(
+        self,
+        options: Options,
+        scorer: ClipScorer,
+        threshold: float,
+        watch: Callable[[int], None] = lambda num_samples: None,
+    ) -> None:
         self._options, self._scorer, self._threshold = options, scorer, threshold
+        self._watch = watch  # is told how many samples are scored
 
 
 class Rewrite(_Use):
@@ -47,7 +54,7 @@ class Rewrite(_Use):
                 batch_size=self._options.batch_size,
                 num_workers=self._options.workers,
             )
-            tally = process_shards(config, self._scorer)
+            tally = process_shards(config, self._scorer, on_progress=lambda tally: self._watch(tally.num_scored))
             kept = _kept_keys(Path(folder, "_scores"), self._threshold)
             return Outcome(tally.counts.seen, kept, num_rechecked=tally.stats.rechecked)
 
@@ -77,6 +84,7 @@ class InlineLoader(_Use):
         with suppress(StarvationError):  # of the few samples of a short turn, none may be kept
             for batch in loader:
                 kept += batch["__key__"]
+                self._watch(loader.stats.seen)
         return Outcome(loader.stats.seen, frozenset(kept))
 
 

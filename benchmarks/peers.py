@@ -92,11 +92,13 @@ class WebDatasetLoop:
             yield keys, cosine.clip(0.0, 1.0).cpu()
 
     def _loader(self, data: Data) -> DataLoader:
+        shards = [str(shard) for shard in data.shards]
+        if len(shards) >= max(1, self._num_workers):
+            samples = wds.WebDataset(shards, shardshuffle=False)
+        else:  # split by sample
+            samples = wds.WebDataset(shards, shardshuffle=False, workersplitter=None).compose(wds.split_by_worker)
         dataset = (
-            # Split by sample: there may be fewer shards than workers.
-            wds.WebDataset([str(shard) for shard in data.shards], shardshuffle=False, workersplitter=None)
-            .compose(wds.split_by_worker)
-            .decode("pil")
+            samples.decode("pil")
             .to_tuple("__key__", "jpg", "txt")
             .map_tuple(lambda key: key, self._pixels, lambda caption: caption)
             .batched(self._batch_size)

@@ -30,7 +30,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._console = folder, Console()
         self._console.width = max(self._console.width, _WIDTH)
-        self._results: dict[str, Any] = {"options": options, "machine": _machine()}
+        self._results: dict[str, Any] = {"options": options, "machine": machine()}
 
     def tell(self, line: str) -> None:
         """Say how far it is."""
@@ -96,7 +96,8 @@ def growth(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend()
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
     return {
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -65,7 +65,7 @@ def fetching(
     hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for host, tensor in zip(hosts, tensors, strict=True):
         host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event(blocking=True)  # others, such as workers that decode, can use the core meanwhile
     copied.record(torch.cuda.current_stream(device))
 
     def wait() -> tuple[list[np.ndarray], T]:

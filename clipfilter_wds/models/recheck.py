@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from clipfilter_wds.models.cosine import captions_of, cosines, num_captions, uni
 from clipfilter_wds.models.device import fetching, pixels_to_device, to_device
 from clipfilter_wds.models.encoder import Check
 from clipfilter_wds.models.forward_pool import ForwardPool, forward_pool
+from clipfilter_wds.models.out_of_memory import FEWEST, memory_for
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.models.undecided import NUM_TOWERS, Undecided, first_places
 
@@ -19,7 +21,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 #: Samples that the error is first measured on. All pairings of images and captions are compared, so a few will do.
-NUM_MEASURED = 32
+NUM_MEASURED = FEWEST
 
 #: How much wider the band is than the largest error seen, and the share of it that an error must reach to widen it.
 _MARGIN, _WIDENS = 2.0, 0.75
@@ -141,11 +143,13 @@ class Recheck:
         pixel_values, input_ids = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED]
         if input_ids.ndim == 3:
             input_ids = input_ids[:, 0]  # a reduction of several similarities errs no more than the worst of them
-        images, captions = self.scorer.fast(pixel_values, input_ids)
-        exact_images, exact_captions = self.scorer.exact(pixel_values, input_ids)
-        scores = torch.stack([images @ captions.T, images @ exact_captions.T])
+        with memory_for(len(pixel_values), self.scorer.device):
+            images, captions = self.scorer.fast(pixel_values, input_ids)
+            exact_images, exact_captions = self.scorer.exact(pixel_values, input_ids)
+            scores = torch.stack([images @ captions.T, images @ exact_captions.T])
+            errors = (scores - exact_images @ exact_captions.T).abs().cpu().numpy()
         self._num_measured += len(pixel_values)
-        self._learn((scores - exact_images @ exact_captions.T).abs().cpu().numpy())
+        self._learn(errors)
 
     def _start(
         self,
@@ -157,15 +161,18 @@ class Recheck:
     ) -> Callable[[], None]:
         """Start the fast scores of a batch. Returns what waits for them, and then has the batch wait for float32."""
         pixel_values, input_ids = inputs(batch)
+        room = partial(memory_for, len(pixel_values), self.scorer.device)
         self.measure(pixel_values, input_ids)
-        is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
-        is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
-        pixel_values = pixels_to_device(pixel_values, self.scorer.device)
-        scored = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
-        fetch = fetching(scored, self.scorer.device)
+        with room():
+            is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
+            is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
+            pixel_values = pixels_to_device(pixel_values, self.scorer.device)
+            scored = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
+            fetch = fetching(scored, self.scorer.device)
 
         def finish() -> None:
-            (scores, *embeddings), image_embeds = fetch()
+            with room():
+                (scores, *embeddings), image_embeds = fetch()
             is_near = self._is_near(scores, _WHOLE if is_all_near else self._half_widths[0])
             undecided = Undecided(
                 scores, is_near, is_audited, pixel_values, input_ids, image_embeds, is_all_near=is_all_near
@@ -207,11 +214,14 @@ class Recheck:
         parts = [(each, places) for each, places in found if len(places)]
         for each, places in parts:
             each.is_busy[places] = True
-        scored = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)
-        fetch = fetching(lambda: ([scored()], None), self.scorer.device)
+        room = partial(memory_for, max(each.num_samples for each in batches), self.scorer.device)
+        with room():
+            scored = pool.run(self._score_again, parts, num_fp32, pool.raise_if_cancelled)
+            fetch = fetching(lambda: ([scored()], None), self.scorer.device)
 
         def finish() -> None:
-            [scores], _ = fetch()
+            with room():
+                [scores], _ = fetch()
             for each, places in parts:
                 each.scores[num_fp32 + 1, places], scores = scores[: len(places)], scores[len(places) :]
                 each.num_fp32[places] = num_fp32 + 1

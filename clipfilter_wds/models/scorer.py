@@ -14,6 +14,7 @@ from clipfilter_wds.models.encoder import Encoder, ExactEncoder, FastEncoder
 from clipfilter_wds.models.fast.graphs import CudaGraphs, Graphs
 from clipfilter_wds.models.graphed_encoder import GraphedEncoder
 from clipfilter_wds.models.loading import load_model
+from clipfilter_wds.models.out_of_memory import memory_for
 from clipfilter_wds.models.precision import DTYPES, resolve_precision
 from clipfilter_wds.options import check_options
 
@@ -113,12 +114,16 @@ class ClipScorer(nn.Module):
 
         Call it in the main thread before a thread scores beside training: it can't be done while another thread draws
         random numbers. What scores in the main thread captures what it needs.
+
+        Raises:
+            BatchTooLargeError: When such a batch takes more memory than the device has free.
         """
         if not self.exact.is_graphed:
             return
-        self.exact.warm_up()
-        if isinstance(self.fast, GraphedEncoder):
-            self.fast.warm_up(batch_size)
+        with memory_for(batch_size, self.device):
+            self.exact.warm_up()
+            if isinstance(self.fast, GraphedEncoder):
+                self.fast.warm_up(batch_size)
 
     @torch.inference_mode()
     def forward(self, pixel_values: Tensor, input_ids: Tensor, *, exact: bool = False) -> Tensor:
@@ -132,7 +137,11 @@ class ClipScorer(nn.Module):
 
         Returns:
             float32 ``[N]`` in [-1, 1] up to rounding, on :attr:`device`; not clipped.
+
+        Raises:
+            BatchTooLargeError: When they take more memory than the device has free.
         """
         encoder = self.exact if exact else self.fast
-        images, captions = encoder(pixel_values, input_ids)
-        return cosines(images, captions, input_ids, self.reduce)
+        with memory_for(len(pixel_values), self.device):
+            images, captions = encoder(pixel_values, input_ids)
+            return cosines(images, captions, input_ids, self.reduce)

@@ -20,6 +20,7 @@ class CpuGraphs:
     """
 
     device = torch.device("cpu")
+    can_capture = True
 
     def __init__(self) -> None:
         self._turn, self._is_in_turn = threading.Lock(), False
@@ -28,6 +29,7 @@ class CpuGraphs:
 
     def capture(self, compute: Callable[[], Tensor]) -> Captured:
         """Likewise."""
+        assert self.can_capture
         output = compute().clone()
         self._outputs.append(output)
         self.num_captures += 1
@@ -53,5 +55,4 @@ class CpuGraphs:
 class NoGraphs(CpuGraphs):
     """Can't capture anything."""
 
-    def capture(self, compute: Callable[[], Tensor]) -> None:
-        """See :class:`CpuGraphs`."""
+    can_capture = False

@@ -44,8 +44,12 @@ class Graphs(Protocol):
 
     device: torch.device
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether it is worth a try, here and now."""
+
     def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
-        """Call a function and keep what it launches; None where that can't be done (now)."""
+        """Call a function and keep what it launches; None where that fails."""
 
     def turn(self) -> AbstractContextManager[None]:
         """A context to replay in: one at a time, whatever the thread and the stream."""
@@ -70,7 +74,7 @@ class GraphedFunction:
         num_rows = self._fill(len(rows))
         key = (num_rows, rows.shape[1:], rows.dtype)
         is_there = rows.device == self._graphs.device
-        if is_there and key not in self._captured:
+        if is_there and key not in self._captured and self._graphs.can_capture:
             self._capture(key, rows, num_rows)
         if not is_there or key not in self._captured:
             return self._function(_filled_up(rows, num_rows))[: len(rows)]
@@ -123,10 +127,13 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
 
-    def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
+    @property
+    def can_capture(self) -> bool:
         """See :class:`Graphs`. What fails once is not tried again."""
-        if self._has_failed or threading.current_thread() is not threading.main_thread():
-            return None
+        return not self._has_failed and threading.current_thread() is threading.main_thread()
+
+    def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
+        """See :class:`Graphs`."""
         with _CAPTURING, self.turn():
             try:
                 return self._capture(compute)

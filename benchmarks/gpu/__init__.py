@@ -1,0 +1,1 @@
+"""What the package does on a GPU, in a few minutes: ``python -m benchmarks gpu``."""

@@ -1,0 +1,69 @@
+"""Times work on a device, and the middle of a run."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Share of the samples after which a run is under way, and before which it has not begun to end.
+_BEGUN, _ENDING = 0.2, 0.9
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that the device has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device, *, least: float, most: int = 100) -> float:
+    """Per call, the device being kept busy: as many calls as take ``least`` seconds, but no more than ``most``."""
+    once = _timed(work, device, 1)  # in which libraries choose kernels
+    once = min(once, _timed(work, device, 1))
+    count = max(2, min(most, int(least / max(once, 1e-6))))
+    return _timed(work, device, count) / count
+
+
+def _timed(work: Callable[[], Any], device: torch.device, count: int) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def host_seconds_of(work: Callable[[], Any], device: torch.device, count: int = 5) -> float:
+    """Until a call returns, nothing being queued on the device."""
+    times = []
+    for _ in range(count):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    synchronize(device)
+    return median(times)
+
+
+class Timeline:
+    """Notes how many samples were done when."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._counts: list[int] = []
+
+    def note(self, count: int) -> None:
+        """So many are done by now."""
+        self._times.append(time.perf_counter())
+        self._counts.append(count)
+
+    @property
+    def rate(self) -> float:
+        """Samples per second in the middle of the run: start and end, when workers fill and drain, don't count."""
+        times, counts = np.array(self._times), np.array(self._counts)
+        first, last = np.searchsorted(counts, [_BEGUN * counts[-1], _ENDING * counts[-1]])
+        if times[last] <= times[first]:  # too short a run to have a middle
+            first, last = 0, len(counts) - 1
+        return float((counts[last] - counts[first]) / max(times[last] - times[first], 1e-9))
