@@ -22,8 +22,8 @@ _PILLOWS_TALLEST = 2
 #: Behind the last image, so that as many bytes as the longest row has can be read from where any row begins.
 _SLACK = 3 * MOST_SIDE
 
-#: How much more memory than is needed is asked for when a batch is the largest so far.
-_GROWTH = 1.25
+#: How much more memory is asked for than a batch takes if its other images are like those so far.
+_MARGIN = 1.1
 
 #: What is known of a packed image, as float64, which holds all of it exactly: where its first byte is; its height and
 #: width in pixels; and its ``Resizing``.
@@ -85,7 +85,7 @@ class ImagePacker:
     """
 
     def __init__(self, view: ImageView, batch_size: int, buffers: BufferProvider) -> None:
-        self._view, self._buffers = view, buffers
+        self._view, self._batch_size, self._buffers = view, batch_size, buffers
         self._most_bytes = batch_size * packed_bytes(view) + _SLACK
         self._num_asked = 0  # of the last batch, so that the next one begins with as much
         self._clear()
@@ -154,7 +154,8 @@ class ImagePacker:
 
     def _grow(self, num_bytes: int, num_used: int) -> None:
         if num_bytes > self._num_asked:
-            self._num_asked = min(int(_GROWTH * num_bytes), self._most_bytes)
+            expected = num_bytes * self._batch_size / (len(self._places) + 1)
+            self._num_asked = min(int(_MARGIN * expected), self._most_bytes)
         before, self._memory = self._memory, self._buffers(self._num_asked)[: self._num_asked].numpy()
         self._memory[:num_used] = before[:num_used]
 
