@@ -167,8 +167,6 @@ def packed_bytes(view: ImageView) -> int:
 
 def _array(rgb: RgbImage) -> np.ndarray:
     """uint8 ``[H, W, 3]``."""
-    return (
-        np.asarray(rgb.decoded)
-        if isinstance(rgb.decoded, Image.Image)
-        else rgb.decoded.permute(1, 2, 0)[..., :3].numpy()
-    )
+    if isinstance(rgb.decoded, Image.Image):
+        return np.asarray(rgb.decoded)
+    return rgb.decoded.permute(1, 2, 0)[..., :3].numpy()
