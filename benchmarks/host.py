@@ -58,7 +58,7 @@ def _jobs(options: Options, folder: Path) -> Iterator[Job]:
         else (sorted({*_IMAGE_SIZES, options.image_size}), sorted({*_BATCH_SIZES, options.batch_size}))
     )
     model = make_model(options.cache, "tiny-224")
-    for mode, views, kept in _uses():
+    for mode, views, kept, resize_on_device in _uses():
         shard_samples = _QUICK_SHARD_SAMPLES if options.quick else _SHARD_SAMPLES[mode]
         # Copying takes whole shards.
         for image_size, batch_size in product(image_sizes, batch_sizes[:1] if mode == "from_scores" else batch_sizes):
@@ -68,6 +68,7 @@ def _jobs(options: Options, folder: Path) -> Iterator[Job]:
                 batch_size=batch_size,
                 views=views,
                 kept=kept,
+                resize_on_device=resize_on_device,
                 model=model,
                 device=str(options.torch_device),
                 num_workers=1 if options.num_workers is None else options.num_workers,
@@ -80,12 +81,15 @@ def _jobs(options: Options, folder: Path) -> Iterator[Job]:
             )
 
 
-def _uses() -> Iterator[tuple[Mode, Views | None, float | None]]:
-    yield "rewrite", None, _KEPT
-    yield "score", None, None
+def _uses() -> Iterator[tuple[Mode, Views | None, float | None, bool]]:
+    """Mode, views, share that is kept, and whether the device resizes."""
+    for resize_on_device in (False, True):
+        yield "rewrite", None, _KEPT, resize_on_device
+        yield "score", None, None, resize_on_device
     for views, kept in product(("uint8", "float32"), (1.0, _KEPT)):
-        yield "inline", views, kept
-    yield "from_scores", None, _KEPT
+        yield "inline", views, kept, False
+    yield "inline", "float32", _KEPT, True
+    yield "from_scores", None, _KEPT, False
 
 
 def _in_fresh_process(job: Job) -> Measured:
@@ -130,6 +134,7 @@ def _record(job: Job, measured: Measured) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "views": job.views,
         "kept": job.kept,
+        "resize_on_device": job.resize_on_device,
         "parent_us": parent,
         **({"training_thread_us": threads["main"]} if job.mode == "inline" else {}),
         "worker_us": worker,
@@ -157,7 +162,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     threads = {name: record["threads"].get(name) for name in _THREADS}
     threads["others"] = record["parent_us"] - sum(value or 0.0 for value in threads.values())
     row = {
-        "use": f"{record['mode']}{views}{kept}",
+        "use": f"{record['mode']}{views}{kept}{' on device' if record['resize_on_device'] else ''}",
         "image_size": record["image_size"],
         "batch_size": record["batch_size"],
         "parent": f"{record['parent_us']:,.1f}",
@@ -201,6 +206,7 @@ _NOTES = (
     "A round is the difference of two whole runs, with and without the counted samples. Medians of the rounds.",
     "Stages run one after another, a batch at a time, in a process that is set up as a worker is; what they leave of",
     "the worker's time is rest: sending, and what lies between the stages.",
+    "on device: workers do not resize; of the parent, a CPU starts the operations that resize on next to no pixels.",
     "bare: simplejpeg and torchvision's bicubic resize and crop of the same images; PIL: with Pillow's resize.",
     f"1+{_WORKER_CORES} cores/s: what one core for the parent and {_WORKER_CORES} for the others allow.",
 )

@@ -49,6 +49,7 @@ class Job:
         batch_size: Samples per forward pass, and per training batch.
         views: What training gets of an image: CLIP's view, or a float32 one of its own; None where nobody trains.
         kept: Share of the samples that is kept; None where nothing is decided.
+        resize_on_device: Whether workers leave resizing to the device.
         model: Its preprocessing is the one that is measured.
         device: Of the stubbed model.
         num_workers: Processes that decode, or copy.
@@ -65,6 +66,7 @@ class Job:
     batch_size: int
     views: Views | None = None
     kept: float | None = None
+    resize_on_device: bool = False
     model: Path
     device: str
     num_workers: int
@@ -79,7 +81,8 @@ class Job:
     def name(self) -> str:
         views = f" {self.views}" if self.views else ""
         kept = f" {self.kept:.0%}" if self.kept else ""
-        return f"{self.mode}{views}{kept}, {self.image_size} px, batch {self.batch_size}"
+        resize = " resized on device" if self.resize_on_device else ""
+        return f"{self.mode}{views}{kept}{resize}, {self.image_size} px, batch {self.batch_size}"
 
     @property
     def image_transform(self) -> v2.Compose | None:
@@ -87,7 +90,8 @@ class Job:
 
     @cached_property
     def scorer(self) -> ClipScorer:
-        return stub_scorer(self.model, device=self.device, kept=1.0 if self.kept is None else self.kept)
+        kept = 1.0 if self.kept is None else self.kept
+        return stub_scorer(self.model, device=self.device, kept=kept, resize_on_device=self.resize_on_device)
 
 
 class Measured(NamedTuple):

@@ -21,8 +21,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, new_buffer
-from clipfilter_wds.preprocess.clip import ClipPreprocess
+from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
+from clipfilter_wds.preprocess.packed import ImagePacker
 from clipfilter_wds.shards.samples import SampleLayout, read_part, read_samples
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.types import Sample, ShardEnd
@@ -140,19 +141,14 @@ def _worker_times(work: Work) -> dict[str, float]:
 
 
 def _prepare(work: Work, samples: list[Sample], timed: _Timer) -> None:
-    """What a batch goes through. Views are written to one new buffer, as a batch's are."""
-    buffer = new_buffer(len(samples) * work.preprocess.view_bytes(interleaved=work.interleaved))
-    height, width = work.preprocess.view.crop
-    if work.interleaved:
-        outs = buffer.view(-1, height, width, 4).permute(0, 3, 1, 2)
-    else:
-        outs = buffer.view(-1, 3, height, width)
+    """What a batch goes through. Images are written to one new buffer, as a batch's are."""
+    preprocess, outs = work.preprocess, _outs(work, len(samples))
     pairs, views = [], []
     for sample, out in zip(samples, outs, strict=True):
         with timed("decode"):
-            rgb, captions = decode_sample(sample, _LAYOUT, work.preprocess.view)
+            rgb, captions = decode_sample(sample, _LAYOUT, preprocess.decoder(out))
         with timed("resize"):
-            pairs.append(work.preprocess.prepare(rgb, captions, out))
+            pairs.append(preprocess.prepare(rgb, captions, out))
         if work.image_transform is not None:
             with timed("view"):
                 views.append(work.image_transform(rgb.image))
@@ -160,10 +156,25 @@ def _prepare(work: Work, samples: list[Sample], timed: _Timer) -> None:
         with timed("view"):
             default_collate(views)
     with timed("tokens"):
-        tokens = work.preprocess.tokenize([pair.captions for pair in pairs])
-    tokenized = replace(work.preprocess, tokenize=lambda captions: tokens)
-    builder = BatchBuilder(tokenized, len(samples), lambda _: buffer, interleaved=work.interleaved)
+        tokens = preprocess.tokenize([pair.captions for pair in pairs])
+    tokenized = replace(preprocess, tokenize=lambda captions: tokens)
+    builder = BatchBuilder(tokenized, len(samples), interleaved=work.interleaved)
     with timed("build"):
         for sample, pair in zip(samples, pairs, strict=True):
             builder.add(sample.key, sample.index, lambda out, pair=pair: pair, uid=read_uid(sample))
         builder.build()
+
+
+def _outs(work: Work, num_samples: int) -> Iterator[ImageOut]:
+    """Where the images of a batch go, one after another."""
+    view, buffer = (
+        work.preprocess.view,
+        new_buffer(num_samples * work.preprocess.view_bytes(interleaved=work.interleaved)),
+    )
+    if view.resize_on_device:
+        packer = ImagePacker(view, num_samples, new_buffer)
+        return map(packer.at, range(num_samples))
+    height, width = view.crop
+    if work.interleaved:
+        return iter(buffer.view(-1, height, width, 4).permute(0, 3, 1, 2))
+    return iter(buffer.view(-1, 3, height, width))

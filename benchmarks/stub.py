@@ -1,14 +1,18 @@
 """A scorer whose forward pass costs next to nothing, so that what is left is the host's work."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clipfilter_wds import ClipScorer
 from clipfilter_wds.models.cosine import captions_of
 from clipfilter_wds.models.device import resolve_device, to_device
+from clipfilter_wds.models.device_resize import num_at_a_time
 from clipfilter_wds.models.encoder import Check, no_check
+from clipfilter_wds.preprocess.packed import PLACE, Images, PackedImages
 
 #: Cosines of what is kept and of what is dropped, far from the threshold between them: nothing is scored again but the
 #: one sample in a thousand that audits the error.
@@ -18,11 +22,12 @@ _KEPT, _DROPPED = 0.35, 0.15
 _WIDTH = 8
 
 
-def stub_scorer(model: Path, *, device: str, kept: float) -> ClipScorer:
+def stub_scorer(model: Path, *, device: str, kept: float, resize_on_device: bool = False) -> ClipScorer:
     """A scorer with the preprocessing of ``model``, that keeps this share of all pairs at :data:`THRESHOLD`."""
     is_on_gpu = resolve_device(device).type == "cuda"
     # Two encoders, hence rechecking, as on a GPU.
-    scorer = _StubScorer(model, device=device, precision="fp16" if is_on_gpu else "bf16")
+    precision = "fp16" if is_on_gpu else "bf16"
+    scorer = _StubScorer(model, device=device, precision=precision, resize_on_device=resize_on_device)
     scorer.fast = _StubEncoder(scorer.device, kept)
     scorer.exact = _StubEncoder(scorer.device, kept)
     return scorer
@@ -33,6 +38,17 @@ class _StubScorer(ClipScorer):
     def copies_inputs(self) -> bool:
         """As on a GPU, which copies batches by itself, from the memory that workers share."""
         return True
+
+    def views(self, images: Images) -> Tensor:
+        """A CPU starts as many operations as resizing takes, each on next to no pixels, and leaves the views out."""
+        if not isinstance(images, PackedImages) or self.device.type != "cpu" or not len(images):
+            return super().views(images)
+        at_a_time = num_at_a_time(images.places)
+        for start in range(0, len(images), at_a_time):
+            pixel = np.ones(len(images[start : start + at_a_time]), dtype=PLACE)
+            pixel["offset"] = pixel["top"] = pixel["left"] = 0
+            super().views(replace(images, places=pixel, size=(1, 1)))
+        return torch.zeros(1, dtype=torch.uint8).expand(len(images), 3, *images.size)
 
 
 class _StubEncoder(nn.Module):

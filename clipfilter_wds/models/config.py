@@ -28,6 +28,9 @@ class ScorerConfig:
         flip: Score the mirrored image too and take the mean, so that text painted into a picture counts for less.
         fast_decode: Decode large JPEGs at a fraction of their size, but not below what the model takes: several times
             as fast, with slightly different pixels and so slightly different scores.
+        resize_on_device: For a GPU with few CPU cores: have it resize images of up to 512 x 512 pixels, which spares
+            the cores that decode. The pixels, and so the scores, of most models are the same; of open_clip's they may
+            differ a little.
         compile: Compile the low-precision model with torch.compile, which takes a minute or so at the start. On a CPU,
             CLIP's text tower is left out: it is faster as it is.
         cuda_graphs: On CUDA, launch each tower as one CUDA graph, for a few sizes of batches, so that the GPU does not
@@ -44,6 +47,7 @@ class ScorerConfig:
     reduce: Reduce = "max"
     flip: bool = False
     fast_decode: bool = False
+    resize_on_device: bool = False
     compile: bool = False
     cuda_graphs: bool = True
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from clipfilter_wds.models.cosine import captions_of, cosines, num_captions, unit_embeddings
-from clipfilter_wds.models.device import fetching, pixels_to_device, to_device
+from clipfilter_wds.models.device import fetching, to_device
 from clipfilter_wds.models.encoder import Check
 from clipfilter_wds.models.forward_pool import ForwardPool, forward_pool
 from clipfilter_wds.models.out_of_memory import FEWEST, memory_for
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.models.undecided import NUM_TOWERS, Undecided, first_places
+from clipfilter_wds.preprocess.packed import Images
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -98,15 +99,15 @@ class Recheck:
         """How far a score may be off float32's; one that is as close to the threshold is computed again."""
         return max(self._half_widths) if self.is_measured else _WHOLE
 
-    def __call__(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> BatchScores:
-        """Score N images, uint8 ``[N, 3, H, W]``, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
+    def __call__(self, pixel_values: Images, input_ids: torch.Tensor) -> BatchScores:
+        """Score N images, uint8 ``[N, 3, H, W]`` or packed, with their captions, int64 ``[N, L]`` or ``[N, K, L]``."""
         [(_, scores)] = self.map([None], lambda _: (pixel_values, input_ids), lambda _, may_be_kept: None)
         return scores
 
     def map(
         self,
         batches: Iterable[T],
-        inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+        inputs: Callable[[T], tuple[Images, torch.Tensor]],
         hold: Callable[[T, np.ndarray], U],
     ) -> Iterator[tuple[U, BatchScores]]:
         """Score batches, and yield what is held of each with its scores, in order.
@@ -136,11 +137,11 @@ class Recheck:
                 started.extend(self._rechecks(pool, waiting, most_waiting=_MOST_WAITING if started else 0))
                 yield from self._decided(waiting)
 
-    def measure(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> None:
+    def measure(self, pixel_values: Images, input_ids: torch.Tensor) -> None:
         """Learn the error from the first of these samples, N images with their captions, unless it is known already."""
         if self.is_measured or not len(pixel_values):
             return
-        pixel_values, input_ids = pixel_values[:NUM_MEASURED], input_ids[:NUM_MEASURED]
+        pixel_values, input_ids = self.scorer.views(pixel_values[:NUM_MEASURED]), input_ids[:NUM_MEASURED]
         if input_ids.ndim == 3:
             input_ids = input_ids[:, 0]  # a reduction of several similarities errs no more than the worst of them
         with memory_for(len(pixel_values), self.scorer.device):
@@ -156,17 +157,18 @@ class Recheck:
         pool: ForwardPool,
         waiting: "deque[tuple[U, Undecided]]",
         batch: T,
-        inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+        inputs: Callable[[T], tuple[Images, torch.Tensor]],
         hold: Callable[[T, np.ndarray], U],
     ) -> Callable[[], None]:
         """Start the fast scores of a batch. Returns what waits for them, and then has the batch wait for float32."""
-        pixel_values, input_ids = inputs(batch)
-        room = partial(memory_for, len(pixel_values), self.scorer.device)
+        images, input_ids = inputs(batch)
+        room = partial(memory_for, len(images), self.scorer.device)
+        with room():
+            pixel_values = self.scorer.views(images)
         self.measure(pixel_values, input_ids)
         with room():
             is_audited = self._random.random(len(pixel_values)) < (0 if self._is_exact else _AUDITED)
             is_all_near = not self.is_measured  # as of now, whatever is known once the scores are there
-            pixel_values = pixels_to_device(pixel_values, self.scorer.device)
             scored = pool.run(self._score_fast, pixel_values, input_ids, pool.raise_if_cancelled)
             fetch = fetching(scored, self.scorer.device)
 

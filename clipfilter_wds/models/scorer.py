@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clipfilter_wds.models.config import DEFAULT_MODEL, ScorerConfig
 from clipfilter_wds.models.cosine import cosines
 from clipfilter_wds.models.device import resolve_device
+from clipfilter_wds.models.device_resize import views_on_device
 from clipfilter_wds.models.encoder import Encoder, ExactEncoder, FastEncoder
 from clipfilter_wds.models.fast.graphs import CudaGraphs, Graphs
 from clipfilter_wds.models.graphed_encoder import GraphedEncoder
@@ -17,6 +18,7 @@ from clipfilter_wds.models.loading import load_model
 from clipfilter_wds.models.out_of_memory import memory_for
 from clipfilter_wds.models.precision import DTYPES, resolve_precision
 from clipfilter_wds.options import check_options
+from clipfilter_wds.preprocess.packed import Images
 
 
 class ClipScorer(nn.Module):
@@ -55,7 +57,9 @@ class ClipScorer(nn.Module):
         self.model_name, self.reduce, self.flip = str(config.model), config.reduce, config.flip
         self.temperature = loaded.temperature
         self.precision = resolve_precision(config.precision, device, loaded.width)
-        self.preprocess = loaded.preprocess.with_view(fast_decode=config.fast_decode)
+        self.preprocess = loaded.preprocess.with_view(
+            fast_decode=config.fast_decode, resize_on_device=config.resize_on_device
+        )
         self._fingerprint = {
             "score": "cosine",
             "model": self.model_name,
@@ -125,12 +129,16 @@ class ClipScorer(nn.Module):
             if isinstance(self.fast, GraphedEncoder):
                 self.fast.warm_up(batch_size)
 
+    def views(self, images: Images) -> Tensor:
+        """uint8 ``[N, 3, H, W]`` on :attr:`device`, without waiting for what a GPU still has to do."""
+        return views_on_device(images, self.device)
+
     @torch.inference_mode()
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, *, exact: bool = False) -> Tensor:
+    def forward(self, pixel_values: Images, input_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Cosine similarity of N images with their captions.
 
         Args:
-            pixel_values: uint8 ``[N, 3, H, W]`` as :attr:`preprocess` makes them, on any device.
+            pixel_values: uint8 ``[N, 3, H, W]`` as :attr:`preprocess` makes them, on any device; or packed images.
             input_ids: int64 ``[N, L]`` likewise; or ``[N, K, L]`` for up to K captions per image, of whose similarities
                 the result is the largest, mean or smallest.
             exact: Compute in float32 whatever :attr:`precision` is: the reference that decides near a threshold.
@@ -143,5 +151,5 @@ class ClipScorer(nn.Module):
         """
         encoder = self.exact if exact else self.fast
         with memory_for(len(pixel_values), self.device):
-            images, captions = encoder(pixel_values, input_ids)
+            images, captions = encoder(self.views(pixel_values), input_ids)
             return cosines(images, captions, input_ids, self.reduce)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
-from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
 from clipfilter_wds.preprocess.json_columns import JsonColumns, JsonValue
 from clipfilter_wds.preprocess.members import read_uid
 from clipfilter_wds.scores.subset import Subset
@@ -137,7 +136,7 @@ class BlockDataset(IterableDataset[Block]):
     def _add(self, sample: Sample, builder: BatchBuilder, num_first: int | None) -> None:
         uid = read_uid(sample)
 
-        def open_pair(out: torch.Tensor) -> OpenPair:
+        def open_pair(out: ImageOut) -> OpenPair:
             if num_first is not None and sample.index >= num_first:
                 raise UnusableError(DropReason.NOT_IN_SUBSET)
             if sample.problem is None and self.subset is not None and not self.subset.holds([sample.key], [uid])[0]:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
+from clipfilter_wds.preprocess.packed import BufferProvider, ImagePacker, Images
 from clipfilter_wds.preprocess.rows import SampleRows, code_of
 from clipfilter_wds.types import NO_REASON, DropReason, UnusableError
-
-#: Number of bytes -> memory for the views of a batch, uint8 ``[number]``.
-BufferProvider = Callable[[int], torch.Tensor]
 
 
 def new_buffer(num_bytes: int) -> torch.Tensor:
@@ -25,16 +23,17 @@ class PreparedBatch:
     Attributes:
         rows: Every sample, usable or not, in order.
         pixel_values: uint8 ``[N, 3, H, W]``, the view of each row without a ``reason``, in the order of the rows.
-            Contiguous; or interleaved, a pixel's three colours and a byte of padding after another.
+            Contiguous; or interleaved, a pixel's three colours and a byte of padding after another. Or the images that
+            the device makes them of.
         input_ids: Their token ids, int64 ``[N, L]``, or ``[N, K, L]`` where images have several captions.
     """
 
     rows: SampleRows
-    pixel_values: torch.Tensor
+    pixel_values: Images
     input_ids: torch.Tensor
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self) -> tuple[Images, torch.Tensor]:
         """What a scorer takes: ``pixel_values`` and ``input_ids``."""
         return self.pixel_values, self.input_ids
 
@@ -60,6 +59,7 @@ class BatchBuilder:
     ) -> None:
         self._preprocess, self._batch_size = preprocess, batch_size
         self._buffers, self._interleaved = buffers, interleaved
+        self._packer = ImagePacker(preprocess.view, batch_size, buffers) if preprocess.view.resize_on_device else None
         self._clear()
 
     def _clear(self) -> None:
@@ -75,25 +75,22 @@ class BatchBuilder:
         return len(self._keys)
 
     def add(
-        self, key: str, index: int, open_pair: Callable[[torch.Tensor], OpenPair], *, uid: bytes | None = None
+        self, key: str, index: int, open_pair: Callable[[ImageOut], OpenPair], *, uid: bytes | None = None
     ) -> DropReason | None:
         """Append a sample.
 
         Args:
             key: The sample's.
             index: Likewise.
-            open_pair: Opens it and writes its view to uint8 ``[3 or 4, H, W]``; raises ``UnusableError`` where that
-                can't be done.
+            open_pair: Opens it and puts its image there; raises ``UnusableError`` where that can't be done.
             uid: The sample's, where it has one.
 
         Returns:
             Why the sample is unusable, None when it is not.
         """
-        if self._views is None:
-            self._views = self._new_views()
         reason, size = None, (0, 0)
         try:
-            pair = open_pair(self._views[len(self._captions)])
+            pair = open_pair(self._next_image())
         except UnusableError as unusable:
             reason = unusable.reason
         else:
@@ -105,6 +102,15 @@ class BatchBuilder:
         self._sizes.append(size)
         self._uids.append(uid)
         return reason
+
+    def _next_image(self) -> ImageOut:
+        """Where the image of the next usable sample goes."""
+        number = len(self._captions)
+        if self._packer is not None:
+            return self._packer.at(number)
+        if self._views is None:
+            self._views = self._new_views()
+        return self._views[number]
 
     def _new_views(self) -> torch.Tensor:
         """uint8 ``[batch_size, 3 or 4, H, W]``."""
@@ -124,9 +130,15 @@ class BatchBuilder:
             for index, reason, size in zip(self._indices, self._reasons, self._sizes, strict=True)
         ]
         rows = SampleRows.of_columns(self._keys, self._uids, numbers)
-        views = self._views
-        if views is None:
-            views = torch.empty(0, 3, *self._preprocess.view.crop, dtype=torch.uint8)
-        batch = PreparedBatch(rows=rows, pixel_values=views[: len(self._captions), :3], input_ids=tokens.input_ids)
+        batch = PreparedBatch(rows=rows, pixel_values=self._images(), input_ids=tokens.input_ids)
         self._clear()
         return batch
+
+    def _images(self) -> Images:
+        """Those of the usable samples."""
+        number = len(self._captions)
+        if self._packer is not None:
+            return self._packer.at(number).build()
+        if self._views is None:
+            return torch.empty(0, 3, *self._preprocess.view.crop, dtype=torch.uint8)
+        return self._views[:number, :3]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.preprocess.members import (
+    ImageDecoder,
     captions_in,
     decode_member,
     decode_members,
@@ -16,6 +17,7 @@ from clipfilter_wds.preprocess.members import (
     decode_sample,
     stored_image,
 )
+from clipfilter_wds.preprocess.packed import ImagePacker, packed_bytes
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Tokens, bounded
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.types import DropReason, Sample, UnusableError
@@ -26,8 +28,15 @@ POLICY_VERSION = 1
 _TXT = SampleLayout()
 
 
+#: Where a pair's image goes: a view's memory, uint8 ``[3 or 4, H, W]``, or what the device resizes it in.
+ImageOut = torch.Tensor | ImagePacker
+
+
 class OpenPair(NamedTuple):
-    """A usable pair: the image's uint8 view, its captions, and the size of the image as stored, in pixels."""
+    """A usable pair: the image's uint8 view, its captions, and the size of the image as stored, in pixels.
+
+    What is packed for the device has the decoded image's pixels in the view's place.
+    """
 
     pixels: torch.Tensor
     captions: list[str]
@@ -47,7 +56,12 @@ class ClipPreprocess:
         return replace(self, view=replace(self.view, **changes))
 
     def view_bytes(self, *, interleaved: bool) -> int:
-        """Size of a view in a batch: three bytes a pixel, or, where its colours are kept together, four."""
+        """Size of a view in a batch: three bytes a pixel, or, where its colours are kept together, four.
+
+        Where the device resizes images, the most that one takes.
+        """
+        if self.view.resize_on_device:
+            return packed_bytes(self.view)
         height, width = self.view.crop
         return height * width * (4 if interleaved else 3)
 
@@ -61,6 +75,7 @@ class ClipPreprocess:
             "resampler": self.view.resampler,
             "max_pixels": self.view.max_pixels,
             "fast_decode": self.view.fast_decode,
+            "resize_on_device": self.view.resize_on_device,
             "tokenizer": self.tokenize.fingerprint(),
             "max_tokens": self.tokenize.max_length,
             "pads_to_max": self.tokenize.pads_to_max,
@@ -84,9 +99,10 @@ class ClipPreprocess:
                 None where a sample lacks one.
 
         Raises:
-            ValueError: When image and caption seem to have other names.
+            ValueError: When image and caption seem to have other names, or the device is to resize images.
             TypeError: When the image is neither encoded nor Pillow's.
         """
+        self._check_makes_views()
         _check_names(sample, layout)
         try:
             rgb, captions = decode_members(sample, layout, self.view)
@@ -117,12 +133,21 @@ class ClipPreprocess:
             captions) and ``reason``: empty, or why the pair can't be scored.
 
         Raises:
+            ValueError: When the device is to resize images.
             TypeError: When the image is none of these.
         """
+        self._check_makes_views()
         try:
             return self._inputs(*decode_pair(stored_image(image), captions_in(caption), self.view))
         except UnusableError as unusable:
             return self._no_inputs(unusable.reason)
+
+    def _check_makes_views(self) -> None:
+        if self.view.resize_on_device:
+            raise ValueError(
+                "resize_on_device is for what reads shards and tables itself; in another pipeline each sample has its "
+                "view, all of one size, before it goes to the device: make the scorer without resize_on_device"
+            )
 
     def _inputs(self, rgb: RgbImage, captions: list[str]) -> dict[str, Any]:
         ids = self.tokenize.fit(self.tokenize([captions]).input_ids[0], self.tokenize.max_length)
@@ -134,26 +159,31 @@ class ClipPreprocess:
         pixels = torch.zeros(3, *self.view.crop, dtype=torch.uint8)
         return {"pixel_values": pixels, "input_ids": ids, "reason": reason.value}
 
-    def open_sample(self, sample: Sample, layout: SampleLayout, out: torch.Tensor | None = None) -> OpenPair:
+    def open_sample(self, sample: Sample, layout: SampleLayout, out: ImageOut | None = None) -> OpenPair:
         """Read caption and image of a sample, and prepare its view, in ``out`` if that is given.
 
         Raises:
             UnusableError: With the reason that the sample is dropped for.
         """
-        return self.prepare(*decode_sample(sample, layout, self.view), out)
+        return self.prepare(*decode_sample(sample, layout, self.decoder(out)), out)
 
-    def open_pair(self, encoded: bytes, caption: str, out: torch.Tensor | None = None) -> OpenPair:
+    def open_pair(self, encoded: bytes, caption: str, out: ImageOut | None = None) -> OpenPair:
         """Decode an image and prepare its view, in ``out`` if that is given.
 
         Raises:
             UnusableError: ``blank_caption``, ``image_too_large`` or ``unreadable_image``.
         """
-        return self.prepare(*decode_pair(encoded, [caption], self.view), out)
+        return self.prepare(*decode_pair(encoded, [caption], self.decoder(out)), out)
 
-    def prepare(self, rgb: RgbImage, captions: list[str], out: torch.Tensor | None = None) -> OpenPair:
+    def decoder(self, out: ImageOut | None) -> ImageDecoder:
+        """What decodes an image that goes there."""
+        return out if isinstance(out, ImagePacker) else self.view
+
+    def prepare(self, rgb: RgbImage, captions: list[str], out: ImageOut | None = None) -> OpenPair:
         """Prepare the view of a decoded image, in ``out`` if that is given."""
+        pixels = out.add(rgb) if isinstance(out, ImagePacker) else self.view(rgb, out)
         # A batch of captions waits to be tokenized, so no more is held of them than that takes.
-        return OpenPair(self.view(rgb, out), list(map(bounded, captions)), rgb.width, rgb.height)
+        return OpenPair(pixels, list(map(bounded, captions)), rgb.width, rgb.height)
 
     def collate(self, pairs: Sequence[OpenPair]) -> tuple[torch.Tensor, Tokens]:
         """A few pairs that were opened one by one -> what ``ClipScorer`` scores: uint8 ``[N, 3, H, W]``, and tokens."""

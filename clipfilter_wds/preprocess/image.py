@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from clipfilter_wds.preprocess.jpeg import decode_plain_jpeg
+from clipfilter_wds.preprocess.jpeg import PixelMemory, decode_plain_jpeg, with_padding
 from clipfilter_wds.types import DropReason, UnusableError
 
 #: Pillow's names of the formats that are ever opened. None of them starts a program or runs a script.
@@ -77,7 +77,7 @@ class RgbImage(NamedTuple):
     With ``fast_decode`` it may be decoded at 1 / ``scale`` of that, rounded up: its last row and column are cut ones.
 
     Attributes:
-        decoded: As Pillow has it, or uint8 ``[4, H, W]`` with a channel of padding.
+        decoded: As Pillow has it, or uint8 ``[3 or 4, H, W]``, channels last in memory, a fourth being padding.
         width: As stored.
         height: As stored.
         scale: What both were divided by.
@@ -101,7 +101,7 @@ class RgbImage(NamedTuple):
         if isinstance(self.decoded, Image.Image):
             return self.decoded
         pixels = self.decoded.permute(1, 2, 0).numpy()
-        image = Image.frombytes("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX")
+        image = Image.frombytes("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX"[: pixels.shape[2]])
         image.info = dict(self.info)
         return image
 
@@ -109,6 +109,20 @@ class RgbImage(NamedTuple):
     def pixels(self) -> torch.Tensor:
         """uint8 ``[3 or 4, H, W]``, of which the first three are red, green and blue."""
         return _pixels(self.decoded) if isinstance(self.decoded, Image.Image) else self.decoded
+
+
+class Resizing(NamedTuple):
+    """How a decoded image becomes a view.
+
+    Attributes:
+        source: Height and width that are resized, in pixels; of an image at a reduced size, no whole numbers.
+        size: Height and width after resizing, in pixels.
+        corner: Top and left of the crop in that; negative where the view is larger, which is black there.
+    """
+
+    source: tuple[float, float]
+    size: tuple[int, int]
+    corner: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +139,10 @@ class ImageView:
         resampler: ``torchvision``, which resizes tensors, as transformers does; or ``pillow``, as open_clip does.
         max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
         fast_decode: Decode a JPEG at a half, a quarter or an eighth of its size where that is not below ``resize``.
+        resize_on_device: Leave it to the device to resize what is to be scored; see ``ImagePacker``.
+
+    Raises:
+        ValueError: When the device can't resize so.
     """
 
     resize: int | tuple[int, int]
@@ -133,6 +151,14 @@ class ImageView:
     resampler: Literal["torchvision", "pillow"] = "torchvision"
     max_pixels: int = 89_478_485  # Pillow's own limit
     fast_decode: bool = False
+    resize_on_device: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resize_on_device and self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"resize_on_device is for bilinear and bicubic resizing, and this model's is {self.interpolation}: "
+                "leave resize_on_device out"
+            )
 
     @classmethod
     def from_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Self:
@@ -147,8 +173,12 @@ class ImageView:
             fast_decode=fingerprint["fast_decode"],
         )
 
-    def decode(self, data: bytes) -> RgbImage:
+    def decode(self, data: bytes, memory: PixelMemory = with_padding) -> RgbImage:
         """The first frame of an encoded image, as RGB.
+
+        Args:
+            data: The file.
+            memory: Gives the memory that it is decoded to, unless that is Pillow's.
 
         Raises:
             UnusableError: ``unreadable_image`` or ``image_too_large``.
@@ -159,7 +189,7 @@ class ImageView:
             self._check_size(width, height)
             drafted = image.draft(None, self._smallest) if self.fast_decode else None  # None of all but JPEGs
             scale = 1 if drafted is None else round(width / drafted[1][2])
-            pixels = decode_plain_jpeg(data, image) if scale == 1 else None
+            pixels = decode_plain_jpeg(data, image, memory) if scale == 1 else None
             return RgbImage(_to_rgb(image) if pixels is None else pixels, width, height, scale, image.info)
 
     def convert(self, image: Image.Image) -> RgbImage:
@@ -173,26 +203,34 @@ class ImageView:
 
         Written to ``out`` if that is given, which may have a fourth channel, of padding.
         """
-        size = self._resized(rgb.width, rgb.height)
+        source, size, (top, left) = self.resizing(rgb)
         if self.resampler == "pillow":
-            box = (0, 0, rgb.width / rgb.scale, rgb.height / rgb.scale)
+            box = (0, 0, *source[::-1])
             pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()], box))
         elif rgb.scale == 1 or self.interpolation not in ("bilinear", "bicubic"):
             interpolation = InterpolationMode(self.interpolation)
             pixels = tvf.resize(rgb.pixels, list(size), interpolation, antialias=True)
         else:
-            # The size of the output is rounded down, which must not make it a pixel less.
-            factors = [(to + 1 / 64) * rgb.scale / of for to, of in zip(size, (rgb.height, rgb.width), strict=True)]
+            factors = [to / of for to, of in zip(size, source, strict=True)]
             reduced = rgb.pixels[None]
             pixels = interpolate(reduced, scale_factor=factors, mode=self.interpolation, antialias=True)[0]
-        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
-        whole = round if self.resampler == "pillow" else int
-        top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
         view: torch.Tensor = tvf.crop(pixels, top, left, *self.crop)
         if out is None:
             return view[:3].contiguous()
         out[: len(view)].copy_(view[: len(out)])  # all four channels of both are copied as fast as memory allows
         return out[:3]
+
+    def resizing(self, rgb: RgbImage) -> Resizing:
+        """How an image is resized and cropped."""
+        size = self._resized(rgb.width, rgb.height)
+        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
+        whole = round if self.resampler == "pillow" else int
+        top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
+        source = (rgb.height / rgb.scale, rgb.width / rgb.scale)
+        if rgb.scale > 1 and self.resampler != "pillow":
+            # torch rounds the size of the output down, which must not make it a pixel less.
+            source = (source[0] * size[0] / (size[0] + 1 / 64), source[1] * size[1] / (size[1] + 1 / 64))
+        return Resizing(source, size, (top, left))
 
     @property
     def _smallest(self) -> tuple[int, int]:

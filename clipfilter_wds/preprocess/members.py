@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from clipfilter_wds.preprocess.image import ImageView, RgbImage
+from clipfilter_wds.preprocess.image import RgbImage
 from clipfilter_wds.preprocess.json_member import encodable, json_member, json_texts
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.storage.text import decode_text
@@ -27,7 +27,17 @@ _INTEGERS = ("cls", "cls2", "class", "count", "index", "inx", "id")
 _MAX_TEXT_BYTES = SampleLayout().max_text_bytes
 
 
-def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
+class ImageDecoder(Protocol):
+    """Makes RGB images: an ``ImageView``, or an ``ImagePacker`` in the memory of a batch. Raises ``UnusableError``."""
+
+    def decode(self, data: bytes) -> RgbImage:
+        """Of an encoded image."""
+
+    def convert(self, image: Image.Image) -> RgbImage:
+        """Of one that Pillow has opened."""
+
+
+def decode_sample(sample: Sample, layout: SampleLayout, decoder: ImageDecoder) -> tuple[RgbImage, list[str]]:
     """Read image and captions of a sample, one at least.
 
     Raises:
@@ -35,15 +45,17 @@ def decode_sample(sample: Sample, layout: SampleLayout, view: ImageView) -> tupl
     """
     if sample.problem is not None:
         raise UnusableError(sample.problem)
-    return decode_members({member.extension: member.data for member in sample.members}, layout, view)
+    return decode_members({member.extension: member.data for member in sample.members}, layout, decoder)
 
 
-def decode_members(members: Mapping[str, Any], layout: SampleLayout, view: ImageView) -> tuple[RgbImage, list[str]]:
+def decode_members(
+    members: Mapping[str, Any], layout: SampleLayout, decoder: ImageDecoder
+) -> tuple[RgbImage, list[str]]:
     """Image and captions of a sample whose members are given by extension; raises as :func:`decode_sample`."""
-    return decode_pair(first_image(members, layout), read_captions(members, layout), view)
+    return decode_pair(first_image(members, layout), read_captions(members, layout), decoder)
 
 
-def decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView) -> tuple[RgbImage, list[str]]:
+def decode_pair(image: bytes | Image.Image, captions: list[str], decoder: ImageDecoder) -> tuple[RgbImage, list[str]]:
     """The decoded image, and the captions that are not blank; raises as :func:`decode_sample`.
 
     Raises:
@@ -53,13 +65,13 @@ def decode_pair(image: bytes | Image.Image, captions: list[str], view: ImageView
     if not captions:
         raise UnusableError(DropReason.BLANK_CAPTION)
     if isinstance(image, Image.Image):
-        return view.convert(image), captions
+        return decoder.convert(image), captions
     if not isinstance(image, bytes):
         raise TypeError(
             f"the image is a {type(image).__name__}; CLIP's view is made of the bytes of an image file or of a Pillow "
             "image, so this has to come before what makes tensors of images"
         )
-    return view.decode(image), captions
+    return decoder.decode(image), captions
 
 
 def stored_image(value: Any) -> Any:

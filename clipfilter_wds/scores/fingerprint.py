@@ -10,7 +10,7 @@ from clipfilter_wds.scores.kind import COSINE
 Fingerprint = Mapping[str, Any]
 
 #: Entries that older files lack, and what they stand for there.
-_IMPLIED = {"score": COSINE}
+_IMPLIED = {"score": COSINE, "resize_on_device": False}
 
 #: Characters that an error shows of a value.
 _MOST_SHOWN = 100

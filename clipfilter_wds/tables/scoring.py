@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
-from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
 from clipfilter_wds.preprocess.rows import SampleRows, reasons_of
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.kind import COSINES
@@ -209,7 +208,7 @@ class _PairOpener(Dataset[PreparedBatch]):
         return fetchers.submit(read).result if is_fetched else read
 
     def _open(
-        self, row: int, pair: Pair, read: Callable[[], bytes], worker_tracker: WorkerTracker, out: torch.Tensor
+        self, row: int, pair: Pair, read: Callable[[], bytes], worker_tracker: WorkerTracker, out: ImageOut
     ) -> OpenPair:
         if pair.caption is None:
             raise UnusableError(DropReason.BLANK_CAPTION)

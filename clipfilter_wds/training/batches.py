@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
-from clipfilter_wds.preprocess.clip import ClipPreprocess, OpenPair
+from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
@@ -181,11 +181,11 @@ class StreamBatchBuilder:
             return unusable.reason
         return None
 
-    def _prepare(self, item: StreamSample, out: torch.Tensor) -> OpenPair:
+    def _prepare(self, item: StreamSample, out: ImageOut) -> OpenPair:
         """Open a sample to score it, and for training."""
         sample, settings, transform = item.sample, self._settings, self._settings.image_transform
         assert settings.preprocess is not None
-        rgb, captions = decode_sample(sample, settings.layout, settings.view)
+        rgb, captions = decode_sample(sample, settings.layout, settings.preprocess.decoder(out))
         whole = rgb
         if transform is not None and rgb.scale > 1:
             whole, _ = decode_sample(sample, settings.layout, self._whole)

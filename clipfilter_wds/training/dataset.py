@@ -65,7 +65,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
 
     Raises:
-        ValueError: When no shard matches, ``shuffle`` is negative, or a column can't have that name.
+        ValueError: When no shard matches, ``shuffle`` is negative, a column can't have that name, or training would get
+            views that the device is to make.
     """
 
     def __init__(
@@ -86,6 +87,11 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
     ) -> None:
         if shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}; it is the number of samples that are shuffled together, or 0")
+        if preprocess is not None and preprocess.view.resize_on_device and image_transform is None:
+            raise ValueError(
+                "without an image_transform training gets CLIP's views, and with resize_on_device workers make none; "
+                "give an image_transform, or make the scorer without resize_on_device"
+            )
         try:
             self.urls = expand_shards(shards, allow_pipe=allow_pipe, skip_missing=skip_missing_shards)
         except MissingShardError as error:

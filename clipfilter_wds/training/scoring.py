@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from clipfilter_wds.preprocess.packed import Images
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.finite import finite_scores
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
@@ -125,7 +126,7 @@ def _hold(new: NewTensor, borrowed: Lent[StreamBatch], may_be_kept: np.ndarray) 
 def score_batches(
     recheck: "Recheck | None",
     batches: Iterable[T],
-    inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+    inputs: Callable[[T], tuple[Images, torch.Tensor]],
     hold: Callable[[T, np.ndarray], U],
 ) -> Iterator[tuple[U, np.ndarray, np.ndarray | None]]:
     """Score batches as ``Recheck.map`` does, beside training on a GPU; every score is 0.0 where there is no model.
@@ -147,17 +148,17 @@ def score_batches(
 def _map_beside_training(
     recheck: "Recheck",
     batches: Iterable[T],
-    inputs: Callable[[T], tuple[torch.Tensor, torch.Tensor]],
+    inputs: Callable[[T], tuple[Images, torch.Tensor]],
     hold: Callable[[T, np.ndarray], U],
 ) -> Iterator[tuple[U, "BatchScores"]]:
     """Score on a CUDA stream of its own, so that waiting for the scores does not wait for the training step."""
     side, around = _side_stream(recheck.scorer.device), torch.cuda.current_stream(recheck.scorer.device)
 
-    def inputs_for_side(batch: T) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs_for_side(batch: T) -> tuple[Images, torch.Tensor]:
         with torch.cuda.stream(around):
             tensors = inputs(batch)
         for tensor in tensors:
-            if tensor.is_cuda:  # another loader's batch may be there
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:  # another loader's batch may be there
                 side.wait_stream(around)
                 tensor.record_stream(side)
         return tensors

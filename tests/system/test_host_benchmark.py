@@ -22,6 +22,7 @@ from clipfilter_wds.shards.split import ShardPart
 from tests.support.processes import in_fresh_process
 
 USES = {"rewrite 30%", "score", "inline uint8 100%", "inline uint8 30%", "inline float32 100%", "inline float32 30%"}
+USES |= {f"{use} resized on device" for use in ("rewrite 30%", "score", "inline float32 30%")}
 
 
 def run(folder: Path, *args: str) -> list[dict]:

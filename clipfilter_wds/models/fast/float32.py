@@ -49,11 +49,9 @@ def check_float32_products(device: torch.device) -> None:
     Raises:
         ReducedFloat32Error: When they are not.
     """
-    name = "cuda" if device.type == "cuda" else "mkldnn"
-    setting = _setting(getattr(getattr(torch.backends, name), "matmul", None))
-    # Few CPUs have instructions for less.
-    if _is_exact(setting) or (device.type == "cpu" and _is_exact_on_cpu(setting)):
+    if _multiplies_in_float32(device):
         return
+    name, setting = _backend(device), _setting_of(device)
     raise ReducedFloat32Error(
         f"torch was told to multiply float32 matrices on {device} with less precision "
         f"(torch.backends.{name}.matmul: {setting}), so scores would not be float32's, nor decisions near the "
@@ -61,6 +59,37 @@ def check_float32_products(device: torch.device) -> None:
         f"torch.backends.{name}.matmul.fp32_precision = 'ieee'. On a GPU the setting can stay if the scorer is "
         "made in the main thread, with cuda_graphs: float32 is then computed as it was captured at first"
     )
+
+
+def exact_parts(numbers: Tensor) -> tuple[Tensor, ...]:
+    """Matrices that sum up to ``numbers``, whose products with whole numbers of up to 8 bits torch computes exactly.
+
+    Args:
+        numbers: float32, whole numbers of up to 17 bits and a sign. In a product, sums of absolute values must be below
+            2^24.
+
+    Returns:
+        ``numbers`` itself where torch multiplies in float32. Where it was told to do so in TF32 or bfloat16, which hold
+        8 bits, two matrices of so many each.
+    """
+    if _multiplies_in_float32(numbers.device):
+        return (numbers,)
+    upper = (numbers / 512).round() * 512
+    return upper, numbers - upper
+
+
+def _multiplies_in_float32(device: torch.device) -> bool:
+    setting = _setting_of(device)
+    # Few CPUs have instructions for less.
+    return _is_exact(setting) or (device.type == "cpu" and _is_exact_on_cpu(setting))
+
+
+def _setting_of(device: torch.device) -> str:
+    return _setting(getattr(getattr(torch.backends, _backend(device)), "matmul", None))
+
+
+def _backend(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "mkldnn"
 
 
 def _setting(matmul: Any) -> str:
