@@ -23,3 +23,8 @@ def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
 def as_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     """An array on a device, in the dtype that it has; on the CPU it is shared, unless it can't be written to."""
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+def exact_products(rows: Tensor, others: Tensor) -> Tensor:
+    """The product of each row with the other of its place, both ``[n, D]``, in float64: ``[n]``."""
+    return (rows.double() * others.double()).sum(1)

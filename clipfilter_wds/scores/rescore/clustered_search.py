@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 from torch import Tensor
 
-from clipfilter_wds.scores.rescore.near_duplicates import exact_products
+from clipfilter_wds.scores.rescore.blocks import exact_products
 
 #: Clusters that a row is looked for in.
 _NUM_PROBED = 16

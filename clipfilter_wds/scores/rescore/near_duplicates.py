@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipfilter_wds.scores.rescore.blocks import as_tensor, block_shape, row_blocks
+from clipfilter_wds.scores.rescore.blocks import as_tensor, block_shape, exact_products, row_blocks
+from clipfilter_wds.scores.rescore.clustered_search import ClusteredSearch
 
 Search = Literal["exact", "clustered"]
 
@@ -59,8 +60,6 @@ def near_duplicates(
     kept_rows: KeptSearch = _ExactSearch(similarity, device)
     size, _ = block_shape(device)
     if search == "clustered":
-        from clipfilter_wds.scores.rescore.clustered_search import ClusteredSearch
-
         kept_rows, size = ClusteredSearch(embeddings, similarity), _CLUSTERED_BLOCK
     dropped, num_kept = np.zeros(len(rows), dtype=bool), 0
     for each in row_blocks(len(rows), size):
@@ -124,8 +123,3 @@ def _reach(products: Tensor, rows: Tensor, others: Tensor, similarity: float) ->
         row, other = some.unbind(1)
         reached[row, other] = exact_products(rows[row], others[other]) >= similarity
     return reached
-
-
-def exact_products(rows: Tensor, others: Tensor) -> Tensor:
-    """The product of each row with the other of its place, both ``[n, D]``, in float64: ``[n]``."""
-    return (rows.double() * others.double()).sum(1)
