@@ -17,7 +17,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BaseImageProcessor,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -35,6 +35,7 @@ from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSou
 from clipfilter_wds.models.hub import cached_copy
 from clipfilter_wds.models.naming import check_folder
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
+from clipfilter_wds.models.releases import embeddings_in, resampler_of, text_embeddings
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Encoder, PythonEncoder, RustEncoder, last_places
@@ -84,8 +85,7 @@ class HuggingFaceTowers(Towers):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """See :class:`Towers`."""
-        features: Tensor = self.model.get_image_features(pixels).pooler_output
-        return features
+        return embeddings_in(self.model.get_image_features(pixels))
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """See :class:`Towers`."""
@@ -93,8 +93,7 @@ class HuggingFaceTowers(Towers):
         if self._pad_id is not None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
             mask["attention_mask"] = (places < last_places(input_ids, self._pad_id)[:, None]).long()
-        features: Tensor = self.model.get_text_features(input_ids, **mask).pooler_output
-        return features
+        return text_embeddings(self.model, input_ids, **mask)
 
 
 def load_hugging_face(source: ModelSource) -> DualEncoder:
@@ -114,8 +113,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
         family = _family_of(name, config)
         _check_files(checkpoint)
         model, info = AutoModel.from_pretrained(
-            place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **at
+            place, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **at
         )  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(place, **at)
         tokenizer = _load_tokenizer(checkpoint, at)
@@ -128,7 +126,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return DualEncoder(
         family=config.model_type,
-        towers=HuggingFaceTowers(model, pad_id=pad_id if family.masks else None),
+        towers=HuggingFaceTowers(model.float(), pad_id=pad_id if family.masks else None),
         preprocess=ClipPreprocess(
             view=_view_of(name, processor, config), tokenize=_captions_of(name, tokenizer, pad_id, config, family)
         ),
@@ -160,7 +158,7 @@ def _load_tokenizer(checkpoint: Checkpoint, at: dict[str, Any]) -> PreTrainedTok
     return tokenizer
 
 
-def _family_of(name: str, config: PreTrainedConfig) -> _Family:
+def _family_of(name: str, config: PretrainedConfig) -> _Family:
     if config.model_type not in _FAMILIES:
         hint = " (SigLIP 2 of variable resolution, NaFlex, is not)" if config.model_type == "siglip2" else ""
         raise ModelError(
@@ -169,7 +167,7 @@ def _family_of(name: str, config: PreTrainedConfig) -> _Family:
     return _FAMILIES[config.model_type]
 
 
-def _view_of(name: str, processor: BaseImageProcessor, config: PreTrainedConfig) -> ImageView:
+def _view_of(name: str, processor: BaseImageProcessor, config: PretrainedConfig) -> ImageView:
     """How the checkpoint's own image processor prepares images."""
     settings = processor.to_dict()
     size = settings["size"]
@@ -190,11 +188,16 @@ def _view_of(name: str, processor: BaseImageProcessor, config: PreTrainedConfig)
             f"preprocessor_config.json of {name!r} makes images of {crop[0]} x {crop[1]} pixels, and config.json asks "
             f"for {taken}; take both from one checkpoint"
         )
-    return ImageView(resize=resize, crop=crop, interpolation=Resampling(settings["resample"]).name.lower())
+    return ImageView(
+        resize=resize,
+        crop=crop,
+        interpolation=Resampling(settings["resample"]).name.lower(),
+        resampler=resampler_of(processor),
+    )
 
 
 def _captions_of(
-    name: str, tokenizer: PreTrainedTokenizerBase, pad_id: int, config: PreTrainedConfig, family: _Family
+    name: str, tokenizer: PreTrainedTokenizerBase, pad_id: int, config: PretrainedConfig, family: _Family
 ) -> CaptionTokenizer:
     if tokenizer.padding_side != "right":
         raise ModelError(f"the tokenizer of {name!r} pads on the {tokenizer.padding_side}; the right is expected")
@@ -212,7 +215,7 @@ def _captions_of(
     return CaptionTokenizer(encode, max_length=max_length, pad_id=pad_id, pads_to_max=family.pads_to_max)
 
 
-def _ids_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, family: _Family) -> TokenIds:
+def _ids_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: _Family) -> TokenIds:
     eos_id = config.text_config.eos_token_id
     # In configs older than the library's rule the id is 2, and CLIP takes the largest.
     takes_largest = eos_id == 2 and config.model_type == "clip"

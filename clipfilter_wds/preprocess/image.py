@@ -3,9 +3,10 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import floor
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
@@ -24,6 +25,10 @@ from clipfilter_wds.types import DropReason, UnusableError
 
 #: Pillow's names of the formats that are ever opened. None of them starts a program or runs a script.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+#: What resizes, and how it rounds an odd margin. (One is negative where the crop is larger, and padded.)
+Resampler = Literal["torchvision", "pillow", "pillow_floor"]
+_ROUND_MARGINS: dict[Resampler, Callable[[float], int]] = {"torchvision": int, "pillow": round, "pillow_floor": floor}
 
 #: Images that grow past this many pixels when their short side is resized (1 x 65000) are too large, like bombs are.
 _MAX_RESIZED_PIXELS = 1 << 28
@@ -136,7 +141,8 @@ class ImageView:
         resize: Length of the shortest edge after resizing, in pixels; or height and width, whatever the image's own.
         crop: Height and width of the centre crop, in pixels.
         interpolation: torchvision's name of the resampling; antialiased.
-        resampler: ``torchvision``, which resizes tensors, as transformers does; or ``pillow``, as open_clip does.
+        resampler: ``torchvision``, which resizes tensors, as transformers does; ``pillow``, as open_clip does; or
+            ``pillow_floor``, as transformers 4 does.
         max_pixels: An image whose header declares more is dropped as ``image_too_large`` and not decoded.
         fast_decode: Decode a JPEG at a half, a quarter or an eighth of its size where that is not below ``resize``.
         resize_on_device: Leave it to the device to resize what is to be scored; see ``ImagePacker``.
@@ -148,7 +154,7 @@ class ImageView:
     resize: int | tuple[int, int]
     crop: tuple[int, int]
     interpolation: str = "bicubic"
-    resampler: Literal["torchvision", "pillow"] = "torchvision"
+    resampler: Resampler = "torchvision"
     max_pixels: int = 89_478_485  # Pillow's own limit
     fast_decode: bool = False
     resize_on_device: bool = False
@@ -204,7 +210,7 @@ class ImageView:
         Written to ``out`` if that is given, which may have a fourth channel, of padding.
         """
         source, size, (top, left) = self.resizing(rgb)
-        if self.resampler == "pillow":
+        if self.resampler != "torchvision":
             box = (0, 0, *source[::-1])
             pixels = _pixels(rgb.image.resize(size[::-1], Image.Resampling[self.interpolation.upper()], box))
         elif rgb.scale == 1 or self.interpolation not in ("bilinear", "bicubic"):
@@ -223,11 +229,10 @@ class ImageView:
     def resizing(self, rgb: RgbImage) -> Resizing:
         """How an image is resized and cropped."""
         size = self._resized(rgb.width, rgb.height)
-        # CLIPImageProcessor rounds an odd margin down, torchvision's own center_crop, which open_clip uses, to even.
-        whole = round if self.resampler == "pillow" else int
+        whole = _ROUND_MARGINS[self.resampler]
         top, left = (whole((side - cropped) / 2) for side, cropped in zip(size, self.crop, strict=True))
         source = (rgb.height / rgb.scale, rgb.width / rgb.scale)
-        if rgb.scale > 1 and self.resampler != "pillow":
+        if rgb.scale > 1 and self.resampler == "torchvision":
             # torch rounds the size of the output down, which must not make it a pixel less.
             source = (source[0] * size[0] / (size[0] + 1 / 64), source[1] * size[1] / (size[1] + 1 / 64))
         return Resizing(source, size, (top, left))

@@ -135,7 +135,7 @@ class ImagePacker:
         return PackedImages(memory, places, self._view.crop, self._view.interpolation)
 
     def _is_packed_whole(self, height: int, width: int) -> bool:
-        is_other_way = self._view.resampler == "pillow" and height > _PILLOWS_TALLEST * width
+        is_other_way = self._view.resampler != "torchvision" and height > _PILLOWS_TALLEST * width
         return height * width <= MOST_PIXELS and max(height, width) <= MOST_SIDE and not is_other_way
 
     def _room(self, height: int, width: int) -> np.ndarray:

@@ -1,18 +1,21 @@
 """Makes small real things for tests: random CLIPs, images, shards, and the reference for scores."""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
 from clipfilter_wds.shards.open import OpenShard, open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import Sample, ShardEnd, ShardIdentity
+from tests.support.image_processors import as_seen, options_of
 
 #: Members of a sample: extension -> bytes.
 Members = Mapping[str, bytes]
@@ -51,13 +54,15 @@ def make_clip(
     return folder
 
 
-def _byte_tokenizer() -> CLIPTokenizer:
+def _byte_tokenizer() -> CLIPTokenizerFast:
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    with TemporaryDirectory() as folder:  # made of files, which all releases of transformers read
+        Path(folder, "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizerFast.from_pretrained(folder, model_max_length=77)
 
 
 def photo(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -101,14 +106,16 @@ class Reference:
     """The plain loop: ``CLIPProcessor`` and ``CLIPModel`` in float32, one pair at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = CLIPModel.from_pretrained(folder).float().eval()
         self.processor = CLIPProcessor.from_pretrained(folder)
 
     @torch.inference_mode()
     def score(self, image: Image.Image, caption: str) -> float:
         """Raw cosine of one pair."""
+        image = as_seen(image.convert("RGB"))
+        options = options_of(self.processor.image_processor)
         inputs = self.processor(
-            text=[caption], images=image.convert("RGB"), return_tensors="pt", padding=True, truncation=True
+            text=[caption], images=image, return_tensors="pt", padding=True, truncation=True, **options
         )
         output = self.model(**inputs)
         return (output.image_embeds * output.text_embeds).sum().item()

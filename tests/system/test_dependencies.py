@@ -1,12 +1,15 @@
-"""What the package imports is what it declares, and the other way round."""
+"""What the package imports is what it declares, and the other way round; the versions that it declares were tried."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from tests.support.version_matrix import PAGE, RESULTS, ROWS, lower_bounds, lowest_python, page_with
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -70,3 +73,37 @@ def test_every_dependency_is_imported():
 def test_reading_shards_imports_neither_torch_nor_webdataset():
     code = "import sys, clipfilter_wds.shards.samples; print({'torch', 'webdataset', 'aiohttp'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+# --- versions ---
+
+TRIED = json.loads(RESULTS.read_text())
+
+
+def release(version: str) -> list[str]:
+    """2.4.0+cpu -> 2, 4: without zeros behind, which make no difference."""
+    return re.sub(r"(\.0)*(\+.*)?$", "", version).split(".")
+
+
+def test_the_lowest_versions_that_are_declared_are_those_that_were_tried_together():
+    floors = TRIED["floors"]["versions"]
+    assert {name: release(floors[name]) for name in lower_bounds()} == {
+        name: release(version) for name, version in lower_bounds().items()
+    }
+    assert floors["python"].rpartition(".")[0] == lowest_python()
+
+
+def test_every_python_that_is_declared_was_tried():
+    pythons = [classifier for classifier in PROJECT["classifiers"] if ":: Python :: 3." in classifier]
+    declared = {classifier.rpartition(" ")[2] for classifier in pythons}
+    assert declared == {result["versions"]["python"].rpartition(".")[0] for result in TRIED.values()}
+
+
+def test_rows_that_were_tried_passed():
+    assert TRIED.keys() <= ROWS.keys()
+    assert {name: (row["failed"], row["error"]) for name, row in TRIED.items()} == dict.fromkeys(TRIED, (0, 0))
+    assert min(row["passed"] for row in TRIED.values()) > 100
+
+
+def test_the_page_shows_what_was_tried():
+    assert page_with(TRIED, PAGE.read_text()) == PAGE.read_text()

@@ -11,7 +11,7 @@ from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
-from tests.support.fitting import THRESHOLD, Recorder, SaveEverywhere, data_module, fit, new_trainer
+from tests.support.fitting import THRESHOLD, TRUSTED, Recorder, SaveEverywhere, data_module, fit, new_trainer
 from tests.support.score_tables import derive
 
 EVAL_STAGES = ("val", "test", "predict")
@@ -173,18 +173,18 @@ def test_a_data_module_does_its_stages_in_any_order(evaluated, tmp_path, order):
     for stage in order:
         module, trainer = Recorder(), new_trainer(num_sanity_val_steps=0)
         if stage in ("fit", "resume"):
-            trainer.fit(module, data, ckpt_path=checkpoint if stage == "resume" else None, weights_only=False)
+            trainer.fit(module, data, ckpt_path=checkpoint if stage == "resume" else None, **TRUSTED)
             assert module.trained == (whole[3:] if stage == "resume" else whole)
             assert flat(module.validated) == 2 * KEYS["val"]
             continue
-        given = getattr(trainer, stage)(module, data, ckpt_path=checkpoint, weights_only=False)
+        given = getattr(trainer, stage)(module, data, ckpt_path=checkpoint, **TRUSTED)
         batches = {"validate": module.validated, "test": module.tested, "predict": given}[stage]
         assert flat(batches) == KEYS["val" if stage == "validate" else stage]
 
 
 def test_load_from_checkpoint_makes_a_data_module_that_begins_at_the_beginning(data, tmp_path):
     whole = fit(data, {}, callbacks=[SaveEverywhere(tmp_path)]).trained
-    loaded = ClipFilterDataModule.load_from_checkpoint(tmp_path / "batch3.ckpt", weights_only=True)
+    loaded = ClipFilterDataModule.load_from_checkpoint(tmp_path / "batch3.ckpt", **dict.fromkeys(TRUSTED, True))
     module = Recorder()
     new_trainer().fit(module, loaded)
     assert module.trained == whole

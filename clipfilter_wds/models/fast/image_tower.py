@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipfilter_wds.models.fast.attention import matmul_attention
+from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS, gives_tuple
 
 
 def optimize_layers(towers: nn.Module) -> None:
@@ -19,7 +20,7 @@ def optimize_layers(towers: nn.Module) -> None:
         _fold_quick_gelu(module)
         if isinstance(module, nn.Conv2d) and _embeds_patches(module):
             towers.set_submodule(name, _PatchEmbedding(module))
-        if type(module).__name__ in _FIRST_TOKEN_TOWERS and hasattr(module, "encoder"):
+        if type(module).__name__ in FIRST_TOKEN_IMAGE_TOWERS and hasattr(module, "encoder"):
             _optimize_image_layers(module.encoder.layers)
 
 
@@ -83,11 +84,10 @@ class _PatchEmbedding(nn.Module):
 
 # --- transformer layers ---
 
-#: Image towers of transformers whose embedding is the first token of their last layer.
-_FIRST_TOKEN_TOWERS = ("CLIPVisionModel", "AltCLIPVisionModel", "ChineseCLIPVisionModel")
-
 
 def _optimize_image_layers(layers: Any) -> None:
+    if isinstance(layers[-1], _LastLayer):
+        return
     for layer in layers:
         layer.self_attn = _Attention(layer.self_attn)
     layers[-1] = _LastLayer(layers[-1])
@@ -142,9 +142,10 @@ class _LastLayer(nn.Module):
         super().__init__()
         self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.gives_tuple = gives_tuple(layer)
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """``[N, T, D]`` -> ``[N, 1, D]``."""
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
+        """``[N, T, D]`` -> ``[N, 1, D]``, in the form that the library's layer gives it."""
         first = hidden_states[:, :1] + self.self_attn.attend(self.layer_norm1(hidden_states), num_queries=1)
         output: Tensor = first + self.mlp(self.layer_norm2(first))
-        return output
+        return (output,) if self.gives_tuple else output

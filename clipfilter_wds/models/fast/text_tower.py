@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clipfilter_wds.models.fast.attention import matmul_attention
-
-#: The names that CLIP's text tower has had in transformers.
-_CAUSAL_TOWERS = ("CLIPTextModel", "CLIPTextTransformer")
+from clipfilter_wds.models.releases import CLIP_TEXT_TOWERS
 
 
 def pack_text_tower(towers: nn.Module) -> bool:
@@ -18,7 +16,7 @@ def pack_text_tower(towers: nn.Module) -> bool:
     causal = [
         (name, module)
         for name, module in towers.named_modules()
-        if type(module).__name__ in _CAUSAL_TOWERS and hasattr(module, "encoder")
+        if type(module).__name__ in CLIP_TEXT_TOWERS and hasattr(module, "encoder")
     ]
     for name, module in causal:
         towers.set_submodule(name, PackedTextTower(module))
