@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-#: What torch raises as a plain ``RuntimeError``: on a CPU, where a library on a GPU allocates by itself, and for
-#: page-locked memory.
-_MESSAGES = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
+#: What torch raises as a plain ``RuntimeError``: on a CPU, in oneDNN there, where a library on a GPU allocates by
+#: itself, and for page-locked memory.
+_MESSAGES = ("can't allocate memory", "could not create a primitive", "ALLOC_FAILED", "CUDA error: out of memory")
 
 #: Samples that are scored together whatever the batch size: those that the error of low precision is measured on.
 FEWEST = 32

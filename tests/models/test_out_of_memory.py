@@ -31,8 +31,8 @@ SCORE_BATCH_SIZE = {"cpu": 64, "cuda": BATCH_SIZE}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sees 196 patches of an image in layers of ordinary width, which is what takes memory."""
-    return make_clip(tmp_path_factory.mktemp("model"), image_size=224, patch_size=16, width=256)
+    """Sees 196 patches of an image in wide layers: what one of them gives for 32 images takes 50 MB or more."""
+    return make_clip(tmp_path_factory.mktemp("model"), image_size=224, patch_size=16, width=1024)
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,9 @@ def test_counts_are_kept_whoever_resumes(job):
 
 def test_an_endless_stream_is_not_resumed_on_more_ranks_than_it_has_streams(shards, job):
     endless = Job(
-        dataset=job.dataset, config=LoaderConfig(batch_size=2, end="repeat", batches_per_epoch=9), kept=job.kept
+        dataset=job.dataset,
+        config=LoaderConfig(threshold=0.5, batch_size=2, end="repeat", batches_per_epoch=9),
+        kept=job.kept,
     )
     ranks = begin(endless, 2, 1)
     run(ranks, 1)
