@@ -7,6 +7,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
+PLACES = ("below", "above", "lowest", "highest", "unusable")
 
 
 class Browser:
@@ -79,4 +80,24 @@ class Browser:
             """return [...document.getElementById(arguments[0]).rows].map((row) =>
               [...row.cells].map((cell) => cell.innerText))""",
             name,
+        )
+
+    def scores(self, place: str) -> list[float]:
+        return [card["score"] for card in self.cards(place)]
+
+    def cards(self, place: str) -> list[dict]:
+        """What the cards of a place show."""
+        return self.run(
+            """return Promise.all([...document.getElementById(arguments[0]).children].map(async (card) => {
+              const image = card.querySelector("img");
+              await image?.decode();
+              return {
+                width: image?.naturalWidth, alt: image?.alt, kept: card.classList.contains("kept"),
+                score: parseFloat(card.querySelector(".score").textContent),
+                caption: card.querySelector(".caption")?.textContent,
+                tags: card.querySelector(".caption")?.childElementCount,
+                origin: (card.querySelector(".origin") ?? card.cells[1]).textContent,
+              };
+            }))""",
+            place,
         )

@@ -1,5 +1,9 @@
 """One filtered run, and the report of it."""
 
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,9 @@ from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
+from pictures.chromium import CHROMEDRIVER, CHROMIUM, HOW_TO_GET_IT, chromium
+from tests.report.browser import Browser
+from tests.support.pace import FOREVER
 from tests.support.toys import pair, write_shard
 
 THRESHOLD = 0.1237  # on a step of the slider's counts, and not of the slider
@@ -51,6 +58,30 @@ def run(scorer, tmp_path_factory) -> Run:
     run = Run(output=folder / "out", shards=folder / "shards", report=folder / "report.html")
     write_report(ReportConfig(scores=run.output, shards=f"{run.shards}/*.tar", output=run.report, thumbnails=200))
     return run
+
+
+@pytest.fixture(scope="package")
+def browser(run) -> Iterator[Browser]:
+    """The page in a real browser."""
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip(HOW_TO_GET_IT)
+    requests: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_):
+            requests.append(self.path)
+
+        def end_headers(self):
+            self.send_header("Cache-Control", "no-store")  # a page some minutes old would not be asked for again
+            super().end_headers()
+
+    serve = functools.partial(Handler, directory=run.report.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with chromium() as driver:
+            driver.set_script_timeout(FOREVER)
+            yield Browser(driver, f"http://127.0.0.1:{server.server_address[1]}/{run.report.name}", requests)
+        server.shutdown()
 
 
 def _sample(shard: int, index: int) -> dict[str, bytes]:
