@@ -174,7 +174,7 @@ def lightning(folder: Path, *, devices: int) -> list[str]:
         --data.loader.num_workers 1 --data.loader.score_batch_size 32
         --data.image_transform small_clip.image_view --data.text_transform small_clip.text_view
         --trainer.accelerator cpu --trainer.devices {devices} --trainer.log_every_n_steps 2
-        --trainer.enable_progress_bar false""".split()
+        --trainer.enable_progress_bar false --trainer.logger CSVLogger --trainer.logger.save_dir .""".split()
 
 
 def metrics(version: Path) -> list[dict[str, str]]:
