@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import signal
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -21,8 +18,8 @@ from clipfilter_wds.training.loader import ClipFilterLoader
 from clipfilter_wds.training.record import RecordFolder, RecordLookup
 from clipfilter_wds.types import DropReason, SampleRow, ShardEnd, ShardIdentity
 from tests.support.batches import batches, check_same, write_mixed, write_scores
-from tests.support.pace import FOREVER
-from tests.support.processes import context, run_ranks
+from tests.support.processes import run_ranks
+from tests.support.recording import train_until_killed
 from tests.support.restore import (
     Recipe,
     check_restores_after_every_batch,
@@ -219,21 +216,10 @@ def test_resumes_after_every_batch_on_two_ranks_with_workers(scored, tmp_path):
     check_restores_after_every_batch(recipe, world_size=2)
 
 
-def train_for_ever(recipe: Recipe) -> None:
-    for _ in recipe.build(end="repeat", batches_per_epoch=10**9):
-        pass
-
-
 def test_a_run_that_was_killed_leaves_whole_tables_only(clip_folder, tmp_path, counted):
     shards = write_numbered(tmp_path / "in", [[1000 * shard + n for n in range(6)] for shard in range(40)])
     recipe = Recipe(clip=clip_folder, shards=shards, loader={"threshold": None, "record": tmp_path / "record"})
-    process = context.Process(target=train_for_ever, args=(recipe,))
-    process.start()
-    deadline = time.monotonic() + FOREVER
-    while len(list((tmp_path / "record").glob("*.parquet"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    train_until_killed(recipe, tmp_path / "record", 5)
     num_whole = len(list((tmp_path / "record").glob("*.parquet")))
     assert num_whole >= 5
     assert sorted(flat(keys(recipe.build()))) == [f"{1000 * shard + n:09d}" for shard in range(40) for n in range(6)]

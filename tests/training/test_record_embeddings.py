@@ -1,9 +1,6 @@
 """Embeddings recorded while a loader trains: the files that ``score --embeddings`` writes."""
 
-import os
 import shutil
-import signal
-import time
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -23,8 +20,8 @@ from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.loader import ClipFilterLoader
 from tests.support.batches import write_mixed, write_scores
 from tests.support.fitting import fit
-from tests.support.pace import FOREVER
-from tests.support.processes import context, run_ranks
+from tests.support.processes import run_ranks
+from tests.support.recording import train_until_killed
 from tests.support.restore import Recipe, keys, write_numbered
 
 
@@ -105,22 +102,11 @@ def test_ranks_record_for_one_another(scored, tables, tmp_path):
     check_recorded(tmp_path, tables)
 
 
-def train_for_ever(recipe: Recipe) -> None:
-    for _ in recipe.build(end="repeat", batches_per_epoch=10**9):
-        pass
-
-
 def test_a_run_that_was_killed_is_continued_to_the_same_embeddings(clip_folder, tmp_path):
     shards = write_numbered(tmp_path / "in", [[1000 * shard + n for n in range(6)] for shard in range(40)])
     loader = {"threshold": None, "record": tmp_path / "record", "record_embeddings": "fp16"}
     recipe = Recipe(clip=clip_folder, shards=shards, loader=loader)
-    process = context.Process(target=train_for_ever, args=(recipe,))
-    process.start()
-    deadline = time.monotonic() + FOREVER
-    while len(list((tmp_path / "record").glob("*.parquet"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    train_until_killed(recipe, tmp_path / "record", 5)
     folder = ScoreFolder(tmp_path / "record")
     assert len(folder.paths) >= 5
     for path in folder.paths:  # no table that is there lacks its embeddings
