@@ -20,7 +20,7 @@ _QUICK_IMAGE_SIZES, _QUICK_BATCH_SIZES = (64,), (8,)
 
 #: Samples per shard, and shards of a round.
 _SHARD_SAMPLES: dict[Mode, int] = {"rewrite": 2048, "score": 2048, "inline": 1024, "from_scores": 2048}
-_QUICK_SHARD_SAMPLES, _START_SAMPLES = 32, 64
+_QUICK_SHARD_SAMPLES, _START_SAMPLES = 256, 64
 _NUM_SHARDS: dict[Mode, int] = {"rewrite": 1, "score": 1, "inline": 4, "from_scores": 8}
 
 #: Share that is kept wherever something is decided.

@@ -57,8 +57,7 @@ def test_short_run_measures_all_uses_and_what_it_reports_adds_up(tmp_path):
         assert record["bare_us"] > record["bare"]["bare decode"] > 0
         assert {record["mode"], record["image_size"], record["batch_size"]} == {use.split()[0], 64, 8}
         if use in USES:
-            assert worker != 0  # of runs this short the difference is mostly noise
-            assert record["stages"]["decode"] > 10
+            assert worker > 100
             assert {"tar", "decode", "resize", "tokens", "build", "rest"} <= record["stages"].keys()
             assert sum(record["stages"].values()) == pytest.approx(worker)
         else:
