@@ -53,7 +53,7 @@ class Job:
         model: Its preprocessing is the one that is measured.
         device: Of the stubbed model.
         num_workers: Processes that decode, or copy.
-        start: A shard of a few samples, which comes first.
+        start: A shard which comes first, and does not count.
         shard: All other shards are this file, under other names.
         num_shards: How many of these there are.
         num_samples: How many samples they have in all.
@@ -109,8 +109,8 @@ class Measured(NamedTuple):
 def measure(job: Job) -> Measured:
     """Run it, in a process where nothing else runs.
 
-    A round is two whole runs, one over the small first shard alone and one over all. Their difference is that of the
-    counted samples, without what it takes to start and to end, and with all that waits somewhere on the way.
+    A round is two whole runs, one over the first shard alone and one over all. Their difference is that of the counted
+    samples, without what it takes to start and to end.
     """
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader workers, as it is by default on Linux
     transformers_logging.disable_progress_bar()

@@ -1,7 +1,8 @@
-"""Says what a command shows and logs. Imports nothing."""
+"""Says what a command shows and logs."""
 
 from dataclasses import dataclass
-from typing import Literal
+
+from clipfilter_wds.offline.run_logger import LogTo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +25,4 @@ class LogConfig:
             the output.
     """
 
-    log_to: Literal["csv", "tensorboard", "wandb", "mlflow"] | None = None
+    log_to: LogTo | None = None

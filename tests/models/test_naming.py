@@ -159,6 +159,7 @@ for number in range({len(files)}):
             assert file in message
             assert f"`hf download org/part{number} --local-dir FOLDER`" in message
 
+    @pytest.mark.slow
     def test_where_the_hub_does_not_answer_the_cache_is_taken_and_else_one_line_says_so(self, clip_folder, tmp_path):
         cache_snapshot(tmp_path / "cache", "org--whole", clip_folder)
         write_shard(tmp_path / "0.tar", [pair(0)])

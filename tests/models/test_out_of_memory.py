@@ -97,7 +97,7 @@ def load(scorer, device, shard):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("work", [score, recheck])
+@pytest.mark.parametrize("work", [score, pytest.param(recheck, marks=pytest.mark.slow)])
 def test_a_batch_that_does_not_fit_is_named_with_the_option_that_makes_it_smaller(folder, device, work):
     message, cause = in_fresh_process(partial(message_of, work), folder, device)
     assert f"{BATCH_SIZE} samples are scored at a time" in message

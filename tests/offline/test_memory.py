@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from clipfilter_wds.models.scorer import ClipScorer
@@ -45,6 +46,7 @@ def peak_bytes(shards: list[str], output: str, model: str, result) -> None:
     result.send(peak)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shards(clip_folder, tmp_path):
     shards = [write_shard(tmp_path / "in" / f"{n:03d}.tar", [pair(n * 20 + i) for i in range(20)]) for n in range(200)]
     peaks = {}
@@ -97,6 +99,7 @@ def grown_bytes(folder: Path, model: str) -> dict[str, int]:
     return {name: peak(folder / f"{name}.tar", caption) - ordinary for name, (_, caption) in LARGE_TEXTS.items()}
 
 
+@pytest.mark.slow
 def test_a_worker_takes_little_for_any_text_however_large(clip_folder, tmp_path):
     write_shard(tmp_path / "ordinary.tar", [pair(0)])
     for name, (text, _) in LARGE_TEXTS.items():

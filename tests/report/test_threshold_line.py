@@ -86,6 +86,7 @@ def test_numbers_follow_the_keyboard(browser, run):
     check_numbers(browser, run, browser.threshold())
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_tables_at_twenty_thresholds(browser, run):
     browser.open()
     scores = run.all_scores()

@@ -26,6 +26,7 @@ def _main(args: list[str]) -> None:
     main(args)
 
 
+@pytest.mark.slow
 def test_short_run_of_the_speed_benchmark(tmp_path):
     """A contender that decides otherwise than the float32 loop would end it with an error."""
     speed = run(tmp_path)["speed"]

@@ -28,6 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [block.code for block in blocks_of(page.read_text()) if block.language == language]
 
 
+@pytest.mark.slow
 def test_code_of_the_training_page_runs(tmp_path):
     write_demo_shards(tmp_path / "data")
     assert in_fresh_process(_run_blocks, TRAINING, tmp_path) >= 6

@@ -19,6 +19,8 @@ from tests.support.toys import make_clip, write_shard
 
 #: Pages whose Python another test of the documents runs, in a session that it prepares.
 PYTHON_ELSEWHERE = {"training", "pipelines"}
+#: Pages that take long.
+LONG = ("selection",)
 #: Commands that read shards in worker processes, unless they are told not to.
 WITH_WORKERS = ("rewrite", "score")
 
@@ -31,6 +33,14 @@ def runs_here(page: Path) -> list:
         for block in blocks_of(page.read_text())
         if block.language in ("bash", "python") and block.language not in elsewhere
         if not (block.not_run or block.run_by)
+    ]
+
+
+def pages_that_run() -> list:
+    return [
+        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in LONG else ())
+        for page in PAGES
+        if runs_here(page)
     ]
 
 
@@ -68,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runs_here(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", pages_that_run())
 def test_code_of_a_page_runs_as_it_stands(page, folder, tmp_path, monkeypatch):
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)

@@ -122,7 +122,8 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["rewrite", pytest.param("score", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rewrite", "score"])
 def test_workers_that_decode_are_not_waited_for(shards, clip_folder, tmp_path, name):
     options = ("--output", tmp_path / "out", "--model", clip_folder, "--num_workers", 2)
     check(stop([*COMMAND, name, shards / "large.tar", *options], has_workers))
@@ -171,7 +172,8 @@ def test_workers_that_open_the_images_of_a_table_are_not_waited_for(clip_folder,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.jpg", "in.jsonl"]
 
 
-@pytest.mark.parametrize("workers", ["anew", pytest.param("persistent", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["anew", "persistent"])
 def test_a_training_script_does_not_wait_for_its_next_batches(shards, clip_folder, workers):
     script = [sys.executable, "-c", TRAIN, shards / "{small,large}.tar", clip_folder, workers]
     # It is in its first step by then; the one worker has read the small shard, the other is at the large one.

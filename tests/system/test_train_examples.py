@@ -41,6 +41,7 @@ def losses(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("step ")]
 
 
+@pytest.mark.slow
 def test_plain_loop_resumes_as_if_it_had_never_stopped(folder, tmp_path):
     options = [*SMALL, "--shards", f"{folder}/demo_shards/{{00000..00001}}.tar"]
     whole = losses(run("plain_loop.py", *options, "--steps", "30", cwd=tmp_path))
@@ -58,6 +59,7 @@ def test_plain_loop_draws_its_own_shards_and_learns(tmp_path):
     assert last < first - 1.0
 
 
+@pytest.mark.slow
 def test_fabric_loop_runs_on_two_ranks(folder, tmp_path):
     options = ["--accelerator", "cpu", "--devices", "2", "--shards", f"{folder}/demo_shards/{{00000..00001}}.tar"]
     output = run("fabric_loop.py", *SMALL, *options, "--steps", "10", cwd=tmp_path)
@@ -111,6 +113,7 @@ def filtering_pays(folder: Path, **options: int) -> dict[str, Any]:
     return figures["runs"]
 
 
+@pytest.mark.slow
 def test_filtering_pays_trains_and_compares_three_ways(tmp_path):
     runs = filtering_pays(tmp_path, steps=2, batch_size=32, num_samples=256, galleries=1)
     raw, inline, rewritten = runs["raw"], runs["filtered inline"], runs["rewritten ahead"]

@@ -51,6 +51,7 @@ def doc_example() -> str:
     return code
 
 
+@pytest.mark.slow
 def test_the_documentation_example_runs_as_written(tmp_path):
     """A tiny CLIP takes the place of the hub's, and a table of two rows that of DataFlow's example."""
     make_clip(tmp_path / "openai" / "clip-vit-base-patch32")

@@ -165,6 +165,7 @@ class _Waiting(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_output_and_the_next_one_no_leftovers(clip_folder, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Waiting)
     server.daemon_threads = True

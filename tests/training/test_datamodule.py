@@ -24,9 +24,10 @@ CASES = {
     ),
     "repeat": ({"end": "repeat", "batches_per_epoch": 5}, {}),
 }
+RUN = [pytest.param(case, marks=pytest.mark.slow if case.startswith("validation") else ()) for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUN)
 def test_a_run_resumes_from_any_checkpoint_with_the_batch_after_the_one_trained_last(data, tmp_path, case):
     more, trainer = CASES[case]
     save = SaveEverywhere(tmp_path)
@@ -39,10 +40,7 @@ def test_a_run_resumes_from_any_checkpoint_with_the_batch_after_the_one_trained_
     assert rest == [batch for batch in whole if batch[0] == 1]
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["plain", "repeat", pytest.param("validation within the epoch and accumulated gradients", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("case", RUN)
 def test_a_run_that_max_steps_cut_off_resumes_where_it_was(data, tmp_path, case):
     more, trainer = CASES[case]
     data = {**data, **more}

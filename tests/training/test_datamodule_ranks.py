@@ -88,7 +88,8 @@ def data_options(recipe):
     return {"train": recipe.shards, "model": str(recipe.clip), "shuffle": 0, **recipe.loader}
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_uneven_ranks_make_the_same_steps_at_any_keep_rate_and_share_no_sample(
     clip_folder, scored, tmp_path, world_size
 ):
@@ -205,6 +206,7 @@ def test_ranks_that_max_steps_cut_off_resume_where_they_were(resumable, tmp_path
         assert [keys for _, *keys in rest] == [keys for _, *keys in whole[2 : 2 + len(rest)]] != []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_three(resumable, tmp_path):
     # Many streams and small windows, so that each rank of three has some of what is left.
     data = {**resumable, "shuffle": 3, "batch_size": 4, "num_streams": 12, "val": resumable["train"].replace("*", "0")}

@@ -28,7 +28,9 @@ def test_overfit_batches_are_the_same_in_every_epoch_also_after_a_resume(data, t
         assert len(rest) == {"batch1": 5, "batch2": 4, "batch3": 3, "epoch0": 4}[saved]
 
 
-@pytest.mark.parametrize("more", [{}, REPEAT, {"num_workers": 1, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, REPEAT, pytest.param({"num_workers": 1, "persistent_workers": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_reloaded_dataloaders_go_on_in_the_stream(data, tmp_path, more):
     plain = fit({**data, **more}, {"max_epochs": 4}).trained
     reload = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}

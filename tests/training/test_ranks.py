@@ -57,7 +57,9 @@ def run_each(recipes, num_epochs):
     return outcomes
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (4, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world_size", "num_workers"), [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 0), (2, 2)))]
+)
 def test_uneven_ranks_end_together_at_any_keep_rate_and_share_no_sample(
     clip_folder, scored, tmp_path, world_size, num_workers
 ):
@@ -210,7 +212,6 @@ def test_starvation_of_one_rank_within_its_limit_ends_all(clip_folder, scored, t
     ("num_workers", "shuffle", "options"),
     [
         (1, 16, {"end": "sync"}),
-        (0, 16, {"end": "repeat", "batches_per_epoch": 4}),
         *(
             pytest.param(num_workers, shuffle, options, marks=pytest.mark.slow)
             for num_workers in (0, 1, 3)
@@ -260,7 +261,8 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_torchrun_with_an_uneven_stream_ends_by_itself(clip_folder, scored, tmp_path, world_size):
     shards = write_numbered(tmp_path / "in", [list(range(first, first + 25)) for first in range(0, 200, 25)])
     threshold = threshold_that_keeps(0.5, scored)

@@ -88,6 +88,7 @@ def test_an_epoch_resumed_twice_on_any_topology_gives_each_kept_sample_once(
     assert sorted(read + keys_of(rest)) == sorted(job.kept)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     recipe=jobs(),

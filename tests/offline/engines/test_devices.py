@@ -41,6 +41,7 @@ def rewrite(shards: Path, output: Path, clip_folder: Path, *more: object) -> sub
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does_and_one_of_them_sums_up(shards, clip_folder, tmp_path):
     one, two = (rewrite(shards, tmp_path / num, clip_folder, "--devices", num) for num in ("1", "2"))
     assert (one.returncode, two.returncode) == (1, 1), two.stderr  # a shard is none

@@ -60,7 +60,9 @@ def start(rank, world_size, *args, **kwargs):
     return process
 
 
-@pytest.mark.parametrize("late", [0, 2], ids=["rank-zero-last", "rank-zero-waits"])
+@pytest.mark.parametrize(
+    "late", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["rank-zero-last", "rank-zero-waits"]
+)
 def test_ranks_write_what_one_process_writes_and_rank_zero_sums_up(shards, expected, clip_folder, tmp_path, late):
     output = tmp_path / "out"
     args = (shards, output, clip_folder)
@@ -74,6 +76,7 @@ def test_ranks_write_what_one_process_writes_and_rank_zero_sums_up(shards, expec
     assert (summary["shards"], summary["seen"], summary["scored"] + 20 * summary["resumed_shards"]) == (7, 140, 140)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_and_started_again_loses_nothing(shards, expected, clip_folder, tmp_path):
     output, rng = tmp_path / "out", random.Random(0)
     args = (shards, output, clip_folder)
@@ -92,6 +95,7 @@ def test_a_rank_that_is_killed_and_started_again_loses_nothing(shards, expected,
     check_accounting(output)
 
 
+@pytest.mark.slow
 def test_ranks_cut_the_whole_runs_scores_at_a_fraction(shards, scorer, clip_folder, tmp_path):
     """Nothing can be copied before all ranks have scored; a shard that one of them can't use counts for none."""
     folder = tmp_path / "in"
@@ -113,6 +117,7 @@ def test_ranks_cut_the_whole_runs_scores_at_a_fraction(shards, scorer, clip_fold
     assert list(summary["failed_shards"]) == [str(folder / "00002.tar")]
 
 
+@pytest.mark.slow
 def test_runs_that_do_the_same_work_at_once_do_no_harm(shards, expected, clip_folder, tmp_path):
     output = tmp_path / "out"
     processes = [start(0, 1, shards, output, clip_folder) for _ in range(3)]

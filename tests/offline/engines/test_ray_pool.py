@@ -130,6 +130,7 @@ def test_no_cluster_at_an_address_is_an_error_that_names_it():
     assert "ValueError: there is no Ray cluster at '127.0.0.1:1': " in run.stderr
 
 
+@pytest.mark.slow
 def test_ray_is_started_for_a_run_beside_the_one_that_another_run_has_started_for_itself():
     code = "from clipfilter_wds.offline.engines.ray_pool import RayPool; import ray; RayPool(dict); print(ray.nodes())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
