@@ -1,5 +1,6 @@
 """Plans a run: which shards are scored, and what each output shard is made of."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, pairwise
@@ -21,6 +22,8 @@ from clipfilter_wds.scores.table import ShardScores, check_table
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
 from clipfilter_wds.types import ShardError
+
+_log = logging.getLogger(__name__)
 
 
 def plan_scoring(config: ScoreConfig, fingerprint: Fingerprint, rechecked_at: float | None) -> list[ScoreTask]:
@@ -105,7 +108,7 @@ def _check_tables(choice: Choice, tables: Mapping[str, AnyPath | None]) -> tuple
         try:
             check_table(table, url)
             if choice.needs_columns:
-                choice.candidates(ShardScores.read(table))
+                choice.candidates_by_group(ShardScores.read(table))
         except ShardError as error:
             return str(error)
         return None
@@ -128,7 +131,13 @@ def _cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> Sequence[AnyCu
         return (choice.candidates_by_group(ShardScores.read(table)) for table in tables.values())
 
     found = find_group_cutoffs(read, choice.fraction_of)
-    return [cutoffs[""] for cutoffs in found] if choice.groups is None else list(map(GroupCutoffs, found))
+    if choice.groups is None:
+        return [cutoffs[""] for cutoffs in found]
+    if absent := sorted(set(choice.groups.limits).difference(*found)):
+        _log.warning(
+            "group_limits has a limit for %s, and no sample has that as its %s", ", ".join(absent), choice.groups.column
+        )
+    return list(map(GroupCutoffs, found))
 
 
 def _plan_packing(

@@ -163,6 +163,14 @@ def _is_end(end: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 
 def _failed_shards(folder: Path) -> dict[str, str]:
-    summary = (folder.parent if folder.name == "_scores" else folder) / "summary.json"
-    failed: dict[str, str] = json.loads(summary.read_bytes())["failed_shards"] if summary.is_file() else {}
-    return failed
+    path = (folder.parent if folder.name == "_scores" else folder) / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        failed: dict[str, str] = json.loads(path.read_bytes())["failed_shards"]
+        return {**failed}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{str(path)!r} is not the summary of the run that wrote the tables beside it; put it elsewhere, or make "
+            "the tables again"
+        ) from None

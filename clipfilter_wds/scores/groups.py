@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Groups:
     """Samples in groups by the value of a column, and the limits of some groups. Picklable.
 
     Attributes:
-        column: The column; the group of a value is called as the value is, that of missing ones ``null``.
+        column: The column; the group of a value is called as the value is in JSON, that of missing ones ``null``.
         limits: By group, its fraction or threshold; the others have the one that is given for all.
     """
 
@@ -54,12 +54,15 @@ class Groups:
         names = scores.table.schema.names
         if self.column not in names:
             raise ShardError(f"group_by: there is no column {self.column!r}; the tables have {', '.join(names)}")
-        values = scores.table[self.column].to_pylist()
-        return np.array(["null" if value is None else str(value) for value in values], dtype=object)
+        return np.array([_name_of(value) for value in scores.table[self.column].to_pylist()], dtype=object)
 
     def limits_of(self, groups: np.ndarray, usual: float) -> np.ndarray:
         """Per sample, given its group, what it is compared with: float64 ``[N]``."""
         return np.array([self.limits.get(group, usual) for group in groups], dtype=np.float64)
+
+
+def _name_of(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)

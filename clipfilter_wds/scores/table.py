@@ -58,6 +58,9 @@ class ShardScores:
     def __post_init__(self) -> None:
         if self.table.num_rows != self.metadata.num_samples:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
+        unknown = set(self.table["reason"].unique().drop_null().to_pylist()) - set(DropReason)
+        if unknown:
+            raise ValueError(f"it holds the reason {min(unknown)!r}, which this version knows nothing of")
 
     @classmethod
     def from_rows(

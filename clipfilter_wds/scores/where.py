@@ -118,7 +118,7 @@ class _Compiler:
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return pc.negate(self.expression(operand))
             case ast.BinOp(left=left, op=op, right=right):
-                sides = (self._number(side).cast("float64") for side in (left, right))
+                sides = (_as_fractions(self._number(side)) for side in (left, right))
                 return getattr(pc, _ARITHMETIC[type(op)])(*sides)
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 found = pc.scalar(True)
@@ -144,12 +144,40 @@ class _Compiler:
             values = self._values(right)
             if None in values:
                 raise self._none_error(left)
+            if self._is_integer(left) and any(isinstance(each, float) for each in values):
+                value = _as_fractions(value)
             listed = value.isin(values)
             return value.is_valid() & (listed if isinstance(op, ast.In) else ~listed)
         for side, other in ((left, right), (right, left)):
             if isinstance(side, ast.Constant) and side.value is None:
                 raise self._none_error(other)
-        return getattr(pc, _COMPARISONS[type(op)])(value, self.expression(right))
+        sides = [value, self.expression(right)]
+        if self._is_fraction(left) or self._is_fraction(right):
+            sides = [
+                _as_fractions(side) if self._is_integer(node) else side
+                for node, side in zip((left, right), sides, strict=True)
+            ]
+        return getattr(pc, _COMPARISONS[type(op)])(*sides)
+
+    def _is_fraction(self, node: ast.expr) -> bool:
+        import pyarrow as pa
+
+        match node:
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return self._is_fraction(operand)
+            case ast.Name() | ast.Attribute():
+                return bool(pa.types.is_floating(self._schema.field(ast.unparse(node)).type))
+        return isinstance(node, ast.BinOp) or (isinstance(node, ast.Constant) and isinstance(node.value, float))
+
+    def _is_integer(self, node: ast.expr) -> bool:
+        import pyarrow as pa
+
+        match node:
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return self._is_integer(operand)
+            case ast.Name() | ast.Attribute():
+                return bool(pa.types.is_integer(self._schema.field(ast.unparse(node)).type))
+        return isinstance(node, ast.Constant) and type(node.value) is int
 
     def _number(self, node: ast.expr) -> "pc.Expression":
         import pyarrow as pa
@@ -177,7 +205,7 @@ class _Compiler:
             raise ValueError(f"where {self._text!r}: there is no column {name!r}; {_listed(self._schema.names)}")
         # pyarrow would round the constant that a float32 is compared with.
         column = pc.field((name,))
-        return column.cast("float64") if pa.types.is_floating(self._schema.field(name).type) else column
+        return _as_fractions(column) if pa.types.is_floating(self._schema.field(name).type) else column
 
     def _none_error(self, node: ast.expr) -> ValueError:
         shown = ast.unparse(node)
@@ -185,6 +213,11 @@ class _Compiler:
 
     def _error(self, node: ast.expr) -> ValueError:
         return ValueError(f"where {self._text!r}: can't use {ast.unparse(node)!r} there; {_USABLE}")
+
+
+def _as_fractions(expression: "pc.Expression") -> "pc.Expression":
+    """As float64, to which whole numbers above 2^53 are rounded."""
+    return expression.cast("float64", safe=False)
 
 
 def _start(text: str) -> str:

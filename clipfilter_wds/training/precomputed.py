@@ -131,12 +131,18 @@ class FolderLookup:
 
 
 def _check_columns(table: ScoreFolder, columns: Sequence[str]) -> None:
-    names = pq.read_schema(table.paths[0]).names
-    for name in columns:
-        if name not in names:
-            raise ValueError(f"score_columns: there is no column {name!r}; the score tables have {', '.join(names)}")
-        if name in _TAKEN:
-            raise ValueError(f"score_columns: {name!r} is what batches call something else")
+    if taken := [name for name in columns if name in _TAKEN]:
+        raise ValueError(f"score_columns: {taken[0]!r} is what batches call something else")
+    for path in table.paths if columns else ():
+        schema = pq.read_schema(path)
+        for name in columns:
+            if name not in schema.names:
+                raise ValueError(
+                    f"score_columns: there is no column {name!r}; the score table {str(path)!r} has "
+                    f"{', '.join(schema.names)}"
+                )
+            if not _can_be_batched(kind := schema.field(name).type):
+                raise ValueError(f"score_columns: {name!r} of {str(path)!r} holds {kind}, no numbers and no texts")
 
 
 def config_for(table: ScoreFolder | None, options: Mapping[str, Any]) -> LoaderConfig:
@@ -176,11 +182,28 @@ def precomputed_scores(scores: ShardScores, threshold: float | None, columns: Se
 
 
 def _values_of(column: pa.ChunkedArray) -> list[float | str | None]:
-    """Numbers as floats, NaN where they are missing; anything else as text."""
-    if pa.types.is_string(column.type):
-        texts: list[float | str | None] = column.to_pylist()
-        return texts
-    if pa.types.is_binary(column.type) or pa.types.is_fixed_size_binary(column.type):
-        return [None if data is None else data.hex() for data in column.to_pylist()]
-    numbers: list[float | str | None] = column.cast(pa.float64()).fill_null(math.nan).to_pylist()
-    return numbers
+    """Numbers as floats, NaN where they are missing; texts as they are, bytes as hexadecimal digits."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    values: list[Any] = column.to_pylist()
+    if _is_one_of(column.type, _TEXTS):
+        return values
+    if _is_one_of(column.type, _BYTES):
+        return [None if data is None else data.hex() for data in values]
+    return [math.nan if number is None else float(number) for number in values]
+
+
+#: What columns may hold, of all the sizes that arrow has for it.
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+
+
+def _is_one_of(kind: pa.DataType, tests: Sequence[Callable[[pa.DataType], bool]]) -> bool:
+    return any(test(kind) for test in tests)
+
+
+def _can_be_batched(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return _is_one_of(kind, (*_TEXTS, *_BYTES, *_NUMBERS))

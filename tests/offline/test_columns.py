@@ -85,7 +85,7 @@ def test_what_can_not_be_used_is_refused(shards, tmp_path, options, message):
         RewriteConfig(shards=shards, output=tmp_path / "out", **options)
 
 
-def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_path):
+def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_path, caplog):
     plain = {"shards": shards, "columns": COLUMNS, "group_by": "meta.lang", "keep_fraction": 0.5, **OPTIONS}
     process_shards(RewriteConfig(output=tmp_path / "out", group_limits="de=0.25", **plain), scorer)
     summary = check_accounting(tmp_path / "out")
@@ -95,6 +95,7 @@ def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_
     assert summary["groups"] == {"column": "meta.lang", "limits": {"de": 0.25}}
     expected = bits(tmp_path / "out")
     assert process_shards(RewriteConfig(output=tmp_path / "out", group_limits="de=0.25", **plain), scorer).resumed == 3
+    assert not caplog.messages
     from_scores = RewriteConfig(
         shards=shards, output=tmp_path / "later", scores=tmp_path / "out", group_by="meta.lang", keep_fraction=0.5,
         group_limits="de=0.25",
@@ -104,3 +105,30 @@ def test_of_each_group_the_same_fraction_or_its_own_is_kept(scorer, shards, tmp_
     assert later == {name: digest for name, digest in expected.items() if not name.startswith("_scores")}
     with pytest.raises(ValueError, match=r"groups.limits.* there"):
         process_shards(RewriteConfig(output=tmp_path / "out", **plain), scorer)
+
+
+@pytest.mark.parametrize("choice", [{"keep_fraction": 0.5}, {"threshold": 0.0, "samples_per_shard": 4}], ids=str)
+def test_a_shard_whose_table_lacks_the_column_of_the_groups_fails_alone(scorer, shards, tmp_path, choice):
+    scores = tmp_path / "scores"
+    process_shards(ScoreConfig(shards=shards, output=scores, columns=COLUMNS, **OPTIONS), scorer)
+    lacking = min(scores.rglob("*.parquet"))
+    found = ShardScores.read(lacking)
+    less = found.table.drop_columns(["meta.lang"])
+    with lacking.open("wb") as file:
+        ShardScores(table=less, metadata=found.metadata).write(file)
+    config = RewriteConfig(
+        shards=shards, output=tmp_path / "out", scores=scores, group_by="meta.lang", group_limits="en=0.5", **choice
+    )
+    tally = process_shards(config)
+    says = f"group_by: there is no column 'meta.lang'; the tables have {', '.join(less.schema.names)}"
+    assert list(tally.failed.values()) == [says]
+    assert tally.counts.seen > 0
+
+
+def test_a_limit_of_a_group_that_no_sample_is_in_is_told(scorer, shards, tmp_path, caplog):
+    config = RewriteConfig(
+        shards=shards, output=tmp_path, columns=COLUMNS, group_by="meta.lang", group_limits="de=0.25,eng=0.1",
+        keep_fraction=0.5, **OPTIONS,
+    )  # fmt: skip
+    process_shards(config, scorer)
+    assert caplog.messages == ["group_limits has a limit for eng, and no sample has that as its meta.lang"]

@@ -97,6 +97,14 @@ def test_tables_of_different_fingerprints_are_refused_with_both_values(tmp_path)
         ScoreFolder(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"successes": 12}', '{"failed_shards": null}', "\xff"])
+def test_a_summary_of_something_else_is_named(tmp_path, text):
+    write_tables(tmp_path, ["/data/0.tar"])
+    (tmp_path / "summary.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"summary\.json' is not the summary of the run that wrote the tables"):
+        ScoreFolder(tmp_path)
+
+
 @pytest.mark.parametrize("data", [b"", b"PAR1", plain_parquet(), plain_parquet(clipfilter_wds=b'{"version": 1}')])
 def test_a_file_among_the_tables_that_is_none_is_refused(tmp_path, data):
     write_tables(tmp_path, ["/data/0.tar"])

@@ -47,6 +47,13 @@ def test_groups_have_thresholds_of_their_own():
     assert selection.stats.dropped == {DropReason.BELOW_THRESHOLD: 2}
 
 
+def test_groups_are_called_as_json_has_their_values():
+    scores = table([0.3] * 3, ["en", "de", None])
+    flags = pa.array([True, False, None])
+    joined = ShardScores(table=scores.table.append_column("flag", flags), metadata=scores.metadata)
+    assert Groups(column="flag").of(joined).tolist() == ["true", "false", "null"]
+
+
 @pytest.mark.parametrize("limits", ["", "en", "en=", "=0.3", "en=high", "en=0.3,"])
 def test_limits_that_are_none_are_refused(limits):
     with pytest.raises(ValueError, match=r"should be GROUP=NUMBER, such as en=0.28"):

@@ -187,6 +187,21 @@ def test_a_damaged_table_is_refused_or_read_and_never_another_exception(tmp_path
     assert found.table.num_rows == 50
 
 
+def test_a_reason_that_is_not_known_is_refused(tmp_path):
+    scores = shard_scores([SampleRow("a", 0), SampleRow("b", 1, DropReason.TORN)])
+    column = scores.table.schema.get_field_index("reason")
+    path = tmp_path / "0.parquet"
+    with path.open("wb") as file:
+        pq.write_table(
+            scores.table.set_column(column, "reason", pa.array([None, "nsfw"])).replace_schema_metadata(
+                scores.metadata.to_schema()
+            ),
+            file,
+        )
+    with pytest.raises(ValueError, match=r"0\.parquet' .*the reason 'nsfw', which this version knows nothing of"):
+        ShardScores.read(path)
+
+
 def test_a_table_from_before_members_were_told_is_read(tmp_path):
     scores = shard_scores([SampleRow("a", 0)])
     [(key, said)] = scores.metadata.to_schema().items()

@@ -16,6 +16,7 @@ TABLE = pa.table(
         "key": ["a", "b", "c", "d"],
         "width": pa.array([100, 200, None, 2**31 - 1], pa.int32()),
         "height": pa.array([100, 50, 10, 2**31 - 1], pa.int32()),
+        "id": pa.array([0, 2**24 + 1, 2**40 + 1, 2**60 + 1], pa.int64()),
         "score": pa.array([0.1, 0.25, 0.5, 0.7], pa.float32()),
         "truncated": [True, False, True, False],
         "meta.lang": ["en", None, "de", "en"],
@@ -46,6 +47,15 @@ TABLE = pa.table(
         ("width + 1 == 101 or key == 'c'", "ac"),
         ("score > 0.1", "abcd"),  # 0.1 in float32 is more than 0.1
         ("score >= 0.7", ""),  # and 0.7 is less
+        ("width > 1.5e2", "bd"),
+        ("id > 1e18", "d"),
+        ("id >= 0.5", "bcd"),
+        ("0.5 > id", "a"),
+        ("id > score", "bcd"),
+        ("id - 1 == 16777216", "b"),
+        ("id in [16777217.0, 0.5]", "b"),
+        ("id == 16777217", "b"),
+        ("-id < -0.5", "bcd"),
         ("True", "abcd"),
         ("  width >= 200  ", "bd"),
     ],
@@ -80,7 +90,7 @@ def test_what_can_not_be_used_is_shown(text, shown):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("wdith > 1", r"there is no column 'wdith'; the tables have key, width, height, score, truncated, meta.lang"),
+        ("wdith > 1", r"there is no column 'wdith'; the tables have key, width, height, id, score, truncated"),
         ("width", "does not go with the types of the columns"),
         ("key > 3", "does not go with the types of the columns"),
         ("key + 1 > 3", "key holds string, which is no number"),

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import torch
 
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.run import process_shards
@@ -136,53 +133,6 @@ def test_scores_of_another_kind_decide_as_they_are(tabled, tmp_path):
     assert threshold < 0
     loader = losses.but(threshold=threshold).build()
     assert sorted(flat(keys(loader))) == sorted(key for key, score in found.items() if score >= threshold)
-
-
-def test_batches_hold_the_columns_that_are_asked_for(tabled, tmp_path):
-    folder = shutil.copytree(tabled.scores, tmp_path / "joined")
-    for path in folder.rglob("*.parquet"):
-        found = ShardScores.read(path)
-        weights = [None if index == 1 else index / 8 for index in found.table["index"].to_pylist()]
-        table = found.table.append_column("weight", pa.array(weights, pa.float64()))
-        table = table.append_column("language", pa.array([f"of {key}" for key in found.keys]))
-        with path.open("wb") as file:
-            ShardScores(table=table, metadata=found.metadata).write(file)
-    expected = {
-        row["key"]: row for path in folder.rglob("*.parquet") for row in ShardScores.read(path).table.to_pylist()
-    }
-    for options in ({"num_workers": 0}, {"num_workers": 2, "batch_size": 3}):
-        asked = ["weight", "language", "num_tokens", "truncated", "uid"]
-        loader = tabled.from_table(folder).but(score_columns=asked, **options).build()
-        num_rows = 0
-        for batch in loader:
-            rows = [expected[key] for key in batch["__key__"]]
-            num_rows += len(rows)
-            assert batch["weight"].dtype == torch.float32
-            assert [None if math.isnan(weight) else weight for weight in batch["weight"].tolist()] == [
-                row["weight"] for row in rows
-            ]
-            assert batch["language"] == [row["language"] for row in rows]
-            assert batch["num_tokens"].tolist() == [row["num_tokens"] for row in rows]
-            assert batch["truncated"].tolist() == [float(row["truncated"]) for row in rows]
-            assert batch["uid"] == [row["uid"] and row["uid"].hex() for row in rows]
-        assert num_rows == loader.stats.kept > 0
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (["wieght"], "there is no column 'wieght'; the score tables have key, index, score"),
-        (["score"], "'score' is what batches call something else"),
-    ],
-)
-def test_columns_that_can_not_be_given_are_refused(tabled, columns, message):
-    with pytest.raises(ValueError, match=message):
-        tabled.but(score_columns=columns).build()
-
-
-def test_columns_take_score_tables(scored):
-    with pytest.raises(ValueError, match="but there is no ScoreFolder that has them"):
-        scored.but(score_columns=["width"]).build()
 
 
 # --- what it does not do ---

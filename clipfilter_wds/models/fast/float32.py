@@ -18,15 +18,15 @@ class ReducedFloat32Error(RuntimeError):
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
-    """Have torch multiply float32 matrices on a GPU in float32, in all threads, while in this context."""
-    matmul: Any = torch.backends.cuda.matmul
-    if _is_exact(_setting(matmul)):
+def float32_products(device: torch.device) -> Iterator[None]:
+    """Have torch multiply float32 matrices on a device in float32, in all threads, while in this context."""
+    if _multiplies_in_float32(device):
         yield
         return
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # chosen in the way of newer torch, which can't be mixed with the other
+        matmul: Any = getattr(torch.backends, _backend(device)).matmul
         precision = matmul.fp32_precision
         matmul.fp32_precision = "ieee"
         try:

@@ -158,7 +158,7 @@ class CudaGraphs:
     def _capture(self, compute: Callable[[], Tensor]) -> Captured:
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        with float32_products():
+        with float32_products(torch.device("cuda")):
             # Not on the stream of the capture, so that cuBLAS's workspace for that one is allocated in the graphs' own
             # memory: other workspaces can be freed, as a compiler does that uses graphs too.
             for _ in range(_NUM_WARM_UPS):

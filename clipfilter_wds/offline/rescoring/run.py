@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipfilter_wds.models.device import resolve_device
+from clipfilter_wds.models.fast.float32 import float32_products
 from clipfilter_wds.offline.commit import read_marks
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.ranks import Ranks
@@ -52,7 +53,13 @@ def rescore_shards(
         ValueError: When the tables or embeddings can't be used, or the output folder was begun with other settings.
         OSError: When the output can't be written, or the other ranks don't finish.
     """
-    world = world or World()
+    with float32_products(resolve_device(config.device)):
+        return _rescore(config, world or World(), rank_timeout, on_preparing, on_progress)
+
+
+def _rescore(
+    config: RescoringConfig, world: World, rank_timeout: float, on_preparing: OnPreparing, on_progress: OnProgress
+) -> Tally:
     remove_leftovers(config.folder)
     sources, method = _prepare(config, on_preparing)
     run = _Run(sources=sources, method=method, fingerprint=method.fingerprint(sources), on_progress=on_progress)

@@ -25,6 +25,13 @@ def as_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
-def exact_products(rows: Tensor, others: Tensor) -> Tensor:
-    """The product of each row with the other of its place, both ``[n, D]``, in float64: ``[n]``."""
-    return (rows.double() * others.double()).sum(1)
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows, ``[n, D]``, of length 1 but for float32's rounding: saved embeddings are so but for their own type's."""
+    return torch.nn.functional.normalize(rows.float(), dim=1)
+
+
+def exact_cosines(rows: Tensor, others: Tensor) -> Tensor:
+    """The cosine of each row and the other of its place, both ``[n, D]``, in float64: ``[n]``; 1 if they are equal."""
+    rows, others = rows.double(), others.double()
+    # The root of a square is the number itself; the product of two roots need not be.
+    return (rows * others).sum(1) / ((rows * rows).sum(1) * (others * others).sum(1)).sqrt()

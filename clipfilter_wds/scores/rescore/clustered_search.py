@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 from torch import Tensor
 
-from clipfilter_wds.scores.rescore.blocks import exact_products
+from clipfilter_wds.scores.rescore.blocks import exact_cosines, unit_rows
 
 #: Clusters that a row is looked for in.
 _NUM_PROBED = 16
@@ -41,15 +41,15 @@ class ClusteredSearch:
 
     def near(self, block: Tensor, kept: Tensor) -> np.ndarray:
         """See ``KeptSearch``."""
-        _, found = self._index.search(block.float().cpu().numpy(), 1)
+        _, found = self._index.search(unit_rows(block).cpu().numpy(), 1)
         near: np.ndarray = found[:, 0] >= 0  # -1 where the clusters are empty
         rows = np.flatnonzero(near)
-        near[rows] = (exact_products(block[rows], kept[found[rows, 0]]) >= self._similarity).cpu().numpy()
+        near[rows] = (exact_cosines(block[rows], kept[found[rows, 0]]) >= self._similarity).cpu().numpy()
         return near
 
     def add(self, block: Tensor) -> None:
         """See ``KeptSearch``."""
-        self._index.add(block.float().cpu().numpy())
+        self._index.add(unit_rows(block).cpu().numpy())
 
 
 def import_faiss() -> ModuleType:

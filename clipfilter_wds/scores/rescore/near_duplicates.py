@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipfilter_wds.scores.rescore.blocks import as_tensor, block_shape, exact_products, row_blocks
+from clipfilter_wds.scores.rescore.blocks import as_tensor, block_shape, exact_cosines, row_blocks, unit_rows
 from clipfilter_wds.scores.rescore.clustered_search import ClusteredSearch
 
 Search = Literal["exact", "clustered"]
@@ -40,11 +40,11 @@ def near_duplicates(
     """Which rows are near-duplicates of one before them that is none: bool ``[N]``.
 
     Greedy, and without chains: a row is one when its similarity to a row that is kept is at least ``similarity``;
-    what a dropped row is near to counts for nothing. Decided on products in float64, whatever finds the candidates.
+    what a dropped row is near to counts for nothing. Decided on cosines in float64, whatever finds the candidates.
     Memory is that of ``embeddings`` (twice in clusters), which are overwritten.
 
     Args:
-        embeddings: Unit embeddings, the best sample first: float16 or float32 ``[N, D]``.
+        embeddings: The best sample first, of length 1 but for rounding: float16 or float32 ``[N, D]``.
         similarity: From which cosine on two images are near-duplicates.
         search: ``exact`` compares with every kept row; ``clustered`` with those in the nearest clusters of them, which
             misses some, and needs faiss.
@@ -86,11 +86,11 @@ class _ExactSearch:
 
     def near(self, block: Tensor, kept: Tensor) -> np.ndarray:
         near = torch.zeros(len(block), dtype=torch.bool, device=block.device)
-        rows = block.float()
+        rows = unit_rows(block)
         for columns in row_blocks(len(kept), self._num_columns):
             others = kept[columns]
             products = self._products[: len(rows) * len(others)].view(len(rows), len(others))
-            torch.mm(rows, others.float().T, out=products)
+            torch.mm(rows, unit_rows(others).T, out=products)
             highest = products.amax(1)
             near |= highest > self._similarity + _MARGIN
             unsure = (~near & (highest >= self._similarity - _MARGIN)).nonzero()[:, 0]
@@ -104,7 +104,7 @@ class _ExactSearch:
 
 def _near_within(block: Tensor, similarity: float) -> np.ndarray:
     """Which rows of a block, ``[n, D]``, are near to one before them that is kept: bool ``[n]``."""
-    rows = block.float()
+    rows = unit_rows(block)
     later = torch.ones(len(rows), len(rows), dtype=torch.bool, device=block.device).triu(1)
     products = (rows @ rows.T).masked_fill_(~later, -torch.inf)
     near = _reach(products, block, block, similarity).cpu().numpy()
@@ -116,10 +116,10 @@ def _near_within(block: Tensor, similarity: float) -> np.ndarray:
 
 
 def _reach(products: Tensor, rows: Tensor, others: Tensor, similarity: float) -> Tensor:
-    """Whether products of rows, ``[n, D]``, with others, ``[m, D]``, reach the similarity: bool ``[n, m]``."""
+    """Whether rows, ``[n, D]``, reach the similarity with others, ``[m, D]``, given the products: bool ``[n, m]``."""
     reached = products >= similarity
     unsure = ((products - similarity).abs_() <= _MARGIN).nonzero()
     for some in unsure.split(_PAIRS_AT_ONCE):  # of images that are all alike, every pair may be unsure
         row, other = some.unbind(1)
-        reached[row, other] = exact_products(rows[row], others[other]) >= similarity
+        reached[row, other] = exact_cosines(rows[row], others[other]) >= similarity
     return reached

@@ -29,16 +29,26 @@ def test_products_on_a_gpu_in_tf32_are_refused_with_the_cure(precision):
     torch.set_float32_matmul_precision(precision)
     with pytest.raises(ReducedFloat32Error, match=r"set_float32_matmul_precision\('highest'\).*cuda_graphs"):
         check_float32_products(CUDA)
-    with float32_products():
+    with float32_products(CUDA):
         check_float32_products(CUDA)
     assert torch.get_float32_matmul_precision() == precision
 
 
 def test_the_setting_is_given_back_after_an_error():
     torch.backends.cuda.matmul.allow_tf32 = True
-    with pytest.raises(KeyError), float32_products():
+    with pytest.raises(KeyError), float32_products(CUDA):
         raise KeyError
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_on_a_cpu_are_float32_whatever_torch_was_told(precision):
+    rows = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    expected = rows @ rows.T
+    torch.set_float32_matmul_precision(precision)
+    with float32_products(CPU):
+        assert torch.equal(rows @ rows.T, expected)
+    assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has no settings per backend")
@@ -59,7 +69,7 @@ def check_newer_setting(name: str) -> None:
     backend.fp32_precision = "tf32"
     with pytest.raises(ReducedFloat32Error, match=r"torch.backends.cuda.matmul.fp32_precision = 'ieee'"):
         check_float32_products(CUDA)
-    with float32_products():
+    with float32_products(CUDA):
         check_float32_products(CUDA)
     assert backend.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "tf32"
 

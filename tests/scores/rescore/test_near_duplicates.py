@@ -17,9 +17,13 @@ def definition(embeddings, similarity) -> np.ndarray:
     rows = embeddings.astype(np.float64)
     kept: list[int] = []
     for row in range(len(rows)):
-        if not any(rows[row] @ rows[other] >= similarity for other in kept):
+        if not any(cosine(rows[row], rows[other]) >= similarity for other in kept):
             kept.append(row)
     return ~np.isin(np.arange(len(rows)), kept)
+
+
+def cosine(one, other) -> float:
+    return one @ other / np.sqrt((one @ one) * (other @ other))
 
 
 def with_copies(rng, num_rows, dim, *, share=0.3, noise=0.2, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -45,14 +49,27 @@ def test_the_exact_search_is_the_greedy_definition(similarity, dtype, monkeypatc
 
 def test_a_limit_that_lies_on_similarities_is_decided_in_float64():
     """Products that differ only beyond float32 lie on both sides of the limit."""
-    first = np.zeros(64, dtype=np.float32)
-    first[0] = 1.0
-    others = np.zeros((200, 64), dtype=np.float32)
-    others[:, 0] = np.float32(0.95)
-    others[:, 1:3] = [[0, np.sqrt(1 - 0.95**2)]]
-    others[::2, 0] = np.nextafter(np.float32(0.95), np.float32(0))
-    dropped = found(np.vstack([first, others[:1], others[1:2]]), float(np.float32(0.95)), "exact")
-    assert dropped.tolist() == [False, False, True]
+    rows = np.zeros((3, 64), dtype=np.float32)
+    rows[:, 0] = 1.0, 0.95, np.nextafter(np.float32(0.95), np.float32(1))
+    rows[1:, 1] = np.sqrt(1 - 0.95**2)
+    below, above = (cosine(rows[0].astype(np.float64), row.astype(np.float64)) for row in rows[1:])
+    assert 0 < above - below < 1e-8
+    middle = (below + above) / 2
+    for row, limit, is_near in [
+        (1, below, True),
+        (1, middle, False),
+        (2, middle, True),
+        (2, above, True),
+        (2, 1.0, False),
+    ]:
+        assert found(rows[[0, row]], limit, "exact").tolist() == [False, is_near]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_equal_embeddings_are_near_at_any_limit_though_rounding_made_them_longer_or_shorter(search, dtype):
+    rows = unit_rows(np.random.default_rng(0), 500, 512, dtype=dtype)
+    assert found(np.concatenate([rows, rows]), 1.0, search).tolist() == [False] * 500 + [True] * 500
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -48,6 +48,18 @@ def some_batches() -> list[np.ndarray]:
     return np.split(chosen, NUM_BATCHES)
 
 
+def test_pairs_without_embeddings_are_in_no_batch(pairs):
+    """Cosines are negative, as some models' are, so that an embedding of zeros would be nearer than any other."""
+    images, texts = pairs[0].copy(), -pairs[1]
+    batches = some_batches()
+    images[batches[0][:5]] = texts[batches[0][:5]] = 0
+    images[batches[2]] = texts[batches[2]] = 0
+    whole = [batches[0][5:], batches[1], batches[2][:0]]
+    rest = np.flatnonzero(images.any(1))
+    scores = computed(images, texts, batches, 0.07)
+    np.testing.assert_allclose(scores[rest], definition(images, texts, whole, 0.07)[rest], atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 def test_scores_equal_the_definition(pairs, temperature):
     scores = computed(*pairs, some_batches(), temperature)
