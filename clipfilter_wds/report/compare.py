@@ -12,6 +12,7 @@ from clipfilter_wds.report.picks import Least, Pick
 from clipfilter_wds.report.pictures import Card, cards_by_pick
 from clipfilter_wds.scores.fraction import Cutoff, find_cutoffs
 from clipfilter_wds.scores.kind import ScoreKind
+from clipfilter_wds.scores.same_shard import check_same_samples
 from clipfilter_wds.scores.table import ShardScores
 
 #: Samples to show that rise, and that fall.
@@ -73,9 +74,10 @@ def compare(run: ScoredRun, other: ScoredRun, start: Start, counts: ScoreCounts,
         urls: Shards to read captions and pictures from.
 
     Raises:
-        ValueError: When they are not of the same shards and samples.
+        ValueError: When they are not of the same shards and samples, or the other has more.
     """
     paths = [_counterpart(run, path, other) for path in run.table.paths]
+    _check_none_beyond(paths, run, other)
     num_kept = sum(int(_keeps(ShardScores.read(path), start).sum()) for path in run.table.paths)
     there = ScoreCounts(grid_of(other.table.kind, other.read_usable))
     for scores in other.read_usable():
@@ -88,10 +90,7 @@ def compare(run: ScoredRun, other: ScoredRun, start: Start, counts: ScoreCounts,
     risen, fallen = Least(_NUM_SHOWN), Least(_NUM_SHOWN)
     for number, (path, path_there) in enumerate(zip(run.table.paths, paths, strict=True)):
         here, theirs = ShardScores.read(path), ShardScores.read(path_there)
-        if here.keys != theirs.keys:
-            raise ValueError(
-                f"{str(path_there)!r} has other samples than {str(path)!r}; compare scores of the same shards"
-            )
+        check_same_samples(path_there, theirs, path, here)
         _count(found, _keeps(here, start), _keeps_cut(theirs, cutoffs[path_there]))
         rows = np.flatnonzero(here.usable & theirs.usable)
         rise = there.shares_below(theirs.scores[rows]) - counts.shares_below(here.scores[rows])
@@ -117,6 +116,15 @@ def _counterpart(run: ScoredRun, path: Path, other: ScoredRun) -> Path:
     if found is None:
         raise ValueError(f"{str(other.table.folder)!r} has no scores of the shard of {str(path)!r}")
     return found
+
+
+def _check_none_beyond(paths: Sequence[Path], run: ScoredRun, other: ScoredRun) -> None:
+    """Refuse a folder of more shards: its ranks, and how many it keeps, would be of samples that are not compared."""
+    if beyond := sorted({*other.table.paths} - {*paths}):
+        raise ValueError(
+            f"{str(beyond[0])!r}{f' and {len(beyond) - 1} more' if len(beyond) > 1 else ''} has no counterpart in "
+            f"{str(run.table.folder)!r}; compare scores of the same shards"
+        )
 
 
 def _keeps(scores: ShardScores, start: Start) -> np.ndarray:

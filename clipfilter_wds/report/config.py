@@ -23,8 +23,8 @@ class ReportConfig:
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
             has none, and of those that are not there neither.
         run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
-        compare: Another folder of scores of the same shards, to show how many samples it decides otherwise where as
-            many are kept, and which differ most in rank.
+        compare: Another folder of scores of the same shards, no more and no fewer, to show how many samples it decides
+            otherwise where as many are kept, and which differ most in rank.
         threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut. For
             scores that are no cosines and have neither, in their middle.
         thumbnails: How many samples to show, at most 200.

@@ -8,8 +8,8 @@ import torch
 
 from clipfilter_wds.offline.rescoring.config import RescoreConfig
 from clipfilter_wds.offline.rescoring.method import Method, OnPreparing, Preparing, Rescored, reasons_of
+from clipfilter_wds.offline.rescoring.same_embeddings import check_images, check_pairs, check_target
 from clipfilter_wds.offline.rescoring.sources import Sources, SourceShard
-from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.kind import ScoreKind
 from clipfilter_wds.scores.rescore.neg_clip_loss import NegClipLoss
 from clipfilter_wds.scores.rescore.norm_sim import NormSim2, NormSimInf
@@ -20,9 +20,9 @@ def neg_clip_loss(config: RescoreConfig, sources: Sources, device: torch.device,
     """Draw the batches from all shards, and hold their embeddings.
 
     Raises:
-        ValueError: When there is no temperature, nothing to draw, or the embeddings are of another model.
+        ValueError: When there is no temperature, nothing to draw, or the embeddings are not of what was scored.
     """
-    _check_model(sources.embeddings_of, sources.fingerprints[0], "the embeddings")
+    check_pairs(sources)
     saved = sources.saved
     temperature = config.temperature if config.temperature is not None else saved.temperature
     if temperature is None:
@@ -61,12 +61,12 @@ def norm_sim(config: RescoreConfig, sources: Sources, device: torch.device, on_p
     """Read the target images' embeddings.
 
     Raises:
-        ValueError: When there are none, or they are of another model.
+        ValueError: When there are none, or they can't be compared with those of the sources.
     """
     assert config.target is not None
     targets = Sources([config.target])
-    _check_model(sources.embeddings_of, sources.fingerprints[0], "the embeddings")
-    _check_model(targets.embeddings_of, sources.embeddings_of, "the target's embeddings")
+    check_images(sources)
+    check_target(targets, sources)
     if not any(shard.usable.any() for shard in targets.shards):
         raise ValueError(
             f"no image of the target {str(config.target)!r} could be scored; there is nothing to be near to"
@@ -88,13 +88,6 @@ def norm_sim(config: RescoreConfig, sources: Sources, device: torch.device, on_p
 
     settings = {**config.settings, "embeddings": sources.saved.dtype, "target": digest.hexdigest()}
     return Method(score=score, settings=settings, kind=ScoreKind(config.method, 0.0, None))
-
-
-def _check_model(found: Fingerprint, expected: Fingerprint, what: str) -> None:
-    if found["weights"] != expected["weights"]:
-        raise ValueError(
-            f"{what} are of another model, {found['model']!r}; score with {expected['model']!r} and --embeddings there"
-        )
 
 
 def _less_empty(scores: np.ndarray, embeddings: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import torch
 
 from clipfilter_wds.offline.rescoring.config import DedupConfig
 from clipfilter_wds.offline.rescoring.method import Method, OnPreparing, Preparing, Rescored, drop
+from clipfilter_wds.offline.rescoring.same_embeddings import check_images
 from clipfilter_wds.offline.rescoring.sources import Sources, SourceShard
 from clipfilter_wds.scores.rescore.clustered_search import import_faiss
 from clipfilter_wds.scores.rescore.near_duplicates import Search, near_duplicates
@@ -18,8 +19,10 @@ def dedup(config: DedupConfig, sources: Sources, device: torch.device, on_prepar
     """Find the near-duplicates of the whole run. Holds the embeddings of all images, in clusters twice.
 
     Raises:
-        ValueError: When there are no embeddings, or faiss is needed and not installed.
+        ValueError: When there are no embeddings, they are not of the images that were scored, or faiss is needed and
+            not installed.
     """
+    check_images(sources)
     scores = [shard.usable_scores[0] for shard in sources.shards]
     search = _search(config, sum(map(len, scores)), device)
     starts = np.cumsum([0, *map(len, scores)])

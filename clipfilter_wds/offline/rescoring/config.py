@@ -28,7 +28,7 @@ class RescoringConfig:
         output: Folder to write score tables to, one for each of the input's. A run that was stopped resumes when it is
             started again.
         embeddings: Folder of the run that saved the embeddings (``score --embeddings``), where SCORES were derived from
-            its tables and have none.
+            its tables and have none. It must have embedded what was scored.
         device: ``cpu``, ``cuda``, or ``cuda:1``; by default CUDA where there is one.
 
     Raises:
@@ -59,7 +59,8 @@ class RescoreConfig(RescoringConfig):
 
     Attributes:
         scores: Folder of score tables; for a combination (``sum``, ``product``, ``min_rank``, ``then``) several,
-            separated by commas or as a list, of the same shards.
+            separated by commas or as a list, of the same shards. A folder that is there is one, whatever commas its
+            name has.
         method: ``neg_clip_loss``: the cosine less what image and caption have with anything. ``norm_sim_2``,
             ``norm_sim_inf``: how similar the image is to those of ``target``. ``sum``, ``product``, ``min_rank`` of the
             folders' scores. ``then``: the best by the first folder, of these the best by the next.
@@ -68,7 +69,8 @@ class RescoreConfig(RescoringConfig):
         batch_size: Of ``neg_clip_loss``: pairs in a batch. With fewer than ``num_batches`` times as many pairs, all are
             one batch.
         seed: Of ``neg_clip_loss``: chooses the pairs in the batches.
-        target: Of ``norm_sim``: folder of a run with embeddings of the target images, by the same model.
+        target: Of ``norm_sim``: folder of a run with embeddings of the target images, by the same model and with the
+            same settings for images.
         weights: Of ``sum``: a number per folder, separated by commas; by default 1 each.
         fractions: Of ``then``: a fraction per folder, separated by commas, each of all pairs: ``0.3,0.2`` keeps the
             best 30 % by the first, and of these 20 % of all by the second.
@@ -138,8 +140,7 @@ class RescoreConfig(RescoringConfig):
     def folders(self) -> list[str]:
         """The score folders."""
         given = [self.scores] if isinstance(self.scores, str | Path) else self.scores
-        folders = [folder.strip() for each in given for folder in str(each).split(",")]
-        return [folder for folder in folders if folder]
+        return [folder for each in given for folder in _folders_in(each)]
 
     @cached_property
     def folder_weights(self) -> list[float]:
@@ -189,6 +190,13 @@ class DedupConfig(RescoringConfig):
         if not 0 < self.similarity <= 1:
             raise ValueError(f"similarity is {self.similarity:g}; a cosine in (0, 1] is meant, such as 0.95")
         self._check_output([self.scores])
+
+
+def _folders_in(given: str | Path) -> list[str]:
+    """The folders of a text with commas between them, which a command line gives; or the one that it is the name of."""
+    if isinstance(given, Path) or ("," in given and Path(given).expanduser().is_dir()):
+        return [str(given)]
+    return [folder for each in given.split(",") if (folder := each.strip())]
 
 
 def _numbers(name: str, given: float | str | Sequence[float | str]) -> list[float]:

@@ -50,7 +50,8 @@ def rescore_shards(
         The totals, which are also in ``summary.json``; of a rank other than zero, those of its share.
 
     Raises:
-        ValueError: When the tables or embeddings can't be used, or the output folder was begun with other settings.
+        ValueError: When the tables or embeddings can't be used, or the output folder was begun with other settings,
+            holds tables of other shards, or a damaged one.
         OSError: When the output can't be written, or the other ranks don't finish.
     """
     with float32_products(resolve_device(config.device)):
@@ -83,13 +84,25 @@ def _prepare(config: RescoringConfig, on_preparing: OnPreparing) -> tuple[Source
     device = resolve_device(config.device)
     if isinstance(config, DedupConfig):
         sources = Sources([config.scores], embeddings=config.embeddings)
+        _check_none_beyond(config, sources)
         return sources, dedup(config, sources, device, on_preparing)
     assert isinstance(config, RescoreConfig)
     sources = Sources(config.folders, embeddings=config.embeddings, use_embeddings=config.uses_embeddings)
+    _check_none_beyond(config, sources)
     if not config.uses_embeddings:
         return sources, combination(config, sources, on_preparing)
     prepare = neg_clip_loss if config.method == "neg_clip_loss" else norm_sim
     return sources, prepare(config, sources, device, on_preparing)
+
+
+def _check_none_beyond(config: RescoringConfig, sources: Sources) -> None:
+    """Refuse an output with tables of other shards: whoever reads the folder would take them as well."""
+    made = {str(config.folder / f"{name}.parquet") for name in sources.names}
+    if beyond := sorted({str(path) for path in config.folder.rglob("*.parquet")} - made):
+        raise ValueError(
+            f"the output holds tables of shards that the scores it is made of have none of: {beyond[0]!r}"
+            f"{f' and {len(beyond) - 1} more' if len(beyond) > 1 else ''}; delete them, or {_CURE}"
+        )
 
 
 def _write_summary(config: RescoringConfig, tally: Tally, sources: Sources, fingerprint: Fingerprint) -> None:
@@ -126,7 +139,10 @@ class RescoreTask:
         """See ``Task``. A table that was made of another one of this name is made anew."""
         if not self.table.is_file():
             return None
-        scores = ShardScores.read(self.table)
+        try:
+            scores = ShardScores.read(self.table)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, and the same command makes it anew, or {_CURE}") from error
         check_fingerprint(scores.metadata.fingerprint, self.metadata.fingerprint, repr(str(self.table)), _CURE)
         return _stats_of(scores) if scores.metadata == self.metadata else None
 

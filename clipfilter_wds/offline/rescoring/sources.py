@@ -13,6 +13,7 @@ from clipfilter_wds.scores.embeddings import EmbeddingFiles, ShardEmbeddings
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.metadata import ScoreMetadata
+from clipfilter_wds.scores.same_shard import check_same_samples, check_same_shard
 from clipfilter_wds.scores.table import ShardScores, read_metadata
 
 
@@ -25,14 +26,15 @@ class SourceShard:
         name: What its tables are called, without suffix; independent of where the shard lies.
         tables: Its score table in each of the folders.
         metadata: What each of them says of itself.
-        embeddings_of: The table that its embeddings go with, and where they are; None where none are used.
+        embeddings_of: The table that its embeddings go with, what it says of itself, and where they are; None where
+            none are used.
     """
 
     number: int
     name: str
     tables: tuple[Path, ...]
     metadata: tuple[ScoreMetadata, ...]
-    embeddings_of: tuple[ScoreMetadata, EmbeddingFiles] | None
+    embeddings_of: tuple[Path, ScoreMetadata, EmbeddingFiles] | None
 
     @cached_property
     def scores(self) -> list[ShardScores]:
@@ -43,8 +45,7 @@ class SourceShard:
         """
         found = [ShardScores.read(table) for table in self.tables]
         for table, scores in zip(self.tables[1:], found[1:], strict=True):
-            if not scores.table["key"].equals(found[0].table["key"]):
-                raise ValueError(f"{str(table)!r} holds other samples than {str(self.tables[0])!r}")
+            check_same_samples(table, scores, self.tables[0], found[0])
         return found
 
     @cached_property
@@ -63,10 +64,12 @@ class SourceShard:
         """The embeddings of all its samples, mapped into memory.
 
         Raises:
-            ValueError: When they are missing or damaged.
+            ValueError: When they are missing or damaged, or not of the same samples.
         """
         assert self.embeddings_of is not None
-        metadata, files = self.embeddings_of
+        table, metadata, files = self.embeddings_of
+        if table not in self.tables:
+            check_same_samples(table, ShardScores.read(table), self.tables[0], self.scores[0])
         return files.read(metadata)
 
 
@@ -94,7 +97,8 @@ class Sources:
         use_embeddings: Whether any are needed.
 
     Raises:
-        ValueError: When the folders hold tables of different shards, or embeddings are missing.
+        ValueError: When the folders hold tables of different shards, embeddings are missing, or one of the folders is
+            a trial on other samples than the first.
     """
 
     def __init__(
@@ -109,6 +113,10 @@ class Sources:
         self.names = [_name_of(path, first) for path in first.paths]
         for folder in [*self._folders[1:], *([] if self._embeddings is None else [self._embeddings])]:
             _check_names(self.names, folder, first)
+        for folder in self._folders[1:]:
+            _check_limit(folder, first)
+        if self._embeddings is not None and "limit" in self._embeddings.fingerprint:
+            _check_limit(self._embeddings, first)  # embeddings of all samples serve a trial
 
     def __len__(self) -> int:
         return len(self.names)
@@ -133,6 +141,12 @@ class Sources:
         """What the embeddings depend on beside the shards."""
         assert self._embeddings is not None
         return self._embeddings.fingerprint
+
+    @property
+    def embeddings_folder(self) -> Path:
+        """Where the tables are that the embeddings go with."""
+        assert self._embeddings is not None
+        return self._embeddings.folder
 
     @cached_property
     def saved(self) -> SavedEmbeddings:
@@ -176,10 +190,12 @@ class Sources:
         tables = tuple(folder.folder / f"{name}.parquet" for folder in self._folders)
         metadata = tuple(read_metadata(table) for table in tables)
         embeddings_of = None
+        for table, found in zip(tables[1:], metadata[1:], strict=True):
+            check_same_shard(table, found, tables[0], metadata[0])
         if self._embeddings is not None:
             table = self._embeddings.folder / f"{name}.parquet"
-            embeddings_of = read_metadata(table), self._embeddings.embedding_files(table)
-        _check_shards(name, [*metadata, *([] if embeddings_of is None else embeddings_of[:1])])
+            embeddings_of = table, read_metadata(table), self._embeddings.embedding_files(table)
+            check_same_shard(table, embeddings_of[1], tables[0], metadata[0])
         return SourceShard(number=number, name=name, tables=tables, metadata=metadata, embeddings_of=embeddings_of)
 
     def digest(self) -> str:
@@ -191,16 +207,6 @@ class Sources:
                 digest.update(scores.scores.tobytes())
                 digest.update(scores.reasons.tobytes())
         return digest.hexdigest()
-
-
-def _check_shards(name: str, tables: Sequence[ScoreMetadata]) -> None:
-    first = tables[0]
-    for other in tables[1:]:
-        if (other.num_bytes, other.num_samples) != (first.num_bytes, first.num_samples):
-            raise ValueError(
-                f"the tables {name!r} are of different shards: {first.shard!r} with {first.num_samples} samples in "
-                f"{first.num_bytes} bytes, and {other.shard!r} with {other.num_samples} in {other.num_bytes}"
-            )
 
 
 def _name_of(path: Path, folder: ScoreFolder) -> str:
@@ -220,3 +226,17 @@ def _check_names(names: Sequence[str], folder: ScoreFolder, first: ScoreFolder) 
             f"{str(folder.folder)!r} has a table of {more[0]!r}, and {str(first.folder)!r} has none; make both of the "
             "same shards"
         )
+
+
+def _check_limit(folder: ScoreFolder, first: ScoreFolder) -> None:
+    """Refuse a trial beside all samples: what is made of both would be one, and might not say so."""
+    if folder.fingerprint.get("limit") != first.fingerprint.get("limit"):
+        raise ValueError(
+            f"{str(folder.folder)!r} has scores of {_extent(folder)}, and {str(first.folder)!r} of {_extent(first)}; "
+            "score both without --limit, or with the same"
+        )
+
+
+def _extent(folder: ScoreFolder) -> str:
+    limit = folder.fingerprint.get("limit")
+    return "all samples" if limit is None else f"the first {limit:,} samples alone (--limit)"

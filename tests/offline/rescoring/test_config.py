@@ -1,5 +1,7 @@
 """Options of ``rescore`` and ``dedup`` that can't be used are refused, with what to do."""
 
+from pathlib import Path
+
 import pytest
 
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
@@ -55,6 +57,26 @@ def test_beside_the_tables_of_a_run_there_is_room(tmp_path):
 def test_folders_may_have_blanks_between_them(tmp_path):
     config = RescoreConfig(scores=" a, b c ,", output=tmp_path / "out", method="sum")
     assert config.folders == ["a", "b c"]
+
+
+@pytest.mark.parametrize("form", [str, Path, lambda folder: [str(folder)], lambda folder: [folder]])
+def test_a_folder_may_have_a_comma_in_its_name(tmp_path, form):
+    (tmp_path / "x,y").mkdir()
+    config = RescoreConfig(scores=form(tmp_path / "x,y"), output=tmp_path / "out", method="neg_clip_loss")
+    assert config.folders == [str(tmp_path / "x,y")]
+
+
+def test_folders_with_and_without_a_comma_in_their_names_go_together(tmp_path):
+    for name in ("x,y", "a", "b"):
+        (tmp_path / name).mkdir()
+    scores = [f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/x,y"]
+    config = RescoreConfig(scores=scores, output=tmp_path / "out", method="sum")
+    assert config.folders == [f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/x,y"]
+
+
+def test_a_path_in_a_list_is_one_folder_also_where_it_is_not_there(tmp_path):
+    config = RescoreConfig(scores=[Path("x,y"), Path("z")], output=tmp_path / "out", method="sum")
+    assert config.folders == ["x,y", "z"]
 
 
 def test_numbers_are_a_list_a_text_or_one_number(tmp_path):

@@ -261,6 +261,36 @@ def test_an_output_of_other_settings_is_refused(scored, derived):
         rescore_shards(RescoreConfig(scores=scored, output=derived, **NEG, seed=1))
 
 
+def test_a_damaged_table_of_the_output_is_refused_with_the_cure(scored, derived, tmp_path):
+    output = shutil.copytree(derived, tmp_path / "out")
+    whole = (output / "00001.parquet").read_bytes()
+    for damaged in (b"", whole[:-10], b"PAR1"):
+        (output / "00001.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"00001.parquet' is not a score table .*; delete it, and the same"):
+            rescore_shards(RescoreConfig(scores=scored, output=output, **NEG))
+    (output / "00001.parquet").unlink()
+    assert rescore_shards(RescoreConfig(scores=scored, output=output, **NEG)).resumed == 3
+    assert files(output) == files(derived)
+
+
+def test_an_output_with_tables_of_shards_that_are_gone_is_refused_with_the_cure(scored, derived, tmp_path):
+    """Whoever reads the folder would take them, and its summary would not count them."""
+    fewer, others = (shutil.copytree(folder, tmp_path / folder.name) for folder in (scored, derived))
+    config = RescoreConfig(scores=[fewer, others], output=tmp_path / "out", method="sum")
+    assert rescore_shards(config).done == 4
+    for folder in (fewer, others):
+        (folder / "a" / "00003.parquet").unlink()
+    with pytest.raises(ValueError, match=r"none of: '.*/out/a/00003.parquet'; delete them, or choose another"):
+        rescore_shards(config)
+    for folder in (fewer, others):
+        (folder / "a" / "00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"a/00002.parquet' and 1 more; delete"):
+        rescore_shards(config)
+    for name in ("00002", "00003"):
+        (tmp_path / "out" / "a" / f"{name}.parquet").unlink()
+    assert rescore_shards(config).resumed == len(ScoreFolder(tmp_path / "out").paths) == 2
+
+
 def test_tables_of_another_method_are_not_mixed_up(scored, derived):
     assert ScoreFolder(derived).fingerprint["score"] == "neg_clip_loss"
     kind = ScoreFolder(derived).kind
