@@ -131,9 +131,18 @@ def _gathered_tensors(
     gathered = new((sum(map(len, rows)), *tensors[0].shape[1:]), dtype=tensors[0].dtype)
     begin = 0
     for tensor, some in zip(tensors, rows, strict=True):
-        torch.index_select(tensor, 0, torch.from_numpy(some), out=gathered[begin : begin + len(some)])
+        _copy_rows(tensor, some, gathered[begin : begin + len(some)])
         begin += len(some)
     return gathered
+
+
+def _copy_rows(tensor: torch.Tensor, rows: np.ndarray, out: torch.Tensor) -> None:
+    """Copy rows, in this thread: ``index_select`` has others help, which spin beside what decodes and trains."""
+    if not tensor.is_contiguous() or not out.numel():
+        torch.index_select(tensor, 0, torch.from_numpy(rows), out=out)
+        return
+    source, target = (each.view(len(each), -1).view(torch.uint8).numpy() for each in (tensor, out))
+    np.take(source, rows, axis=0, out=target, mode="clip")  # of which "raise" would make a copy
 
 
 def _as_run(rows: np.ndarray) -> slice | None:

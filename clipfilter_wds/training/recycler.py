@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 import torch
 
-#: Pieces of memory of one size that are kept: for batches made ahead, and the one trained on.
-_MOST_KEPT = 6
+#: Pieces of memory that are kept: some columns of batches made ahead, and of the one trained on.
+_MOST_KEPT = 24
 
 #: Smaller tensors are as quick to be had anew.
 _SMALLEST_BYTES = 1 << 16
@@ -22,24 +22,31 @@ class Recycler:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, list[np.ndarray]] = {}
+        self._kept: list[np.ndarray] = []  # in order of their last use
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of this shape and type; what it holds is left to chance."""
         num_bytes = prod(shape) * dtype.itemsize
         if num_bytes < _SMALLEST_BYTES:
             return torch.empty(*shape, dtype=dtype)
-        return torch.from_numpy(self._memory(num_bytes)).view(dtype).view(*shape)
+        return torch.from_numpy(self._memory(_rounded(num_bytes))[:num_bytes]).view(dtype).view(*shape)
 
     def _memory(self, num_bytes: int) -> np.ndarray:
-        kept = self._kept.setdefault(num_bytes, [])
+        kept = self._kept
         for place in range(len(kept)):
-            if _num_references(kept, place) == _OF_THE_LIST_ONLY:  # a tensor of it, or of a part of it, is one more
-                return kept[place]
-        memory = np.empty(num_bytes, dtype=np.uint8)
-        if len(kept) < _MOST_KEPT:
-            kept.append(memory)
-        return memory
+            # A tensor of it, or of a part of it, is one reference more.
+            if kept[place].nbytes == num_bytes and _num_references(kept, place) == _OF_THE_LIST_ONLY:
+                kept.append(kept.pop(place))
+                return kept[-1]
+        kept.append(np.empty(num_bytes, dtype=np.uint8))
+        del kept[:-_MOST_KEPT]
+        return kept[-1]
+
+
+def _rounded(num_bytes: int) -> int:
+    """A quarter more at most, so that batches of which nearly as much is kept take each other's memory."""
+    step = 1 << max(0, num_bytes.bit_length() - 3)
+    return -(-num_bytes // step) * step
 
 
 def _num_references(kept: list[np.ndarray], place: int) -> int:
