@@ -41,8 +41,8 @@ def rewrite(
     show: ShowConfig,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
-    if page.report is not None and not config.dry_run:
-        check_page(page.report, of=config.scores or config.output)
+    if page.report is not None:
+        check_page(page.report, of=config.scores or config.output, writes=not config.dry_run)
     code = _process(config, scorer, engine, log, show)
     if page.report is not None and not config.dry_run:
         _report_on(config, page.report, show)

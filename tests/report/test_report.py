@@ -1,12 +1,14 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
@@ -264,6 +266,48 @@ def test_unusable_arguments_are_refused(run, tmp_path, capsys):
         assert call("report", *arguments) == 2
         assert complaint in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_web_page_is_replaced_and_no_data(run, tmp_path, capsys):
+    shards = shutil.copytree(run.shards, tmp_path / "shards")
+    scores = shutil.copytree(run.output / "_scores", tmp_path / "scores")
+    (tmp_path / "notes.txt").write_text("notes")
+    os.mkfifo(tmp_path / "pipe")
+    rewriting = ("rewrite", f"{shards}/*.tar", "--output", tmp_path / "out", "--scores", scores)
+    for output, complaint in [
+        (shards / "00000.tar", "is no web page"),
+        (scores / "00000.parquet", "is no web page"),
+        (tmp_path / "notes.txt", "is no web page"),
+        (tmp_path / "pipe", "is no ordinary file"),
+        (scores, "is a folder; name a file"),
+    ]:
+        before = output.read_bytes() if output.is_file() else None
+        for command in (
+            ("report", scores, "--output", output),
+            (*rewriting, "--report", output),
+            (*rewriting, "--report", output, "--dry_run"),
+        ):
+            assert call(*command) == 2
+            assert complaint in capsys.readouterr().err
+        assert output.is_file() == (before is not None)
+        assert before is None or output.read_bytes() == before
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("content", ["", "<!DOCTYPE html>\n<html>", "\ufeff\n<HTML lang=en>", "<!-- saved --><html>"])
+def test_a_page_or_an_empty_file_is_replaced(run, tmp_path, content):
+    (tmp_path / "r.html").write_text(content)
+    assert report(run, tmp_path)["seen"] == report(run, tmp_path)["seen"] == 320
+
+
+def test_a_page_on_other_storage_is_replaced_and_no_shard_there(run):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/pages/r.html", b"<!doctype html>old")
+    fs.pipe_file("/pages/0.tar", b"a shard")
+    write_report(ReportConfig(scores=run.output, output="memory://pages/r.html", thumbnails=0))
+    assert len(fs.cat_file("/pages/r.html")) > 10_000
+    with pytest.raises(ValueError, match=r"pages/0.tar' is there and is no web page"):
+        ReportConfig(scores=run.output, output="memory://pages/0.tar")
 
 
 def test_tables_of_different_settings_are_refused(run, scorer, tmp_path):
