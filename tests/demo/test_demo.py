@@ -1,8 +1,10 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from clipfilter_wds.demo.run import demo_threshold
@@ -42,3 +44,59 @@ def test_demo_shards_carry_exactly_the_mistakes_they_are_said_to(tmp_path):
     mismatched = sum(not record["matched"] for record in records)
     assert abs(mismatched / len(records) - 0.30) < 0.01
     assert [path.read_bytes() for path in write_demo_shards(tmp_path / "again")] == [p.read_bytes() for p in paths]
+
+
+def demo(command, folder) -> tuple[int, str]:
+    return command("demo", "--output", folder)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["shards/00000.tar", "shards/mine.tar", "shards/notes.txt", "filtered/00000.tar", "report.html"]
+)
+def test_files_that_the_demo_did_not_write_are_never_replaced_nor_mixed_with(command, tmp_path, name):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"<html>mine")
+    code, said = demo(command, tmp_path / "mine")
+    assert code == 2
+    shown = name if name.startswith("shards") else name.partition("/")[0]
+    assert f"holds '{shown}', which this version's demo did not write; choose another folder" in said
+    assert files(tmp_path / "mine") == {name: b"<html>mine"}
+
+
+def test_the_demo_runs_again_over_its_own_output_and_over_what_a_killed_one_left(command, tmp_path):
+    [first, *_] = write_demo_shards(tmp_path / "all")
+    (tmp_path / "out" / "shards").mkdir(parents=True)
+    shutil.copy(first, tmp_path / "out" / "shards")
+    (tmp_path / "out" / "shards" / f".00001.tar.{'0' * 32}.clipfilter-tmp").write_bytes(b"cut")
+    assert demo(command, tmp_path / "out")[0] == 0
+    made = files(tmp_path / "out")
+    assert {"report.html", "overview.png", "filtered/00000.tar"} <= set(made)
+    code, said = demo(command, tmp_path / "out")
+    assert code == 0
+    assert "nothing was left to do" in said
+    assert {name for name, data in files(tmp_path / "out").items() if made[name] != data} <= {
+        "report.html",
+        "filtered/summary.json",
+    }
+    (tmp_path / "out" / "report.html").write_bytes(b"notes of my own")
+    code, said = demo(command, tmp_path / "out")
+    assert code == 2
+    assert "is no web page" in said
+    assert (tmp_path / "out" / "report.html").read_bytes() == b"notes of my own"
+
+
+@pytest.mark.parametrize("name", ["", "shards", "filtered"])
+def test_an_output_that_can_not_be_written_is_an_argument_that_can_not_be_used(command, tmp_path, name):
+    if name == "filtered":
+        write_demo_shards(tmp_path / "out" / "shards")
+    (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out" / name).write_bytes(b"a file")
+    code, said = demo(command, tmp_path / "out")
+    assert code == 2
+    assert f"can't write to output '{tmp_path / 'out' / name}': File exists" in said
+    assert "resume" not in said
