@@ -49,7 +49,7 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     shards = write_shards(folder / SHARDS, drawn)
     threshold = demo_threshold()
     rewrite = RewriteConfig(shards=str(folder / SHARDS), output=folder / FILTERED, threshold=threshold)
-    run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet)
+    run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet, reports=True)
 
     decided = [pair for shard in shards for pair in _decided(shard, folder / FILTERED, threshold)]
     truth = Truth.of(decided)

@@ -24,8 +24,8 @@ class ReportConfig:
 
     Attributes:
         scores: The output folder of ``score`` or ``rewrite``.
-        output: HTML file to write; one that exists is replaced, and a file of another type is not. It holds all that it shows, and loads nothing from
-            elsewhere.
+        output: HTML file to write; one that exists is replaced, and a file of another type never. It holds all that it
+            shows, and loads nothing from elsewhere.
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
             has none, and of those that are not there neither.
         run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
@@ -63,7 +63,7 @@ class RunReportConfig:
 
     Attributes:
         report: HTML file to write that shows what was kept and dropped; by default none is written. One that exists is
-            replaced, and a file of another type is not.
+            replaced, and a file of another type never.
     """
 
     report: str | Path | None = None

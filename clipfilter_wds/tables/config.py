@@ -100,4 +100,6 @@ def _check_no_scores(target: Path) -> None:
         shard = read_metadata(target).shard
     except ValueError:
         return  # it is another table, or none
-    raise ValueError(f"output {str(target)!r} is the score table of {shard!r}, which is not replaced; name another file")
+    raise ValueError(
+        f"output {str(target)!r} is the score table of {shard!r}, which is not replaced; name another file"
+    )
