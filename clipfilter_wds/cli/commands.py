@@ -67,10 +67,12 @@ def dedup(config: DedupConfig, show: ShowConfig) -> int:
 
 def report(config: ReportConfig, show: ShowConfig) -> int:
     """Write an HTML page that shows what a threshold keeps: scores, reasons, samples."""
-    from clipfilter_wds.report.run import write_report
+    from clipfilter_wds.report.run import describe_lacking, write_report
 
     _refuse_ranks()
-    write_report(config)
+    lacking = describe_lacking(config, write_report(config))
+    if lacking is not None:
+        _say(lacking, show)
     _say(f"the report is {config.output}", show)
     return ALL_DONE
 

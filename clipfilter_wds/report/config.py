@@ -23,12 +23,14 @@ class ReportConfig:
     """Input and output of ``report``.
 
     Attributes:
-        scores: The output folder of ``score`` or ``rewrite``.
+        scores: The output folder of ``score``, or of a ``rewrite`` that scored. For a ``rewrite --scores``, the folder
+            of those scores, with its output as ``run``.
         output: HTML file to write; one that exists is replaced, and a file of another type never. It holds all that it
             shows, and loads nothing from elsewhere.
         shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
-            has none, and of those that are not there neither.
-        run: The output folder of the ``rewrite`` to show, where its score tables are elsewhere (``rewrite --scores``).
+            has none, and of those that are not there neither. May be given several times.
+        run: The output folder of the ``rewrite`` to show, where it chose by ``scores`` that were made before
+            (``rewrite --scores``).
         compare: Another folder of scores of the same shards, to show how many samples it decides otherwise where as
             many are kept, and which differ most in rank.
         threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut. For

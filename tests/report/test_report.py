@@ -156,6 +156,37 @@ def test_without_shards_the_gallery_has_scores_only(run, tmp_path):
     assert all(card["image"] is None and card["caption"] is None for card in cards)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "found none of 8 scored shards in {}: the report has no pictures\n"),
+        (
+            ["00003.tar"],
+            "found 1 of 8 scored shards in {}: the report has no pictures of the others\n",
+        ),
+        ([f"{number:05d}.tar" for number in range(8)], ""),
+    ],
+)
+def test_the_terminal_says_how_many_scored_shards_are_found(run, command, tmp_path, names, said):
+    write_shard(tmp_path / "s" / "other.tar", [pair(0)])
+    for name in names:
+        shutil.copy(run.shards / name, tmp_path / "s")
+    page = tmp_path / "r.html"
+    arguments = ("report", run.output, "--shards", tmp_path / "s", "-o", page)
+    assert command(*arguments) == (0, said.format(tmp_path / "s") + f"the report is {page}\n")
+    assert command(*arguments, "--quiet") == (0, "")
+    num_lacking = sum(card["problem"] == "its shard is not among those given" for card in page_data(page)["cards"])
+    assert (num_lacking > 0) == bool(said)
+
+
+def test_shards_may_be_named_one_by_one(run, command, tmp_path):
+    named = [word for path in sorted(run.shards.iterdir()) for word in ("--shards", path)]
+    code, said = command("report", run.output, *named[:4], "-o", tmp_path / "r.html")
+    assert code == 0
+    assert said.startswith("found 2 of 8 scored shards in the 2 that are named: ")
+    assert command("report", run.output, *named, "-o", tmp_path / "r.html")[1].startswith("the report is ")
+
+
 def test_shards_are_found_where_they_are_now(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.shards, moved)
