@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from clipfilter_wds.demo.overview import is_overview
 from clipfilter_wds.report.config import check_page
 
 SHARDS, FILTERED, REPORT, OVERVIEW = "shards", "filtered", "report.html", "overview.png"
@@ -12,7 +13,8 @@ def check_own(folder: Path, shards: Mapping[str, bytes]) -> None:
     """Refuse to write where that would replace, or mix with, what the demo did not write.
 
     A shard is the demo's own if it is bit for bit the one that it would write. Where all of them are, an earlier demo
-    was here, and what it made of them is its own, too.
+    was here, and what it made of them is its own, too: the filtered shards, which say of themselves what they are, the
+    picture, if it is signed, and the report, if it is a web page.
 
     Args:
         folder: The output folder.
@@ -36,6 +38,8 @@ def _others(folder: Path, shards: Mapping[str, bytes]) -> Iterator[str]:
     found = sorted(path for path in there.iterdir() if path.name[0] != ".") if there.is_dir() else []
     own = {path.name for path in found if _holds(path, shards.get(path.name, b""))}
     yield from (f"{SHARDS}/{path.name}" for path in found if path.name not in own)
+    if (folder / OVERVIEW).exists() and not is_overview(folder / OVERVIEW):
+        yield OVERVIEW
     if own != set(shards):
         yield from (name for name in (FILTERED, REPORT, OVERVIEW) if (folder / name).exists())
 

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import shutil
@@ -55,7 +56,8 @@ def files(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", ["shards/00000.tar", "shards/mine.tar", "shards/notes.txt", "filtered/00000.tar", "report.html"]
+    "name",
+    ["shards/00000.tar", "shards/mine.tar", "shards/notes.txt", "filtered/00000.tar", "report.html", "overview.png"],
 )
 def test_files_that_the_demo_did_not_write_are_never_replaced_nor_mixed_with(command, tmp_path, name):
     path = tmp_path / "mine" / name
@@ -83,11 +85,21 @@ def test_the_demo_runs_again_over_its_own_output_and_over_what_a_killed_one_left
         "report.html",
         "filtered/summary.json",
     }
-    (tmp_path / "out" / "report.html").write_bytes(b"notes of my own")
-    code, said = demo(command, tmp_path / "out")
-    assert code == 2
-    assert "is no web page" in said
-    assert (tmp_path / "out" / "report.html").read_bytes() == b"notes of my own"
+    mine = io.BytesIO()
+    Image.open(tmp_path / "out" / "overview.png").save(
+        mine, format="PNG"
+    )  # as another program saves it, without the signature
+    for name, data, complaint in [
+        ("report.html", b"notes of my own", "is no web page"),
+        ("overview.png", mine.getvalue(), "holds 'overview.png', which this version's demo did not write"),
+        ("overview.png", b"no picture", "holds 'overview.png', which this version's demo did not write"),
+    ]:
+        (tmp_path / "out" / name).write_bytes(data)
+        code, said = demo(command, tmp_path / "out")
+        assert code == 2
+        assert complaint in said
+        assert (tmp_path / "out" / name).read_bytes() == data
+        (tmp_path / "out" / name).write_bytes(made[name])
 
 
 @pytest.mark.parametrize("name", ["", "shards", "filtered"])
