@@ -21,9 +21,13 @@ def check_own(folder: Path, shards: Mapping[str, bytes]) -> None:
         shards: By file name, the shards that the demo would write there.
 
     Raises:
-        ValueError: When the folder holds a file that is not the demo's.
+        ValueError: When the folder holds a file that is not the demo's, or can't be looked into.
     """
-    other = next(_others(folder, shards), None)
+    try:
+        other = next(_others(folder, shards), None)
+    except OSError as error:
+        found = error.filename or str(folder)
+        raise ValueError(f"can't see what {found!r} is, which may not be replaced: {error.strerror or error}") from None
     if other is not None:
         raise ValueError(
             f"output {str(folder)!r} holds {other!r}, which this version's demo did not write; choose another folder, "

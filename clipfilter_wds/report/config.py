@@ -98,7 +98,12 @@ def _check_replaceable(path: AnyPath) -> None:
         raise ValueError(f"output {str(path)!r} is a folder; name a file")
     if isinstance(path, Path) and path.exists() and not path.is_file():
         raise ValueError(f"output {str(path)!r} is no ordinary file; name an HTML file to write")
-    if not _PAGE.match(_start_of(path)):
+    try:
+        start = _start_of(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"can't see whether output {str(path)!r} is a web page to replace: {why}") from None
+    if not _PAGE.match(start):
         raise ValueError(
             f"output {str(path)!r} is there and is no web page, which alone a report replaces; name another file"
         )

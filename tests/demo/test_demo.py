@@ -1,9 +1,12 @@
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -112,3 +115,14 @@ def test_an_output_that_can_not_be_written_is_an_argument_that_can_not_be_used(c
     assert code == 2
     assert f"can't write to output '{tmp_path / 'out' / name}': File exists" in said
     assert "resume" not in said
+
+
+def test_a_folder_that_can_not_be_looked_into_is_left_alone(command, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "out" / "shards").mkdir(parents=True)
+    monkeypatch.setattr(Path, "iterdir", refuse)  # the tests may run as root, who may look everywhere
+    code, said = demo(command, tmp_path / "out")
+    assert code == 2
+    assert f"can't see what '{tmp_path / 'out' / 'shards'}' is, which may not be replaced: Permission denied" in said

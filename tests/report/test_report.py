@@ -1,4 +1,5 @@
 import base64
+import errno
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 from clipfilter_wds.cli import main
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.config import ReportConfig, check_page
 from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.table import ShardScores
@@ -329,6 +330,16 @@ def test_only_a_web_page_is_replaced_and_no_data(run, tmp_path, capsys):
 def test_a_page_or_an_empty_file_is_replaced(run, tmp_path, content):
     (tmp_path / "r.html").write_text(content)
     assert report(run, tmp_path)["seen"] == report(run, tmp_path)["seen"] == 320
+
+
+def test_a_file_that_can_not_be_read_is_not_replaced(run, tmp_path, monkeypatch):
+    def refuse(path, mode="r"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "r.html").write_text("<html>")
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(ValueError, match=r"can't see whether output '.*r.html' is a web page to replace: Permission"):
+        check_page(tmp_path / "r.html", of=run.output)
 
 
 def test_a_page_on_other_storage_is_replaced_and_no_shard_there(run):
