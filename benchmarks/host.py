@@ -21,10 +21,10 @@ _QUICK_IMAGE_SIZES, _QUICK_BATCH_SIZES = (64,), (8,)
 #: Samples per shard, and shards of a round.
 _SHARD_SAMPLES: dict[Mode, int] = {"rewrite": 2048, "score": 2048, "inline": 1024, "from_scores": 2048}
 _QUICK_SHARD_SAMPLES = 256
-
-#: Samples of a run of which nothing counts: enough that all memory that is used again is in use.
-_START_SAMPLES, _QUICK_START_SAMPLES = 2048, 64
 _NUM_SHARDS: dict[Mode, int] = {"rewrite": 1, "score": 1, "inline": 4, "from_scores": 8}
+
+#: Shards before them that do not count: enough that all memory that is used again is in use.
+_NUM_START_SHARDS: dict[Mode, int] = {"rewrite": 1, "score": 1, "inline": 8, "from_scores": 1}
 
 #: Share that is kept wherever something is decided.
 _KEPT = 0.3
@@ -63,7 +63,6 @@ def _jobs(options: Options, folder: Path) -> Iterator[Job]:
     model = make_model(options.cache, "tiny-224")
     for mode, views, kept, resize_on_device in _uses():
         shard_samples = _QUICK_SHARD_SAMPLES if options.quick else _SHARD_SAMPLES[mode]
-        start_samples = _QUICK_START_SAMPLES if options.quick else _START_SAMPLES
         # Copying takes whole shards.
         for image_size, batch_size in product(image_sizes, batch_sizes[:1] if mode == "from_scores" else batch_sizes):
             yield Job(
@@ -76,8 +75,8 @@ def _jobs(options: Options, folder: Path) -> Iterator[Job]:
                 model=model,
                 device=str(options.torch_device),
                 num_workers=1 if options.num_workers is None else options.num_workers,
-                start=make_shard(options.cache, num_samples=start_samples, image_size=image_size),
                 shard=make_shard(options.cache, num_samples=shard_samples, image_size=image_size),
+                num_start_shards=1 if options.quick else _NUM_START_SHARDS[mode],
                 num_shards=_NUM_SHARDS[mode],
                 num_samples=_NUM_SHARDS[mode] * shard_samples,
                 rounds=options.turns(5),

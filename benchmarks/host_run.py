@@ -53,10 +53,10 @@ class Job:
         model: Its preprocessing is the one that is measured.
         device: Of the stubbed model.
         num_workers: Processes that decode, or copy.
-        start: A shard which comes first, and does not count.
-        shard: All other shards are this file, under other names.
-        num_shards: How many of these there are.
-        num_samples: How many samples they have in all.
+        shard: All shards are this file, under other names.
+        num_start_shards: How many come first, and do not count.
+        num_shards: How many count.
+        num_samples: How many samples these have in all.
         rounds: How often all is run.
         folder: Where outputs go, on the file system of the shard.
     """
@@ -70,8 +70,8 @@ class Job:
     model: Path
     device: str
     num_workers: int
-    start: Path
     shard: Path
+    num_start_shards: int
     num_shards: int
     num_samples: int
     rounds: int
@@ -109,7 +109,7 @@ class Measured(NamedTuple):
 def measure(job: Job) -> Measured:
     """Run it, in a process where nothing else runs.
 
-    A round is two whole runs, one over the first shard alone and one over all. Their difference is that of the counted
+    A round is two whole runs, one over the first shards alone and one over all. Their difference is that of the counted
     samples, without what it takes to start and to end.
     """
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader workers, as it is by default on Linux
@@ -120,9 +120,10 @@ def measure(job: Job) -> Measured:
     rounds = []
     with tempfile.TemporaryDirectory(dir=job.folder) as name:
         shards = _link(job, Path(name, "shards"))
-        _spent(job, clocks, shards[:1])  # so that all that is loaded late is there
+        first = shards[: job.num_start_shards]
+        _spent(job, clocks, first)  # so that all that is loaded late is there
         for _ in range(job.rounds):
-            least, most = (_spent(job, clocks, some) for some in (shards[:1], shards))
+            least, most = (_spent(job, clocks, some) for some in (first, shards))
             rounds.append(most - least)
     return Measured(rounds, stages + _stage_times(job, job.rounds - num_before))
 
@@ -140,9 +141,9 @@ def _stage_times(job: Job, repeats: int) -> list[dict[str, float]]:
 
 def _link(job: Job, folder: Path) -> list[Path]:
     folder.mkdir()
-    shards = [folder / f"{number:05d}.tar" for number in range(1 + job.num_shards)]
-    for shard, source in zip(shards, [job.start] + [job.shard] * job.num_shards, strict=True):
-        os.link(source, shard)
+    shards = [folder / f"{number:05d}.tar" for number in range(job.num_start_shards + job.num_shards)]
+    for shard in shards:
+        os.link(job.shard, shard)
     return shards
 
 

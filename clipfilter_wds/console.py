@@ -89,11 +89,13 @@ def _lines(console: Console) -> Callable[[Shown], None]:
     return update
 
 
-def pace(samples_per_second: float, keep_rate: float | None, seconds_left: float | None) -> str:
+def pace(
+    samples_per_second: float, keep_rate: float | None, seconds_left: float | None, *, kept_as: str = "kept"
+) -> str:
     """How fast a run is, what it keeps and how long it will take; what is None is left out."""
     parts = [_speed(samples_per_second)]
     if keep_rate is not None:
-        parts.append(f"{keep_rate:.1%} kept")
+        parts.append(f"{keep_rate:.1%} {kept_as}")
     if seconds_left is not None:
         parts.append(f"{_duration(seconds_left)} left")
     return ", ".join(parts)

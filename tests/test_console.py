@@ -141,6 +141,10 @@ def test_a_pace_has_what_is_known(keep_rate, seconds_left, text):
     assert pace(1234.5678, keep_rate, seconds_left) == text
 
 
+def test_a_pace_says_that_samples_are_scored_where_none_is_kept_or_dropped():
+    assert pace(10, 0.972, None, kept_as="scored") == "10 samples/s, 97.2% scored"
+
+
 def test_the_closing_table_has_counts_shares_and_notes():
     console = Console(file=io.StringIO(), width=40)
     rows = [*count_rows(4000, 1000, [("torn", 3000)], kept_as="scored"), ("shards", 1, "of 2")]

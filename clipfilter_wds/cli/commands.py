@@ -41,9 +41,9 @@ def rewrite(
     show: ShowConfig,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
-    if page.report is not None and not config.dry_run:
-        check_page(page.report, of=config.scores or config.output)
-    code = _process(config, scorer, engine, log, show)
+    if page.report is not None:
+        check_page(page.report, of=config.scores or config.output, writes=not config.dry_run)
+    code = _process(config, scorer, engine, log, show, reports=page.report is not None)
     if page.report is not None and not config.dry_run:
         _report_on(config, page.report, show)
     return code
@@ -67,10 +67,12 @@ def dedup(config: DedupConfig, show: ShowConfig) -> int:
 
 def report(config: ReportConfig, show: ShowConfig) -> int:
     """Write an HTML page that shows what a threshold keeps: scores, reasons, samples."""
-    from clipfilter_wds.report.run import write_report
+    from clipfilter_wds.report.run import describe_lacking, write_report
 
     _refuse_ranks()
-    write_report(config)
+    lacking = describe_lacking(config, write_report(config))
+    if lacking is not None:
+        _say(lacking, show)
     _say(f"the report is {config.output}", show)
     return ALL_DONE
 
@@ -95,8 +97,16 @@ def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
     return ALL_DONE
 
 
-def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, log: LogConfig, show: ShowConfig) -> int:
-    """Score, and maybe rewrite, the shards."""
+def _process(
+    config: ScoreConfig,
+    scorer: ScorerConfig,
+    engine: EngineConfig,
+    log: LogConfig,
+    show: ShowConfig,
+    *,
+    reports: bool = False,
+) -> int:
+    """Score, and maybe rewrite, the shards. With ``reports``, a report of it is made next."""
     if config.dry_run:
         from clipfilter_wds.offline.dry_run import describe_run
 
@@ -107,7 +117,7 @@ def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, lo
 
     if engine.engine == "ray" or engine.devices is not None:
         _refuse_ranks("" if engine.devices is None else ", or leave out devices: every rank has one")
-    any_failed = process(config, scorer, engine, log_to=log.log_to, quiet=show.quiet)
+    any_failed = process(config, scorer, engine, log_to=log.log_to, quiet=show.quiet, reports=reports)
     return SOME_FAILED if any_failed else ALL_DONE
 
 

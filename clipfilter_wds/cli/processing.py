@@ -21,16 +21,22 @@ _NO_TIMEOUT = float("inf")
 
 
 def process(
-    config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, *, log_to: LogTo | None, quiet: bool
+    config: ScoreConfig,
+    scorer: ScorerConfig,
+    engine: EngineConfig,
+    *,
+    log_to: LogTo | None,
+    quiet: bool,
+    reports: bool = False,
 ) -> bool:
-    """Score, and maybe rewrite, the shards; whether some failed.
+    """Score, and maybe rewrite, the shards; whether some failed. With ``reports``, a report of it is made next.
 
     Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
     """
     load = partial(ClipScorer, **asdict(scorer))
     settings = {**asdict(config), **asdict(scorer)}
     start_log = None if log_to is None else partial(RunLogger, log_to, config.folder, settings)
-    run = partial(run_with_progress, config, load, start_log=start_log, quiet=quiet)
+    run = partial(run_with_progress, config, load, start_log=start_log, quiet=quiet, reports=reports)
     if engine.engine == "ray":
         use_gpus = scorer.device != "cpu"
         with RayEngine(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from clipfilter_wds.palette import LIGHT
 from clipfilter_wds.storage.publish import publish
@@ -15,6 +16,9 @@ _COLUMNS, _TILE, _PADDING, _GAP, _HEADING = 6, 288, 20, 24, 76
 _LINES, _LINE_HEIGHT, _RADIUS = 5, 30, 14
 _CARD_WIDTH, _CARD_HEIGHT = _TILE, _TILE + _PADDING + 40 + _LINES * _LINE_HEIGHT + _PADDING
 _SPACE = 7  # between words; the font's own is so narrow that "3 small" reads as one word
+
+#: What tells the picture from others of its name.
+_SIGNATURE = "Software", "clipfilter-wds demo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,22 @@ def write_overview(path: Path, pictures: Sequence[Picture], threshold: float) ->
     _draw_row(sheet, 0, f"Kept: {len(kept)} pairs with a cosine of {threshold:g} or more", LIGHT.kept, kept)
     _draw_row(sheet, row_height + _GAP, f"Dropped: {len(dropped)} pairs below it", LIGHT.dropped, dropped)
     with publish(path) as file:
-        sheet.save(file, format="PNG")
+        sheet.save(file, format="PNG", pnginfo=_signed())
+
+
+def is_overview(path: Path) -> bool:
+    """Whether a file is a picture that :func:`write_overview` wrote."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_SIGNATURE[0]) == _SIGNATURE[1]
+    except (OSError, Image.DecompressionBombError):  # it is no picture, or none that was drawn here
+        return False
+
+
+def _signed() -> PngInfo:
+    signed = PngInfo()
+    signed.add_text(*_SIGNATURE)
+    return signed
 
 
 def _draw_row(sheet: Image.Image, top: int, heading: str, colour: str, pictures: Sequence[Picture]) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.demo.overview import Picture, write_overview
-from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, write_demo_shards
+from clipfilter_wds.demo.ownership import FILTERED, OVERVIEW, REPORT, SHARDS, check_own
+from clipfilter_wds.demo.shards import MISMATCHED_PERCENT, NUM_SHARDS, SAMPLES_PER_SHARD, draw_demo_shards, write_shards
 from clipfilter_wds.models.loading import BUNDLED_MODELS
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
@@ -22,29 +23,38 @@ from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
+from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.types import Sample
 
 MODEL = "demo-tiny"
 
 
 def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
-    """Draw shards with known mistakes, filter them with the bundled tiny CLIP, and compare with the truth."""
-    folder = Path(config.output)
+    """Draw shards with known mistakes, filter them with the bundled tiny CLIP, and compare with the truth.
+
+    Raises:
+        ValueError: When the output can't be written, or holds files that the demo did not write.
+    """
+    folder = Path(config.output).expanduser()
     console = Console(quiet=quiet)
     console.print(
         f"Drawing {NUM_SHARDS} shards of {SAMPLES_PER_SHARD} scenes: {MISMATCHED_PERCENT} % carry "
         "another scene's caption, six are odd or broken, and one shard is torn.",
         highlight=False,
     )
-    shards = write_demo_shards(folder / "shards")
+    drawn = draw_demo_shards()
+    check_own(folder, drawn)
+    for subfolder in (SHARDS, FILTERED):
+        check_writable(folder / subfolder)
+    shards = write_shards(folder / SHARDS, drawn)
     threshold = demo_threshold()
-    rewrite = RewriteConfig(shards=str(folder / "shards"), output=folder / "filtered", threshold=threshold)
-    run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet)
+    rewrite = RewriteConfig(shards=str(folder / SHARDS), output=folder / FILTERED, threshold=threshold)
+    run_with_progress(rewrite, lambda: ClipScorer(MODEL), quiet=quiet, reports=True)
 
-    decided = [pair for shard in shards for pair in _decided(shard, folder / "filtered", threshold)]
+    decided = [pair for shard in shards for pair in _decided(shard, folder / FILTERED, threshold)]
     truth = Truth.of(decided)
-    write_overview(folder / "overview.png", decided, threshold)
-    write_report(ReportConfig(scores=rewrite.output, shards=shards, output=folder / "report.html"))
+    write_overview(folder / OVERVIEW, decided, threshold)
+    write_report(ReportConfig(scores=rewrite.output, shards=shards, output=folder / REPORT))
     console.print(
         f"\nAgainst the truth: precision {truth.precision:.3f}, recall {truth.recall:.3f} "
         f"({truth.kept_matched} true pairs kept of {truth.matched}, {truth.kept - truth.kept_matched} false ones).\n"

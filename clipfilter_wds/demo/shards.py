@@ -3,7 +3,7 @@
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,33 @@ _TORN_SHARD, _TORN_SHARE = 3, 0.95
 
 def write_demo_shards(folder: Path, *, seed: int = 0) -> list[Path]:
     """Write shards laid out as img2dataset's; the ``json`` member says whether the caption is true."""
-    rng = random.Random(seed)
-    paths = []
-    for shard in range(NUM_SHARDS):
-        path = folder / f"{shard:05d}.tar"
+    return write_shards(folder, draw_demo_shards(seed=seed))
+
+
+def write_shards(folder: Path, shards: Mapping[str, bytes]) -> list[Path]:
+    """Write shards, by file name, and return their paths."""
+    paths = [folder / name for name in shards]
+    for path in paths:
         with publish(path) as file:
-            tar = TarWriter(file)
-            for index in range(SAMPLES_PER_SHARD):
-                for member in _sample(shard, index, rng):
-                    tar.add(member)
-            tar.finish()
-            if shard == _TORN_SHARD:
-                file.truncate(int(file.tell() * _TORN_SHARE))
-        paths.append(path)
+            file.write(shards[path.name])
     return paths
+
+
+def draw_demo_shards(*, seed: int = 0) -> dict[str, bytes]:
+    """By file name, the shards that :func:`write_demo_shards` writes: the same bytes at every call."""
+    rng = random.Random(seed)
+    shards = {}
+    for shard in range(NUM_SHARDS):
+        file = io.BytesIO()
+        tar = TarWriter(file)
+        for index in range(SAMPLES_PER_SHARD):
+            for member in _sample(shard, index, rng):
+                tar.add(member)
+        tar.finish()
+        if shard == _TORN_SHARD:
+            file.truncate(int(file.tell() * _TORN_SHARE))
+        shards[f"{shard:05d}.tar"] = file.getvalue()
+    return shards
 
 
 def _sample(shard: int, index: int, rng: random.Random) -> Iterator[Member]:

@@ -16,15 +16,16 @@ _MAX_TABLES = 1_000
 _MAX_SHOWN_SHARDS = 3
 
 
-def next_steps(config: ScoreConfig, tally: Tally) -> Iterator[str]:
-    """A line each, for people."""
+def next_steps(config: ScoreConfig, tally: Tally, *, reports: bool = False) -> Iterator[str]:
+    """A line each, for people. A report is not told to make where one is made anyway, as ``reports`` says."""
     if tally.num_shards and tally.resumed == tally.num_shards:
         yield "all of it was done by an earlier run; nothing was left to do"
     if not tally.counts.kept:
         return  # the last line says why
     if isinstance(config, RewriteConfig):
         yield f"the kept samples are in {config.folder}"
-        yield from _after_rewrite(config)
+        if not reports:
+            yield from _after_rewrite(config)
     else:
         yield f"the score tables are in {config.folder}"
         yield from _after_score(config)
@@ -33,9 +34,11 @@ def next_steps(config: ScoreConfig, tally: Tally) -> Iterator[str]:
 def _after_rewrite(config: RewriteConfig) -> Iterator[str]:
     scores = config.folder if config.scores is None else config.scores
     if not isinstance(scores, RemotePath):
+        # Each with an option of its own: joined, names with a comma would be two.
+        shards = " ".join(f"--shards {name}" for name in _shards(config))
         run = "" if config.scores is None else f" --run {_quoted(config.folder)}"
         yield (
-            f"next: clipfilter-wds report {_quoted(scores)}{run} --shards {_shards(config)} --output report.html "
+            f"next: clipfilter-wds report {_quoted(scores)}{run} {shards} --output report.html "
             "shows what other thresholds would keep"
         )
 
@@ -49,7 +52,7 @@ def _after_score(config: ScoreConfig) -> Iterator[str]:
     if config.limit is not None:
         yield f"a trial on the first {config.limit:,} samples; next: the same without --limit, into another folder"
         return
-    yield rewrite_next(_shards(config), config.folder, "--keep_fraction 0.3", "or --threshold in its place")
+    yield rewrite_next(" ".join(_shards(config)), config.folder, "--keep_fraction 0.3", "or --threshold in its place")
 
 
 def rewrite_next(shards: str, scores: AnyPath, choice: str, remark: str = "") -> str:
@@ -60,10 +63,10 @@ def rewrite_next(shards: str, scores: AnyPath, choice: str, remark: str = "") ->
     return f"next: {first}{command}{remark and f', {remark}'}"
 
 
-def _shards(config: ScoreConfig) -> str:
-    """The shards as they were typed, where that is short."""
+def _shards(config: ScoreConfig) -> list[str]:
+    """The shards as they were typed, quoted for a shell, where that is short."""
     given = [config.shards] if isinstance(config.shards, str | Path) else config.shards
-    return " ".join(map(_quoted, given)) if len(given) <= _MAX_SHOWN_SHARDS else "SHARDS"
+    return [_quoted(one) for one in given] if len(given) <= _MAX_SHOWN_SHARDS else ["SHARDS"]
 
 
 def _quoted(name: object) -> str:

@@ -33,11 +33,13 @@ def run_with_progress(
     board: Board | None = None,
     start_log: Callable[[], RunLogger] | None = None,
     quiet: bool = False,
+    reports: bool = False,
 ) -> Tally:
     """Load the model if one is needed, process the shards, and show how far the run is and what came of it.
 
     An engine loads the model itself. Of several ranks, only rank zero shows anything. With ``quiet``, it shows
     failed shards alone, on stderr. While the run works, a ``board`` shows, and has logged, what all ranks have done.
+    Where ``reports`` says that a report is made next, nobody is told how.
     """
     world = world or World()
     is_first = world.rank == 0
@@ -47,14 +49,17 @@ def run_with_progress(
     if engine is None and not (isinstance(config, RewriteConfig) and config.scores):
         with console.status("loading the model"):
             scorer = load_scorer()
-    with log or nullcontext(), show_run(is_first and not quiet, log.on_progress if log else _ignore) as on_progress:
+    with (
+        log or nullcontext(),
+        show_run(config, is_first and not quiet, log.on_progress if log else _ignore) as on_progress,
+    ):
         if board is not None:
             on_progress = board.joined(world.rank, on_progress)
         tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_progress)
         if log is not None:
             log.log(tally)
     if is_first:
-        _show_outcome(config, tally, quiet=quiet)
+        _show_outcome(config, tally, quiet=quiet, reports=reports)
     return tally
 
 
@@ -62,7 +67,7 @@ def _ignore(tally: Tally) -> None:
     pass
 
 
-def _show_outcome(config: ScoreConfig, tally: Tally, *, quiet: bool) -> None:
+def _show_outcome(config: ScoreConfig, tally: Tally, *, quiet: bool, reports: bool) -> None:
     if quiet:
         for line in _failures(tally):
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
@@ -73,7 +78,11 @@ def _show_outcome(config: ScoreConfig, tally: Tally, *, quiet: bool) -> None:
         closing_rows(tally, kept_as),
         seconds=tally.seconds,
         samples_per_second=tally.samples_per_second,
-        notes=[*_notes(tally), *map(plain, advice(tally, config)), *map(plain, next_steps(config, tally))],
+        notes=[
+            *_notes(tally),
+            *map(plain, advice(tally, config, reports=reports)),
+            *map(plain, next_steps(config, tally, reports=reports)),
+        ],
     )
 
 

@@ -57,7 +57,7 @@ def process_shards(
     """
     world = world or World()
     if progress:
-        with show_run(world.rank == 0, on_progress) as on_both:
+        with show_run(config, world.rank == 0, on_progress) as on_both:
             return process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_both)
     if config.dry_run:
         raise ValueError("dry_run is True, so nothing can be written; describe_run says what would be")

@@ -1,23 +1,22 @@
 """Gathers what the report says, but for pictures and captions, in one pass over the score tables."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clipfilter_wds.report.histogram import COSINE_GRID, Grid, ScoreCounts
 from clipfilter_wds.report.picks import FirstOfEach, Pick, Picker
 from clipfilter_wds.report.shard_rates import ShardRate
+from clipfilter_wds.report.summary import Summary, read_rewrite, read_summary
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.fraction import Cut
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.table import ShardScores
-from clipfilter_wds.storage.paths import AnyPath, any_path
+from clipfilter_wds.storage.paths import any_path
 from clipfilter_wds.types import DropReason
 
 #: Captions longer than the text tower's limit times this number are counted together.
@@ -40,7 +39,7 @@ class ScoredRun:
     """
 
     table: ScoreFolder
-    summary: dict[str, Any]
+    summary: Summary
 
     @classmethod
     def open(cls, scores: str | Path, *, run: str | Path | None = None) -> "ScoredRun":
@@ -48,14 +47,16 @@ class ScoredRun:
 
         Args:
             scores: Its output folder, or another folder with score tables.
-            run: The output folder of the run whose summary is shown, if that is elsewhere.
+            run: The output folder of the ``rewrite`` whose summary is shown, if that is elsewhere.
 
         Raises:
-            ValueError: When there are no tables, they have different fingerprints, or the summary is damaged.
+            ValueError: When there are no tables, they have different fingerprints, the summary is damaged, or ``run``
+                holds none or that of other scores.
         """
         table = ScoreFolder(scores)
-        beside = table.folder.parent if table.folder.name == "_scores" else table.folder
-        return cls(table, _read_summary((beside if run is None else any_path(run)) / "summary.json"))
+        if run is not None:
+            return cls(table, read_rewrite(any_path(run), table))
+        return cls(table, read_summary(table.folder.parent if table.folder.name == "_scores" else table.folder))
 
     def read_usable(self) -> Iterator[np.ndarray]:
         """The scores of what could be scored, float32 ``[N]``, one table after another."""
@@ -66,18 +67,6 @@ class ScoredRun:
     def name(self, path: Path) -> str:
         """The name of a table's shard in the run's output, without suffix."""
         return path.relative_to(self.table.folder).with_suffix("").as_posix()
-
-
-def _read_summary(path: AnyPath) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from None
-    if not isinstance(summary, dict):
-        raise ValueError(f"{str(path)!r} is not a run's summary: it holds no object")
-    return summary
 
 
 @dataclass(kw_only=True)
@@ -97,6 +86,7 @@ class Findings:
         shards: The keep rate of each table's shard.
         picks: The samples to show.
         unusable_picks: Some samples of each reason, to show.
+        num_at_hand: Of how many tables the shard was among those to read captions and pictures from.
     """
 
     fingerprint: Fingerprint
@@ -111,6 +101,7 @@ class Findings:
     shards: list[ShardRate] = field(default_factory=list)
     picks: list[Pick] = field(default_factory=list)
     unusable_picks: list[Pick] = field(default_factory=list)
+    num_at_hand: int = 0
 
     @property
     def max_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from math import isfinite
+from pathlib import Path
 
 from clipfilter_wds.report.compare import compare
 from clipfilter_wds.report.config import ReportConfig
@@ -33,6 +34,7 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
         urls = [] if config.shards is None else find_shards(config.shards, skip_missing=True).urls
     start = _start(config, run)
     findings = gather(run, start, config.thumbnails)
+    findings.num_at_hand = len({run.table.path(url) for url in urls} - {None})
     cards = cards_by_pick([*findings.picks, *findings.unusable_picks], run, urls)
     compared = None
     if config.compare is not None:
@@ -41,6 +43,19 @@ def write_report(config: ReportConfig, urls: Sequence[str] | None = None) -> Fin
     with publish(any_path(config.output)) as file:
         file.write(page.encode())
     return findings
+
+
+def describe_lacking(config: ReportConfig, findings: Findings) -> str | None:
+    """What to tell whoever named shards, where not all that were scored are among them."""
+    num_scored = len(findings.shards)
+    if config.shards is None or findings.num_at_hand == num_scored:
+        return None
+    given = [config.shards] if isinstance(config.shards, str | Path) else config.shards
+    where = str(given[0]) if len(given) == 1 else f"the {len(given):,} that are named"
+    scored = f"{num_scored:,} scored shard{'' if num_scored == 1 else 's'}"
+    if not findings.num_at_hand:
+        return f"found none of {scored} in {where}: the report has no pictures"
+    return f"found {findings.num_at_hand:,} of {scored} in {where}: the report has no pictures of the others"
 
 
 def _start(config: ReportConfig, run: ScoredRun) -> Start:

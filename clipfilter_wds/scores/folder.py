@@ -1,6 +1,7 @@
 """Finds the score table of a shard in a folder of them."""
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -135,6 +136,11 @@ def schema_of_scores(folder: str | Path) -> pa.Schema | None:
 def _why_empty(folder: Path) -> str:
     if folder.is_file():
         return f"{str(folder)!r} is a file; name the folder of score tables that it lies in"
+    if next(folder.rglob("*_stats.json"), None) is not None and (folder / "summary.json").is_file():
+        return (
+            f"there is no score table in {str(folder)!r}: its rewrite chose by scores that were made before. Name the "
+            f"folder of those; for a report of both: `clipfilter-wds report SCORES --run {shlex.quote(str(folder))}`"
+        )
     found = f"there is no score table in {str(folder)!r}" if folder.is_dir() else f"there is no folder {str(folder)!r}"
     return f"{found}; `clipfilter-wds score SHARDS --output DIR` writes score tables to DIR"
 

@@ -44,6 +44,9 @@ class Spread:
             return
         yield "scores: " + ", ".join(f"{share:.0%} below {self.quantile(share):.3f}" for share in _QUANTILES)
         thresholds = sorted({max(round(self.quantile(1.0 - share), 2), 0.0) for share in _SHARES})
-        yield "thresholds: " + ", ".join(
-            f"{threshold:.2f} keeps {self.kept(threshold):.1%}" for threshold in thresholds
-        )
+        yield "thresholds: " + ", ".join(map(self._describe, thresholds))
+
+    def _describe(self, threshold: float) -> str:
+        has_negative = threshold <= 0.0 and self._counts[:_STEPS].any()
+        why = " (a score below 0 counts as 0)" if has_negative else ""
+        return f"{threshold:.2f} keeps {self.kept(threshold):.1%}{why}"

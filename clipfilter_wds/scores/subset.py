@@ -25,7 +25,7 @@ class Subset:
     Attributes:
         path: A ``.npy`` file as DataComp's subsets are: a sorted one-dimensional array of ``u8,u8``, the halves of
             samples' uids, which is mapped into memory and never loaded. Any other file is a list of keys
-            (``__key__``) in UTF-8, one per line, and is held in memory.
+            (``__key__``) in UTF-8, one per line without the blanks around it, and is held in memory.
 
     Raises:
         ValueError: When the file is neither.
@@ -57,6 +57,11 @@ class Subset:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def describe(self) -> str:
+        """How many samples it lists, and where."""
+        number = len(self._uids) if self.by_uid else len(self._keys)
+        return f"{number:,} {'uids' if self.by_uid else 'keys'} in {str(self.path)!r}"
+
     def holds(self, keys: Sequence[str], uids: Sequence[bytes | None]) -> np.ndarray:
         """Whether the samples with these keys and uids (16 bytes, big-endian) are listed, bool ``[N]``."""
         if not self.by_uid:
@@ -81,7 +86,8 @@ class Subset:
 
     @cached_property
     def _keys(self) -> frozenset[str]:
-        return frozenset(read_lines(self.path, "subset", hint="a list of uids should be a .npy file"))
+        lines = read_lines(self.path, "subset", hint="a list of uids should be a .npy file")
+        return frozenset(filter(None, map(str.strip, lines)))
 
 
 def _are_in(listed: np.ndarray, wanted: np.ndarray) -> np.ndarray:

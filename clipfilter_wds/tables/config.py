@@ -19,7 +19,8 @@ class TableConfig(WorkerConfig):
 
     Attributes:
         input: A .jsonl, .csv, .tsv, .parquet or .json file on this machine. Relative image paths start from its folder.
-        output: File to write, of any of these types. One that exists is replaced when the run is done.
+        output: File to write, of any of these types. One that exists is replaced when the run is done, but
+            for a score table.
         image_key: Column of the images: paths, ``http(s)://`` and other fsspec URLs, or the bytes of image files.
         caption_key: Column of the captions.
         threshold: Keep a row when its cosine similarity, clipped to [0, 1], is at least this (default: 0.25); not with
@@ -51,6 +52,7 @@ class TableConfig(WorkerConfig):
         check_writable(self.target, as_file=True)
         if self.target.exists() and self.target.samefile(self.source):
             raise ValueError(f"output {str(self.target)!r} is the input itself; choose another")
+        _check_no_scores(self.target)
 
     @cached_property
     def choice(self) -> Choice:
@@ -86,3 +88,18 @@ def _check_types(source: Path, target: Path) -> None:
         if path.suffix.lower() not in SUFFIXES:
             hint = "; shards are for the commands rewrite and score" if ".tar" in path.suffixes else ""
             raise ValueError(f"{name} {str(path)!r} is no {', '.join(SUFFIXES)} file{hint}")
+
+
+def _check_no_scores(target: Path) -> None:
+    """Refuse to replace a shard's score table."""
+    if target.suffix.lower() != ".parquet" or not target.is_file():
+        return
+    from clipfilter_wds.scores.table import read_metadata  # imports pyarrow, for this alone
+
+    try:
+        shard = read_metadata(target).shard
+    except ValueError:
+        return  # it is another table, or none
+    raise ValueError(
+        f"output {str(target)!r} is the score table of {shard!r}, which is not replaced; name another file"
+    )

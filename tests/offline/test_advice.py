@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -227,6 +228,37 @@ def test_a_score_run_that_can_score_nothing_says_so(command, clip_folder, tmp_pa
     options = ("--model", clip_folder, "--device", "cpu", "--num_workers", 0)
     _, said = command("score", tmp_path / "0.tar", "--output", tmp_path / "out", *options)
     assert said.rstrip().endswith("none of 1 samples could be scored: 1 unreadable_image")
+
+
+def test_where_no_listed_key_is_in_the_shards_the_last_line_says_so(command, clip_folder, tmp_path):
+    write_shard(tmp_path / "0.tar", [*[pair(i) for i in range(3)], {"jpg": b"no image", "txt": TEXT}])
+    keys = tmp_path / "keys.txt"
+    for listed, fraction in [("a\nb\n", ()), ("a\n b\n", ("--keep_fraction", 1))]:
+        keys.write_text(listed)
+        subset = ("--subset", keys, *fraction)
+        output, again = tmp_path / f"out{len(fraction)}", tmp_path / f"again{len(fraction)}"
+        options = ("--model", clip_folder, "--device", "cpu", "--num_workers", 0)
+        for arguments in ((output, *options), (again, "--scores", output / "_scores")):
+            code, said = command("rewrite", tmp_path / "0.tar", "--output", *arguments, *subset)
+            assert code == 0
+            assert said.rstrip().endswith(
+                f"none of 4 samples is kept: 4 not_in_subset. None of the 2 keys in '{keys}' is in these shards"
+            )
+    keys.write_text("000000003\nb\n")  # the one that is no image
+    _, said = command("rewrite", tmp_path / "0.tar", "--output", tmp_path / "one", *options, "--subset", keys)
+    assert said.rstrip().endswith("none of 4 samples is kept: 3 not_in_subset, 1 unreadable_image")
+
+
+def test_a_report_is_not_told_to_make_where_one_is_made(command, clip_folder, tmp_path):
+    shard, page = write_samples(tmp_path / "0.tar", {"jpg": IMAGE, "txt": TEXT}), tmp_path / "r.html"
+    for number, threshold in enumerate(("0", "0.999")):
+        choice = ("--threshold", threshold)
+        _, said = rewrite(command, clip_folder, shard, tmp_path / f"a b{number}", *choice)
+        [report] = re.findall(r"clipfilter-wds (report '.*?) --output report.html", said)
+        assert command(*shlex.split(report), "--output", page)[0] == 0
+        _, said = rewrite(command, clip_folder, shard, tmp_path / f"c{number}", *choice, "--report", page)
+        assert "clipfilter-wds report" not in said
+        assert said.rstrip().endswith(f"the report is {page}")
 
 
 @pytest.mark.parametrize("members", [[], [("no_extension", b""), (".jpg", b"")]], ids=["empty", "unnamed"])

@@ -1,12 +1,15 @@
 import base64
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
@@ -17,7 +20,7 @@ from PIL import Image
 from clipfilter_wds.cli import main
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.config import ReportConfig, check_page
 from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.table import ShardScores
@@ -154,6 +157,37 @@ def test_without_shards_the_gallery_has_scores_only(run, tmp_path):
     assert all(card["image"] is None and card["caption"] is None for card in cards)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "found none of 8 scored shards in {}: the report has no pictures\n"),
+        (
+            ["00003.tar"],
+            "found 1 of 8 scored shards in {}: the report has no pictures of the others\n",
+        ),
+        ([f"{number:05d}.tar" for number in range(8)], ""),
+    ],
+)
+def test_the_terminal_says_how_many_scored_shards_are_found(run, command, tmp_path, names, said):
+    write_shard(tmp_path / "s" / "other.tar", [pair(0)])
+    for name in names:
+        shutil.copy(run.shards / name, tmp_path / "s")
+    page = tmp_path / "r.html"
+    arguments = ("report", run.output, "--shards", tmp_path / "s", "-o", page)
+    assert command(*arguments) == (0, said.format(tmp_path / "s") + f"the report is {page}\n")
+    assert command(*arguments, "--quiet") == (0, "")
+    num_lacking = sum(card["problem"] == "its shard is not among those given" for card in page_data(page)["cards"])
+    assert (num_lacking > 0) == bool(said)
+
+
+def test_shards_may_be_named_one_by_one(run, command, tmp_path):
+    named = [word for path in sorted(run.shards.iterdir()) for word in ("--shards", path)]
+    code, said = command("report", run.output, *named[:4], "-o", tmp_path / "r.html")
+    assert code == 0
+    assert said.startswith("found 2 of 8 scored shards in the 2 that are named: ")
+    assert command("report", run.output, *named, "-o", tmp_path / "r.html")[1].startswith("the report is ")
+
+
 def test_shards_are_found_where_they_are_now(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.shards, moved)
@@ -264,6 +298,58 @@ def test_unusable_arguments_are_refused(run, tmp_path, capsys):
         assert call("report", *arguments) == 2
         assert complaint in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_web_page_is_replaced_and_no_data(run, tmp_path, capsys):
+    shards = shutil.copytree(run.shards, tmp_path / "shards")
+    scores = shutil.copytree(run.output / "_scores", tmp_path / "scores")
+    (tmp_path / "notes.txt").write_text("notes")
+    os.mkfifo(tmp_path / "pipe")
+    rewriting = ("rewrite", f"{shards}/*.tar", "--output", tmp_path / "out", "--scores", scores)
+    for output, complaint in [
+        (shards / "00000.tar", "is no web page"),
+        (scores / "00000.parquet", "is no web page"),
+        (tmp_path / "notes.txt", "is no web page"),
+        (tmp_path / "pipe", "is no ordinary file"),
+        (scores, "is a folder; name a file"),
+    ]:
+        before = output.read_bytes() if output.is_file() else None
+        for command in (
+            ("report", scores, "--output", output),
+            (*rewriting, "--report", output),
+            (*rewriting, "--report", output, "--dry_run"),
+        ):
+            assert call(*command) == 2
+            assert complaint in capsys.readouterr().err
+        assert output.is_file() == (before is not None)
+        assert before is None or output.read_bytes() == before
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("content", ["", "<!DOCTYPE html>\n<html>", "\ufeff\n<HTML lang=en>", "<!-- saved --><html>"])
+def test_a_page_or_an_empty_file_is_replaced(run, tmp_path, content):
+    (tmp_path / "r.html").write_text(content)
+    assert report(run, tmp_path)["seen"] == report(run, tmp_path)["seen"] == 320
+
+
+def test_a_file_that_can_not_be_read_is_not_replaced(run, tmp_path, monkeypatch):
+    def refuse(path, mode="r"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "r.html").write_text("<html>")
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(ValueError, match=r"can't see whether output '.*r.html' is a web page to replace: Permission"):
+        check_page(tmp_path / "r.html", of=run.output)
+
+
+def test_a_page_on_other_storage_is_replaced_and_no_shard_there(run):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/pages/r.html", b"<!doctype html>old")
+    fs.pipe_file("/pages/0.tar", b"a shard")
+    write_report(ReportConfig(scores=run.output, output="memory://pages/r.html", thumbnails=0))
+    assert len(fs.cat_file("/pages/r.html")) > 10_000
+    with pytest.raises(ValueError, match=r"pages/0.tar' is there and is no web page"):
+        ReportConfig(scores=run.output, output="memory://pages/0.tar")
 
 
 def test_tables_of_different_settings_are_refused(run, scorer, tmp_path):

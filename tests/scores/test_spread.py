@@ -23,3 +23,12 @@ def test_quantiles_and_thresholds_are_named_in_two_lines():
         "thresholds: 0.16 keeps 70.0%, 0.20 keeps 50.1%, 0.24 keeps 30.0%, 0.28 keeps 10.0%",
     ]
     assert list(Spread([]).describe()) == []
+
+
+def test_negative_cosines_are_said_to_count_as_0_where_the_threshold_0_keeps_them():
+    spread = Spread([np.linspace(-0.5, -0.1, 50, dtype=np.float32), np.linspace(0.1, 0.3, 50, dtype=np.float32)])
+    quantiles, thresholds = spread.describe()
+    assert quantiles.startswith("scores: 10% below -0.4")
+    assert thresholds.startswith("thresholds: 0.00 keeps 100.0% (a score below 0 counts as 0), 0.")
+    [_, thresholds] = Spread([np.linspace(0.0, 0.001, 50, dtype=np.float32)]).describe()
+    assert thresholds == "thresholds: 0.00 keeps 100.0%"

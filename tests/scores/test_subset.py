@@ -30,7 +30,7 @@ def test_a_sample_is_held_when_its_uid_is_listed(tmp_path_factory, listed, asked
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_list_of_keys_is_one_per_line(tmp_path, encoding):
-    (tmp_path / "keys.txt").write_bytes("000000001\r\na/b\n\nschlüssel\n000000003".encode(encoding))
+    (tmp_path / "keys.txt").write_bytes("000000001\r\n  a/b \n \t\n\n\tschlüssel\n000000003".encode(encoding))
     subset = Subset(tmp_path / "keys.txt")
     asked = ["000000001", "a/b", "b", "", "schlüssel", "000000003", "00000000"]
     assert subset.holds(asked, [None] * 7).tolist() == [True, True, False, False, True, True, False]

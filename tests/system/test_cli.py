@@ -75,6 +75,20 @@ def test_the_last_lines_say_where_the_output_is_and_what_can_be_run_next(call, s
     assert call("score", shards, "-o", scores, *model, "-q") == (0, "", "")
 
 
+def test_what_can_be_run_next_can_be_pasted_for_any_names_of_shards(call, clip_folder, tmp_path):
+    given = [tmp_path / name for name in ("a b,c.tar", "it's.tar", "0.tar")]
+    for number, path in enumerate(given):
+        write_shard(path, [pair(10 * number + index) for index in range(4)])
+    model = ("--model", clip_folder, "--num_workers", "0")
+    _, out, _ = call("score", *given, "-o", tmp_path / "scores", *model)
+    command = re.search(r"next: clipfilter-wds (.* --output) DIR, or --threshold", out)[1]
+    code, out, _ = call(*shlex.split(command), tmp_path / "kept")
+    assert code == 0
+    command = re.search(r"next: clipfilter-wds (.* --output) report.html shows", out)[1]
+    assert call(*shlex.split(command), tmp_path / "r.html")[0] == 0
+    assert "is not among those given" not in (tmp_path / "r.html").read_text()
+
+
 def test_quiet_tells_failures_alone(call, shards, clip_folder, tmp_path):
     (shards / "garbage.tar").write_bytes(b"garbage" * 1000)
     options = ("-o", tmp_path / "out", "--model", clip_folder, "--num_workers", "0", "--quiet")

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.pace import FOREVER
 from tests.support.pair_tables import NUM_ROWS, SUFFIXES, read_records
+from tests.support.score_tables import shard_scores, written
 from tests.support.toys import encoded, photo
 
 
@@ -139,6 +140,17 @@ class TestUnusableArguments:
         code, _, err = call(folder / "pairs.csv", "--output", folder / "images" / ".." / "pairs.csv")
         assert (code, (folder / "pairs.csv").read_bytes()) == (2, before)
         assert "is the input itself" in err
+
+    def test_a_score_table_is_never_replaced_and_other_tables_are(self, call, folder, tmp_path):
+        path = tmp_path / "0.parquet"
+        path.write_bytes(written(shard_scores([], shard="a/0.tar")))
+        before = path.read_bytes()
+        code, _, err = call(folder / "pairs.parquet", "--output", path, model="/none")
+        assert (code, path.read_bytes()) == (2, before)
+        assert "is the score table of 'a/0.tar', which is not replaced" in err
+        for other in ((folder / "pairs.parquet").read_bytes(), b"no table"):
+            path.write_bytes(other)
+            assert "there is no model folder" in call(folder / "pairs.parquet", "--output", path, model="/none")[2]
 
     @pytest.mark.parametrize(("name", "data"), [("in.parquet", b"PAR1"), ("in.csv", b""), ("in.json", b'{"a": 1}')])
     def test_a_file_that_is_no_such_table(self, call, tmp_path, name, data):

@@ -19,19 +19,20 @@ from clipfilter_wds.world import World
 def run_with_progress(config: RescoreConfig | DedupConfig, *, world: World | None = None, quiet: bool = False) -> Tally:
     """Make the tables, and show how far the run is and what came of it; of several ranks, rank zero does."""
     is_first = world is None or world.rank == 0
+    kept_as = "kept" if _drops(config) else "scored"
     began = time.perf_counter()  # preparing may take longer than all that comes after it
     with show_progress(Console(stderr=True, quiet=quiet or not is_first)) as show:
         tally = rescore_shards(
             config,
             world=world,
             on_preparing=lambda preparing: show(_preparing(preparing)),
-            on_progress=lambda tally: show(shown(tally)),
+            on_progress=lambda tally: show(shown(tally, kept_as)),
         )
     if is_first and not quiet:
         seconds = time.perf_counter() - began
         print_summary(
             Console(),
-            closing_rows(tally, "kept" if _drops(config) else "scored"),
+            closing_rows(tally, kept_as),
             seconds=seconds,
             samples_per_second=tally.num_scored / max(seconds, 1e-9),
             notes=_notes(config, tally),
