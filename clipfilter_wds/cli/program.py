@@ -1,6 +1,7 @@
 """Runs the command that is named, and says in one line why it can't be."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -27,6 +28,8 @@ _RESUME = "What was finished is whole; start the same command again to resume"
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 Ctrl-C, 143 SIGTERM."""
     args = sys.argv[1:] if args is None else args
+    # More workers than CPUs are the user's choice; torch would warn of it with the path of a file of its own.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     command = COMMANDS.get(args[0]) if args else None
     sys.exit(_run(command, args[1:]) if command else _overview(args))
 
