@@ -5,6 +5,7 @@ import json
 from clipfilter_wds.offline.commit import OutputFiles
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.copying import CopyOptions
+from clipfilter_wds.offline.kept import Saved
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.table import read_metadata
@@ -50,6 +51,7 @@ def _remove_tables(config: ScoreConfig, fingerprint: Fingerprint) -> None:
         name = _name(table, config.table_folder).removesuffix(".parquet")
         is_other = _differ(found.fingerprint, fingerprint)
         is_other |= _is_batched_otherwise(config, fingerprint, found.batch_size)
+        is_other |= Saved.found_in(found).contradicts(Saved.asked_by(config)) is not None
         if is_other or sources.get(name, found.shard) != found.shard:
             EmbeddingFiles.beside(config.table_folder, name).remove()
             table.unlink(missing_ok=True)

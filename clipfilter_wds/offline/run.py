@@ -13,6 +13,7 @@ from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ranks import Ranks
+from clipfilter_wds.offline.kept import Saved
 from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring
@@ -153,6 +154,18 @@ def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) 
     )
 
 
+def _by_saved(tasks: Sequence[ScoreTask]) -> dict[Saved, list[ScoreTask]]:
+    """Tasks by what each saves: what is asked for, and what goes with the table that it replaces.
+
+    Raises:
+        ValueError: When a table can't hold both.
+    """
+    by_saved: dict[Saved, list[ScoreTask]] = {}
+    for _, task in ask_storage(ScoreTask.keeping_saved, tasks):
+        by_saved.setdefault(task.saved, []).append(task)
+    return by_saved
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """Does the tasks of a run that are left, by an engine."""
@@ -173,8 +186,10 @@ class _Run:
             tally.num_scored += num_samples
             self.on_progress(tally)
 
-        if to_score := [task for task in left if task.url not in scored_before]:
-            self._settle(self.engine.score(to_score, self.options, on_scored), tally)
+        to_score = [task for task in left if task.url not in scored_before]
+        for saved, some in _by_saved(to_score).items():
+            options = replace(self.options, embeddings=saved.embeddings, columns=saved.json_columns)
+            self._settle(self.engine.score(some, options, on_scored), tally)
         self._copy([*scored_before.values()], tally)
         return tally
 
