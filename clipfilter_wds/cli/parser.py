@@ -98,7 +98,7 @@ class CommandParser:
         for option in self._options.values():
             if option.is_required and option.name not in values:
                 raise ValueError(f"{option.label} is missing; give {option.wanted}")
-        # The last ones first: the first creates the output folder, and should not when another one's values are wrong.
+        # The last ones first: the first one looks for shards, which takes a while, and others' values are soon checked.
         made = [
             config(**{option.name: values[option.name] for option in options if option.name in values})
             for config, options in reversed(self.groups.items())

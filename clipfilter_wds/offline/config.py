@@ -27,7 +27,7 @@ class ScoreConfig(WorkerConfig):
     """Input and output of ``score``.
 
     Such a run writes a score table for every shard, and no samples. Creating a config checks all that can be checked
-    without a model, and creates the output folder.
+    without a model, and writes nothing.
 
     Attributes:
         shards: A path, a folder, a glob or a brace range, or several of these: separated by commas or ``::``, as a

@@ -15,7 +15,7 @@ from clipfilter_wds.workers.config import WorkerConfig
 class TableConfig(WorkerConfig):
     """Input, output and choice of ``table``.
 
-    Creating a config checks all that can be checked without reading the table, and creates the output's folder.
+    Creating a config checks all that can be checked without reading the table, and writes nothing.
 
     Attributes:
         input: A .jsonl, .csv, .tsv, .parquet or .json file on this machine. Relative image paths start from its folder.
