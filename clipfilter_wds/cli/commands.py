@@ -97,6 +97,12 @@ def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
 
 def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, log: LogConfig, show: ShowConfig) -> int:
     """Score, and maybe rewrite, the shards."""
+    if isinstance(config, RewriteConfig) and config.scores is not None:
+        from clipfilter_wds.offline.asked import check_asked
+        from clipfilter_wds.scores.folder import fingerprint_of_scores
+
+        if (found := fingerprint_of_scores(config.scores)) is not None:
+            check_asked(found, config, scorer)
     if config.dry_run:
         from clipfilter_wds.offline.dry_run import describe_run
 

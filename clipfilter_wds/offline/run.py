@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.asked import check_asked
 from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.batch_size import resumed_batch_size
 from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
@@ -66,8 +67,9 @@ def process_shards(
         raise ValueError("overwrite is for one process; run the command once without ranks, or choose another folder")
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
     scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
-    if scores is not None:
+    if isinstance(config, RewriteConfig) and scores is not None:
         scores.refuse_trial()
+        check_asked(scores.fingerprint, config)
     options = ScoringOptions.of(config)
     fingerprint = engine.fingerprint(options) if scores is None else scores.fingerprint
     if config.overwrite:
