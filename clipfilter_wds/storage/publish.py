@@ -106,7 +106,8 @@ def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
     folder = output.parent if as_file else output
     try:
         if isinstance(folder, Path):
-            with TemporaryFile(dir=_first_that_is_there(folder)):  # without a name: nothing is left of it, whenever the process is killed
+            # Without a name: nothing is left of it, whenever the process is killed.
+            with TemporaryFile(dir=_first_that_is_there(folder)):
                 pass
         else:
             probe = folder / f".clipfilter-probe-{uuid4().hex}"

@@ -39,6 +39,9 @@ class TableConfig(WorkerConfig):
     keep_fraction: float | None = None
     score_key: str | None = None
 
+    #: Options that exclude each other: where the first is typed, the second one in a file does not count.
+    takes_place_of = (("threshold", "keep_fraction"), ("keep_fraction", "threshold"))
+
     def __post_init__(self) -> None:
         _ = self.choice  # checks itself
         super().__post_init__()
