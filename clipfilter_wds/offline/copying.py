@@ -11,6 +11,7 @@ from clipfilter_wds.offline.commit import OutputFiles, check_source
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.duplicate_keys import suffixes_of_neighbours
 from clipfilter_wds.offline.tally import ShardStats
+from clipfilter_wds.preprocess.json_columns import column_name
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.groups import GroupCutoffs
 from clipfilter_wds.scores.selection import AnyCutoff, Choice
@@ -148,7 +149,16 @@ def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> S
         rechecked=scores.metadata.rechecked,
         in_band=in_band,
         members=_telling(scores),
+        null_columns=_null_columns(scores),
+        torn_names=(scores.metadata.shard,) if scores.metadata.torn else (),
     )
+
+
+def _null_columns(scores: ShardScores) -> dict[str, int]:
+    """The further columns that are null in all samples, and how many these are."""
+    num_samples, table = scores.table.num_rows, scores.table
+    names = {source: column_name(source) for source in scores.metadata.columns} if num_samples else {}
+    return {source: num_samples for source, name in names.items() if table[name].null_count == num_samples}
 
 
 def _telling(scores: ShardScores) -> dict[str, int]:

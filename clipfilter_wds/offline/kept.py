@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from clipfilter_wds.offline.config import ScoreConfig
-from clipfilter_wds.preprocess.json_columns import JsonColumns
+from clipfilter_wds.preprocess.json_columns import JsonColumns, column_name
 from clipfilter_wds.scores.metadata import DTYPES, Embeddings, ScoreMetadata
 
 
@@ -63,4 +63,4 @@ class Saved(NamedTuple):
 
 def _by_name(columns: Sequence[str]) -> dict[str, str]:
     """The types of columns, by their names."""
-    return dict(column.removeprefix("json:").rsplit("=", 1) for column in columns)
+    return {column_name(column): column.rpartition("=")[2] for column in columns}

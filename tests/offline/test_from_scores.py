@@ -122,7 +122,10 @@ def test_kept_members_are_copied_with_the_headers_that_they_have(scorer, tmp_pat
 
 
 def test_needs_no_model_and_opens_no_image(shards, scores, scorer, monkeypatch, tmp_path):
-    monkeypatch.setattr(processing, "ClipScorer", None)
+    def load(**options):
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(processing, "ClipScorer", load)
     assert run(scorer, f"{shards}/*.tar", tmp_path / "out", scores=scores)["seen"] == 90
 
 
