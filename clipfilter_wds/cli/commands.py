@@ -18,6 +18,7 @@ from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
 from clipfilter_wds.report.config import ReportConfig, RunReportConfig, check_page
 from clipfilter_wds.scores.export.config import ExportConfig
 from clipfilter_wds.storage.errors import without_secrets
+from clipfilter_wds.storage.paths import RemotePath, any_path
 from clipfilter_wds.tables.config import TableConfig
 
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -41,7 +42,7 @@ def rewrite(
     show: ShowConfig,
 ) -> int:
     """Write shards that hold only the pairs whose caption describes the image."""
-    if page.report is not None and not config.dry_run:
+    if page.report is not None and not (config.dry_run and isinstance(any_path(page.report), RemotePath)):
         check_page(page.report, of=config.scores or config.output)
     code = _process(config, scorer, engine, log, show)
     if page.report is not None and not config.dry_run:
@@ -106,7 +107,7 @@ def _process(config: ScoreConfig, scorer: ScorerConfig, engine: EngineConfig, lo
     if config.dry_run:
         from clipfilter_wds.offline.dry_run import describe_run
 
-        for line in describe_run(config):
+        for line in describe_run(config, scorer):
             print(printable(without_secrets(line)))
         return ALL_DONE
     from clipfilter_wds.cli.processing import process

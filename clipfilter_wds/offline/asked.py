@@ -1,4 +1,4 @@
-"""Refuses options that say how to score and differ from how the score tables that a run takes were made."""
+"""Compares what options say of how to score with how score tables were made, without the model."""
 
 import json
 from collections.abc import Iterator
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from clipfilter_wds.models.config import ScorerConfig
-from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.selection import Choice
 
 #: Options of the model that decide scores, and that a fingerprint names. A revision is in the hash of the weights.
 _OF_MODEL = ("model", "precision", "reduce", "flip", "fast_decode", "resize_on_device")
@@ -31,6 +32,25 @@ def check_asked(found: Fingerprint, config: RewriteConfig, scorer: ScorerConfig 
             f"the scores in {str(config.scores)!r} were made with other settings ({'; '.join(differ)}), and are taken "
             "as they are; leave these options out, or score again with them"
         )
+
+
+def expected_fingerprint(found: Fingerprint, config: ScoreConfig, scorer: ScorerConfig | None) -> Fingerprint:
+    """The fingerprint of a run, if its model is the one that scored ``found`` and is loaded as it was there."""
+    choice = config.choice if isinstance(config, RewriteConfig) else Choice()
+    known: dict[str, Any] = {}
+    for name in _OF_MODEL[1:] if scorer is not None else ():
+        known[name] = getattr(scorer, name)
+    if known.get("precision") == "auto":
+        del known["precision"]
+    known |= config.layout.fingerprint
+    known |= {} if choice.subset is None else {"subset": choice.subset.digest}
+    known |= {} if config.limit is None else {"limit": config.limit}
+    return {name: value for name, value in found.items() if name not in ("image", "subset", "limit")} | known
+
+
+def is_other_model(found: Fingerprint, scorer: ScorerConfig) -> bool:
+    """Whether the model has another name there. Its weights may still be the same."""
+    return str(scorer.model) != found["model"] and not _is_same_folder(scorer.model, found["model"])
 
 
 def _of_layout(found: Fingerprint, config: RewriteConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -80,7 +80,7 @@ class ScoreConfig(WorkerConfig):
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
         _check_apart(self.names, self.folder)
-        if not self.dry_run:
+        if not self.dry_run or isinstance(self.folder, Path):  # other storage is tried by writing to it
             check_writable(self.folder)
 
     @cached_property

@@ -94,7 +94,25 @@ class CopyTask:
         if not is_scored(self.url, ShardIdentity.from_record(record), self.files.mark):
             self.files.forget()
             return None
-        return self.files.stats_of(record, cutoff=_cutoff_record(self.cutoff))
+        return self.files.stats_of(record, **self._plan)
+
+    def is_done(self) -> bool:
+        """Whether an earlier run has committed it; changes nothing.
+
+        Raises:
+            ValueError, ShardError: As :meth:`committed`.
+        """
+        record = self.files.find_mark(self.options.settings, self.options.fingerprint)
+        if record is None:
+            return False
+        check_source(self.files.mark, record["source"], self.url)
+        is_same = is_scored(self.url, ShardIdentity.from_record(record), self.files.mark)
+        return is_same and record["cutoff"] == self._plan["cutoff"]
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        """What the commit mark says of it."""
+        return {"cutoff": _cutoff_record(self.cutoff)}
 
     def __call__(self) -> ShardStats:
         """Copy; when this returns, the output is on disk and whole.

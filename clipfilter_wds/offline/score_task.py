@@ -67,6 +67,16 @@ class ScoreTask:
         saves_nothing = not (self.embeddings or self.columns)
         return stats if stats is None or saves_nothing or self._read_table() is not None else None
 
+    def is_done(self) -> bool:
+        """Whether an earlier run has committed it; changes nothing.
+
+        Raises:
+            ValueError, ShardError: As :meth:`committed`.
+        """
+        if self.copy is None:
+            return self._read_table() is not None
+        return self.copy.is_done() and (not (self.embeddings or self.columns) or self._read_table() is not None)
+
     @property
     def saved(self) -> Saved:
         """What is saved beside the scores."""
