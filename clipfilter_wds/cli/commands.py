@@ -107,10 +107,16 @@ def _process(
     reports: bool = False,
 ) -> int:
     """Score, and maybe rewrite, the shards. With ``reports``, a report of it is made next."""
+    if isinstance(config, RewriteConfig) and config.scores is not None:
+        from clipfilter_wds.offline.asked import check_asked
+        from clipfilter_wds.scores.folder import fingerprint_of_scores
+
+        if (found := fingerprint_of_scores(config.scores)) is not None:
+            check_asked(found, config, scorer)
     if config.dry_run:
         from clipfilter_wds.offline.dry_run import describe_run
 
-        for line in describe_run(config):
+        for line in describe_run(config, scorer):
             print(printable(without_secrets(line)))
         return ALL_DONE
     from clipfilter_wds.cli.processing import process

@@ -134,6 +134,8 @@ class Option:
         """
         if self.is_list and isinstance(value, list):
             return [self.check(one, parser, where) for one in value]
+        if Path in self._types and isinstance(value, str) and not value.strip():  # "" would be the current folder
+            raise ValueError(f"{self.name} is empty{where}; it must be {self.expected}. Is a variable not set?")
         try:
             return parser.parse_object({self.name: value}, defaults=False)[self.name]
         except ArgumentError:

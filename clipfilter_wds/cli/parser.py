@@ -56,6 +56,7 @@ class CommandParser:
         self.groups = {config: options_of(config, positional) for config in configs}
         self._in_yaml = {option.name: option for options in self.groups.values() for option in options}
         self._options = self._in_yaml | {_CONFIG.name: _CONFIG}
+        self._comma_lists = {name for config in configs for name in getattr(config, "comma_lists", ())}
         self._positional = positional
         required = [option.usage for option in self._options.values() if option.is_required]
         self._parser = ArgumentParser(
@@ -92,31 +93,44 @@ class CommandParser:
         typed = self._from_args(args)
         values: dict[str, Any] = {}
         for file in typed.pop(_CONFIG.name, []):
-            values |= self._from_yaml(file)
-        values |= {name: self._options[name].check(value, self._parser) for name, value in typed.items()}
+            values = self._joined(values, self._from_yaml(file))
+        values = self._joined(
+            values, {name: self._options[name].check(value, self._parser) for name, value in typed.items()}
+        )
         values = {name: value for name, value in values.items() if value is not None}  # null means the default
         for option in self._options.values():
             if option.is_required and option.name not in values:
                 raise ValueError(f"{option.label} is missing; give {option.wanted}")
-        # The last ones first: the first creates the output folder, and should not when another one's values are wrong.
+        # The last ones first: the first one looks for shards, which takes a while, and others' values are soon checked.
         made = [
             config(**{option.name: values[option.name] for option in options if option.name in values})
             for config, options in reversed(self.groups.items())
         ]
         return made[::-1]
 
+    def _joined(self, values: dict[str, Any], winning: dict[str, Any]) -> dict[str, Any]:
+        """All values, but none that a winning one takes the place of: each pair of these excludes the other."""
+        pairs = [pair for config in self.groups for pair in getattr(config, "takes_place_of", ())]
+        ousted = {other for name, other in pairs if winning.get(name) is not None}
+        return {name: value for name, value in values.items() if name not in ousted} | winning
+
     def _from_yaml(self, file: str) -> dict[str, Any]:
         try:
-            with Path(file).expanduser().open("rb") as lines:
-                values = yaml.safe_load(lines) or {}
+            text = Path(file).expanduser().read_bytes()
+            values = yaml.safe_load(text) or {}
+            twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError) as error:
             hint = _hint_on_quotes(Path(file).expanduser()) if isinstance(error, yaml.YAMLError) else ""
             raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}{hint}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {file} holds no options; write them as `batch_size: 64`, one per line")
+        if twice is not None:
+            raise ValueError(f"{twice} is given twice in {file}; keep one of them")
         checked = {}
         for key, value in values.items():
             option = _find(str(key), self._in_yaml, f" in {file}")
+            if option.name in self._comma_lists:
+                value = _as_text(value)
             if isinstance(value, dict):
                 raise ValueError(f"{option.name} is {value} in {file}; a text that begins with {{ needs quotes")
             checked[option.name] = option.check(value, self._parser, f" in {file}")
@@ -168,6 +182,26 @@ class CommandParser:
         if len(unnamed) > 1 and not option.is_list:
             raise ValueError(f"{option.label} is {' and '.join(map(repr, unnamed))}; give one of them")
         named[option.name] = unnamed
+
+
+def _named_twice(root: yaml.Node | None) -> str | None:
+    """The first key of a YAML file that it has twice, of which PyYAML would take the last."""
+    seen: set[str] = set()
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = _key(str(key.value))
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _as_text(value: Any) -> Any:
+    """A list of texts, or names with their numbers, as they are typed: ``a,b`` and ``en=0.3,de=0.5``."""
+    if isinstance(value, dict) and value and all(isinstance(one, int | float) for one in value.values()):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    return value
 
 
 def _hint_on_quotes(file: Path) -> str:

@@ -1,9 +1,10 @@
-"""Says why a run kept nothing, and what to do where samples lack an image or a caption."""
+"""Says why a run kept nothing, and what to do where samples lack an image, a caption or a field."""
 
 import shlex
 from collections.abc import Iterator, Mapping
 
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.null_columns import describe_null_columns
 from clipfilter_wds.offline.tally import ShardStats, Tally
 from clipfilter_wds.shards.found import LINK
 from clipfilter_wds.shards.lacking import describe_lacking, list_counts
@@ -13,7 +14,7 @@ from clipfilter_wds.types import DropReason, FilterStats
 
 
 def advice(tally: Tally, config: ScoreConfig, *, reports: bool = False) -> Iterator[str]:
-    """A line each: that samples lack something, that there were links, and why nothing was kept.
+    """A line each: that samples lack something, that there were links, or nulls, and why nothing was kept.
 
     A report is not told to make where one is made anyway, as ``reports`` says.
     """
@@ -29,6 +30,7 @@ def advice(tally: Tally, config: ScoreConfig, *, reports: bool = False) -> Itera
             f"links are passed over: {list_counts(links)}. GNU tar writes a file that it meets again as a hard link; "
             "write the shards anew with `tar --dereference --hard-dereference`"
         )
+    yield from describe_null_columns(stats, config)
     if tally.done and not stats.counts.seen:
         yield "the shards hold no sample: the members of one are named KEY.EXTENSION, as are 0001.jpg and 0001.txt"
     elif stats.counts.seen and not stats.counts.kept:

@@ -95,6 +95,17 @@ class OutputFiles:
         return self.folder / f"{self.name}_stats.json"
 
     def read_mark(self, settings: Mapping[str, Any], fingerprint: Fingerprint) -> Record | None:
+        """What an earlier run of the same settings has committed. What is not whole is forgotten.
+
+        Raises:
+            ValueError: When it had other settings.
+        """
+        record = self.find_mark(settings, fingerprint)
+        if record is None and self.mark.is_file():
+            self.forget()
+        return record
+
+    def find_mark(self, settings: Mapping[str, Any], fingerprint: Fingerprint) -> Record | None:
         """What an earlier run of the same settings has committed, None when that is nothing whole.
 
         Raises:
@@ -105,10 +116,8 @@ class OutputFiles:
         record = read_record(self.mark)
         check_fingerprint(record["fingerprint"], fingerprint, repr(str(self.mark)), CURE)
         check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(self.mark)), CURE)
-        if num_bytes_of(self.tar) != (record["tar_bytes"] if record["kept"] else None):
-            self.forget()
-            return None
-        return record
+        is_whole = num_bytes_of(self.tar) == (record["tar_bytes"] if record["kept"] else None)
+        return record if is_whole else None
 
     def stats_of(self, record: Record, **planned: Any) -> ShardStats | None:
         """What a mark counts that says what is planned. Another one is deleted, so that the output is made anew."""

@@ -27,7 +27,7 @@ class ScoreConfig(WorkerConfig):
     """Input and output of ``score``.
 
     Such a run writes a score table for every shard, and no samples. Creating a config checks all that can be checked
-    without a model, and creates the output folder.
+    without a model, and writes nothing.
 
     Attributes:
         shards: A path, a folder, a glob or a brace range, or several of these: separated by commas or ``::``, as a
@@ -65,6 +65,9 @@ class ScoreConfig(WorkerConfig):
     overwrite: bool = False
     dry_run: bool = False
 
+    #: Options whose text lists several things, separated by commas. In YAML they may be lists.
+    comma_lists = frozenset({"caption", "image", "columns"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.embeddings not in (None, *get_args(Embeddings)):
@@ -77,7 +80,7 @@ class ScoreConfig(WorkerConfig):
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
         _check_apart(self.names, self.folder)
-        if not self.dry_run:
+        if not self.dry_run or isinstance(self.folder, Path):  # other storage is tried by writing to it
             check_writable(self.folder)
 
     @cached_property
@@ -85,8 +88,16 @@ class ScoreConfig(WorkerConfig):
         try:
             found = find_shards(self.shards, skip_missing=self.skip_missing_shards)
         except MissingShardError as error:
-            raise ValueError(f"{error}; --skip_missing_shards leaves out what is missing") from None
+            raise ValueError(f"{error}{self._hint_on_missing()}") from None
         return ask_for_missing(found) if self.skip_missing_shards else found
+
+    def _hint_on_missing(self) -> str:
+        """The option that leaves out what is missing, where that leaves any shard."""
+        try:
+            find_shards(self.shards, skip_missing=True)
+        except ValueError:
+            return ""
+        return "; --skip_missing_shards leaves out what is missing"
 
     @property
     def missing(self) -> list[str]:
@@ -177,6 +188,16 @@ class RewriteConfig(ScoreConfig):
     group_limits: str | None = None
     scores: str | Path | None = None
     samples_per_shard: int | None = None
+
+    comma_lists = ScoreConfig.comma_lists | {"group_limits"}
+    #: Options that exclude each other: where the first is typed, the second one in a file does not count.
+    takes_place_of = (
+        ("threshold", "keep_fraction"),
+        ("keep_fraction", "threshold"),
+        ("scores", "limit"),
+        ("scores", "embeddings"),
+        ("scores", "columns"),
+    )
 
     def __post_init__(self) -> None:
         self._check_columns(self.choice)

@@ -11,6 +11,7 @@ from clipfilter_wds.offline.commit import OutputFiles, check_source
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.duplicate_keys import suffixes_of_neighbours
 from clipfilter_wds.offline.tally import ShardStats
+from clipfilter_wds.preprocess.json_columns import column_name
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.groups import GroupCutoffs
 from clipfilter_wds.scores.selection import AnyCutoff, Choice
@@ -93,7 +94,25 @@ class CopyTask:
         if not is_scored(self.url, ShardIdentity.from_record(record), self.files.mark):
             self.files.forget()
             return None
-        return self.files.stats_of(record, cutoff=_cutoff_record(self.cutoff))
+        return self.files.stats_of(record, **self._plan)
+
+    def is_done(self) -> bool:
+        """Whether an earlier run has committed it; changes nothing.
+
+        Raises:
+            ValueError, ShardError: As :meth:`committed`.
+        """
+        record = self.files.find_mark(self.options.settings, self.options.fingerprint)
+        if record is None:
+            return False
+        check_source(self.files.mark, record["source"], self.url)
+        is_same = is_scored(self.url, ShardIdentity.from_record(record), self.files.mark)
+        return is_same and record["cutoff"] == self._plan["cutoff"]
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        """What the commit mark says of it."""
+        return {"cutoff": _cutoff_record(self.cutoff)}
 
     def __call__(self) -> ShardStats:
         """Copy; when this returns, the output is on disk and whole.
@@ -148,7 +167,16 @@ def shard_stats(counts: FilterStats, scores: ShardScores, in_band: int = 0) -> S
         rechecked=scores.metadata.rechecked,
         in_band=in_band,
         members=_telling(scores),
+        null_columns=_null_columns(scores),
+        torn_names=(scores.metadata.shard,) if scores.metadata.torn else (),
     )
+
+
+def _null_columns(scores: ShardScores) -> dict[str, int]:
+    """The further columns that are null in all samples, and how many these are."""
+    num_samples, table = scores.table.num_rows, scores.table
+    names = {source: column_name(source) for source in scores.metadata.columns} if num_samples else {}
+    return {source: num_samples for source, name in names.items() if table[name].null_count == num_samples}
 
 
 def _telling(scores: ShardScores) -> dict[str, int]:

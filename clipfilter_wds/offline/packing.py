@@ -88,6 +88,15 @@ class PackTask:
         record = self.files.read_mark(self.options.settings, self.options.fingerprint)
         return None if record is None else self.files.stats_of(record, **self._plan)
 
+    def is_done(self) -> bool:
+        """Whether an earlier run has committed it; changes nothing.
+
+        Raises:
+            ValueError: As :meth:`committed`.
+        """
+        record = self.files.find_mark(self.options.settings, self.options.fingerprint)
+        return record is not None and {name: record[name] for name in self._plan} == self._plan
+
     def __call__(self) -> ShardStats:
         """Copy; when this returns, the output is on disk and whole. Each source is read once, no further than needed.
 

@@ -21,6 +21,7 @@ from clipfilter_wds.world import World
 
 _MAX_SHOWN_FAILURES = 10
 _MAX_SHOWN_MISSING = 5
+_MAX_SHOWN_TORN = 5
 
 
 def run_with_progress(
@@ -111,6 +112,10 @@ def _notes(tally: Tally) -> Iterator[str]:
         more = len(tally.missing) - _MAX_SHOWN_MISSING
         named = ", ".join(map(plain, tally.missing[:_MAX_SHOWN_MISSING]))
         yield f"[yellow]missing[/] {named}{f' and {more} more; summary.json names them all' if more > 0 else ''}"
+    if torn := tally.stats.torn_names:
+        more = tally.stats.torn - min(len(torn), _MAX_SHOWN_TORN)
+        named = ", ".join(map(plain, torn[:_MAX_SHOWN_TORN]))
+        yield f"[yellow]torn[/] {named}{f' and {more} more' if more > 0 else ''}"
     if tally.cut is not None:
         yield f"cut: {tally.cut.describe()}"
     yield from _failures(tally)

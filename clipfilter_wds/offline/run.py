@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline.asked import check_asked
 from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.batch_size import resumed_batch_size
 from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
@@ -13,6 +14,7 @@ from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
 from clipfilter_wds.offline.engines.ranks import Ranks
+from clipfilter_wds.offline.kept import Saved
 from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring
@@ -65,8 +67,9 @@ def process_shards(
         raise ValueError("overwrite is for one process; run the command once without ranks, or choose another folder")
     engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
     scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
-    if scores is not None:
+    if isinstance(config, RewriteConfig) and scores is not None:
         scores.refuse_trial()
+        check_asked(scores.fingerprint, config)
     options = ScoringOptions.of(config)
     fingerprint = engine.fingerprint(options) if scores is None else scores.fingerprint
     if config.overwrite:
@@ -153,6 +156,18 @@ def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) 
     )
 
 
+def _by_saved(tasks: Sequence[ScoreTask]) -> dict[Saved, list[ScoreTask]]:
+    """Tasks by what each saves: what is asked for, and what goes with the table that it replaces.
+
+    Raises:
+        ValueError: When a table can't hold both.
+    """
+    by_saved: dict[Saved, list[ScoreTask]] = {}
+    for _, task in ask_storage(ScoreTask.keeping_saved, tasks):
+        by_saved.setdefault(task.saved, []).append(task)
+    return by_saved
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """Does the tasks of a run that are left, by an engine."""
@@ -173,8 +188,10 @@ class _Run:
             tally.num_scored += num_samples
             self.on_progress(tally)
 
-        if to_score := [task for task in left if task.url not in scored_before]:
-            self._settle(self.engine.score(to_score, self.options, on_scored), tally)
+        to_score = [task for task in left if task.url not in scored_before]
+        for saved, some in _by_saved(to_score).items():
+            options = replace(self.options, embeddings=saved.embeddings, columns=saved.json_columns)
+            self._settle(self.engine.score(some, options, on_scored), tally)
         self._copy([*scored_before.values()], tally)
         return tally
 

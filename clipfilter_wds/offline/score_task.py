@@ -1,14 +1,16 @@
 """Makes a shard's score table, and the tar of the kept samples right after it. A task is all that a process needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from clipfilter_wds.offline.commit import CURE, check_source
 from clipfilter_wds.offline.copying import CopyTask, shard_stats
+from clipfilter_wds.offline.kept import Saved
 from clipfilter_wds.offline.pending import ScoredShard
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
-from clipfilter_wds.scores.metadata import DTYPES, Embeddings, ScoreMetadata
+from clipfilter_wds.scores.metadata import Embeddings, ScoreMetadata
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores, read_metadata
 from clipfilter_wds.shards.identity import is_scored
@@ -62,10 +64,41 @@ class ScoreTask:
             scores = self._read_table()
             return None if scores is None else _stats_of(scores)
         stats = self.copy.committed()
-        if stats is None or not (self.embeddings or self.columns) or self._read_table() is not None:
-            return stats
-        self.copy.files.forget()  # it was made without embeddings, or columns
-        return None
+        saves_nothing = not (self.embeddings or self.columns)
+        return stats if stats is None or saves_nothing or self._read_table() is not None else None
+
+    def is_done(self) -> bool:
+        """Whether an earlier run has committed it; changes nothing.
+
+        Raises:
+            ValueError, ShardError: As :meth:`committed`.
+        """
+        if self.copy is None:
+            return self._read_table() is not None
+        return self.copy.is_done() and (not (self.embeddings or self.columns) or self._read_table() is not None)
+
+    @property
+    def saved(self) -> Saved:
+        """What is saved beside the scores."""
+        return Saved(self.embeddings, self.columns)
+
+    def keeping_saved(self) -> Self:
+        """The task that also saves what goes with the table that it replaces.
+
+        Raises:
+            ValueError: When one table can't hold both.
+        """
+        try:
+            found = read_metadata(self.table) if self.table.is_file() else None
+        except ValueError:
+            return self  # it is damaged, and says nothing
+        if found is None:
+            return self
+        try:
+            embeddings, columns = Saved.found_in(found).with_(self.saved)
+        except ValueError as error:
+            raise ValueError(f"{str(self.table)!r} {error}; {CURE}") from None
+        return replace(self, embeddings=embeddings, columns=columns)
 
     def copy_left(self) -> CopyTask | None:
         """The task that makes the tar, if a run that was killed has left the table that it takes.
@@ -91,15 +124,10 @@ class ScoreTask:
         check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
         check_source(self.table, found.shard, self.url)
         is_alike = found.rechecked_at == self.rechecked_at and is_scored(self.url, found.identity, self.table)
-        has_columns = set(self.columns) <= set(found.columns)
-        return scores if is_alike and has_columns and self._has_embeddings(found) else None
-
-    def _has_embeddings(self, found: ScoreMetadata) -> bool:
-        """Whether the embeddings that this run would save are there."""
-        if self.embeddings is None:
-            return True
-        saved = {} if found.embeddings is None else found.embeddings
-        return saved.get("dtype") == DTYPES[self.embeddings] and self.files.are_there(found)
+        is_whole = not Saved.found_in(found).lacks(self.saved) and (
+            self.embeddings is None or self.files.are_there(found)
+        )
+        return scores if is_alike and is_whole else None
 
     def commit(self, shard: ScoredShard) -> ShardStats:
         """Write the embeddings, the table, then the tar; when this returns, they are on disk and whole.
@@ -107,6 +135,8 @@ class ScoreTask:
         Raises:
             ShardError: When the shard can't be read again or has changed.
         """
+        if self.copy is not None and (self.embeddings or self.columns):
+            self.copy.files.forget()  # it may be of a table without these
         self._clear(shard.scores.metadata)
         if shard.embeddings is not None:
             self.files.write(shard.embeddings)
@@ -115,14 +145,22 @@ class ScoreTask:
         return _stats_of(shard.scores) if self.copy is None else self.copy()
 
     def _clear(self, metadata: ScoreMetadata) -> None:
-        """Delete a table that goes with other embeddings, and then these; not what another run has made of the same."""
+        """Delete a table that goes with other embeddings, and then these; not what another run has made of the same.
+
+        A table stays where it can until it is replaced: it alone tells a run that resumes this one what it had.
+        """
         try:
             found = read_metadata(self.table) if self.table.is_file() else metadata
         except ValueError:
             found = None
-        if found is None or (found != metadata and (found.embeddings or metadata.embeddings)):
+        if found is None or (found.embeddings and _without_columns(found) != _without_columns(metadata)):
             self.table.unlink(missing_ok=True)
             self.files.remove()
+
+
+def _without_columns(metadata: ScoreMetadata) -> ScoreMetadata:
+    """What embeddings are of, which neither columns nor the threshold change."""
+    return replace(metadata, columns=(), rechecked=0, rechecked_at=None)
 
 
 def _stats_of(scores: ShardScores) -> ShardStats:

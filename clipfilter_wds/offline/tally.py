@@ -28,6 +28,8 @@ class ShardStats:
         renamed_keys: Samples whose key got a suffix, since it came before in the output.
         members: What the members are called, and how many are, of shards where most samples lack an image or a caption,
             or there is none; and what links are called, where any lacks one. See ``shards/found.py``.
+        null_columns: Per further column of the tables, how many samples the shards hold in all of which it is null.
+        torn_names: The first few of the torn shards, sorted.
     """
 
     counts: FilterStats = field(default_factory=FilterStats)
@@ -38,27 +40,45 @@ class ShardStats:
     in_band: int = 0
     renamed_keys: int = 0
     members: Mapping[str, int] = field(default_factory=dict)
+    null_columns: Mapping[str, int] = field(default_factory=dict)
+    torn_names: tuple[str, ...] = ()
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("counts", *_COUNTERS)}
         members = Counter(self.members) + Counter(other.members) if other.members else self.members
         if len(members) > _MAX_NAMES:
             members = dict(Counter(members).most_common(_MAX_NAMES))
-        return ShardStats(**{**sums, "band": max(self.band, other.band)}, members=members)
+        return ShardStats(
+            **{**sums, "band": max(self.band, other.band)},
+            members=members,
+            null_columns=dict(Counter(self.null_columns) + Counter(other.null_columns)),
+            torn_names=tuple(sorted({*self.torn_names, *other.torn_names})[:_MAX_TORN_NAMES]),
+        )
 
     def to_record(self) -> dict[str, Any]:
         """As commit marks and summaries name it. JSON-ready."""
         counts = self.counts
         counted = {"seen": counts.seen, "kept": counts.kept, "dropped": dict(counts.dropped)}
-        members = {"members": dict(self.members)} if self.members else {}
-        return {**counted, **{name: getattr(self, name) for name in _COUNTERS}, **members}
+        found = {
+            "members": dict(self.members),
+            "null_columns": dict(self.null_columns),
+            "torn_names": list(self.torn_names),
+        }
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {**counted, **counters, **{name: value for name, value in found.items() if value}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """What :meth:`to_record` made, also as a part of more."""
         dropped = {DropReason(reason): count for reason, count in record["dropped"].items()}
         counts = FilterStats(seen=record["seen"], kept=record["kept"], dropped=dropped)
-        return cls(counts=counts, **{name: record[name] for name in _COUNTERS}, members=record.get("members", {}))
+        return cls(
+            counts=counts,
+            **{name: record[name] for name in _COUNTERS},
+            members=record.get("members", {}),
+            null_columns=record.get("null_columns", {}),
+            torn_names=tuple(record.get("torn_names", ())),
+        )
 
     @property
     def num_lacking(self) -> int:
@@ -73,12 +93,15 @@ class ShardStats:
 
 
 #: Entries of a record that are named as the attributes are.
-_COUNTERS = [field.name for field in fields(ShardStats) if field.name not in ("counts", "members")]
+_NO_COUNTERS = ("counts", "members", "null_columns", "torn_names")
+_COUNTERS = [field.name for field in fields(ShardStats) if field.name not in _NO_COUNTERS]
 #: Why a sample lacks an image or a caption, and why nobody knows whether it does.
 _LACKING = (DropReason.MISSING_IMAGE, DropReason.MISSING_CAPTION)
 _UNREAD = (DropReason.TORN, DropReason.MEMBER_TOO_LARGE, DropReason.NOT_IN_SUBSET, DropReason.DECODER_CRASH)
 #: Samples of a shard where none is done yet: what img2dataset writes.
 _USUAL_SHARD = 10_000
+#: So many torn shards are named.
+_MAX_TORN_NAMES = 10
 #: Of so many names, the most frequent are kept.
 _MAX_NAMES = 64
 

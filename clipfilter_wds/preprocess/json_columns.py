@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,9 @@ from clipfilter_wds.types import Sample
 
 #: What a column may hold, as the option calls it; the first is the default.
 COLUMN_TYPES = ("number", "integer", "text", "bool")
+
+#: How fields of other types than a column's are called.
+_TYPE_NAMES = {float: "number", int: "integer", str: "text", bool: "bool", list: "list"}
 
 JsonValue = float | int | str | bool | None
 
@@ -63,6 +67,27 @@ class JsonColumns:
         except (ValueError, RecursionError):
             record = {}
         return tuple(_value(record, name, kind) for name, kind in self.fields)
+
+
+def column_name(source: str) -> str:
+    """What a column is called that score tables name ``json:punsafe=number``."""
+    return source.removeprefix("json:").rpartition("=")[0]
+
+
+def fields_of(text: str, depth: int = 3) -> dict[str, str]:
+    """The fields of a JSON object and their types: those of columns, or ``list``, ``null``; dots for nested ones."""
+    try:
+        return dict(_fields_of(json.loads(text), depth))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _fields_of(record: Any, depth: int) -> Iterator[tuple[str, str]]:
+    for name, value in record.items() if isinstance(record, dict) and depth else ():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{below}", kind) for below, kind in _fields_of(value, depth - 1))
+        else:
+            yield encodable(name), _TYPE_NAMES.get(type(value), "null")
 
 
 def _value(record: Any, name: str, kind: str) -> JsonValue:

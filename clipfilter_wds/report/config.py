@@ -77,7 +77,7 @@ def check_page(output: str | Path, *, of: str | Path, writes: bool = True) -> No
     Args:
         output: The HTML file.
         of: The folder of score tables.
-        writes: Whether it is written now: its folder is made, then, and tried.
+        writes: Whether it is written now, so that its folder is tried.
 
     Raises:
         ValueError: When it can't be written, would replace what is no page, or the tables are on remote storage.

@@ -127,6 +127,16 @@ def kind_of_scores(folder: str | Path) -> ScoreKind:
     return COSINES if path is None else read_metadata(path).kind
 
 
+def fingerprint_of_scores(folder: str | Path) -> Fingerprint | None:
+    """What the scores in a folder depend on beside the shards, by any of its tables; None where there is none yet.
+
+    Raises:
+        ValueError: When a parquet file is no score table.
+    """
+    path = next(_table_folder(folder).rglob("*.parquet"), None)
+    return None if path is None else read_metadata(path).fingerprint
+
+
 def schema_of_scores(folder: str | Path) -> pa.Schema | None:
     """The columns of the tables in a folder, by any of them; None where there is none yet."""
     path = next(_table_folder(folder).rglob("*.parquet"), None)

@@ -84,6 +84,11 @@ class Choice:
             check_fraction(self.keep_fraction)
         if self.groups is not None and self.threshold is None and self.keep_fraction is None:
             raise ValueError("group_by needs a threshold or keep_fraction, for the groups that group_limits leaves out")
+        if self.groups is not None and self.keep_fraction is None and not self.groups.limits:
+            raise ValueError(
+                f"group_by {self.groups.column!r} changes nothing where one threshold is for all groups; give some a "
+                "threshold of their own with group_limits, such as en=0.3, or give keep_fraction instead of a threshold"
+            )
         for limit in self.groups.limits.values() if self.groups is not None else ():
             check_fraction(limit, "a group's limit") if self.threshold is None else self.kind.check_threshold(limit)
 

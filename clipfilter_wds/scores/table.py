@@ -212,5 +212,9 @@ def _naming_file(path: AnyPath) -> Iterator[None]:
         yield
     except VersionError as error:
         raise ValueError(f"{str(path)!r} {error}") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no score table {str(path)!r}") from error
+    except PermissionError as error:
+        raise ValueError(f"can't read the score table {str(path)!r}: {error.strerror}") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error

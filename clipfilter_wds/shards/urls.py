@@ -128,7 +128,10 @@ class _Expander:
         """The URLs that a pattern stands for, not each once."""
         if is_pipe(pattern):
             if not self.allow_pipe:
-                raise ValueError(f"{pattern!r} would run a shell command; pass allow_pipe=True if you trust it")
+                raise ValueError(
+                    f"{pattern!r} would run a shell command; pass allow_pipe=True if you trust it, which a dataset in "
+                    "Python takes. The commands run none: have it write a file, and name that"
+                )
             yield pattern
         elif _is_named(pattern):
             yield pattern  # where a file has that very name, no character in it means anything else

@@ -117,8 +117,10 @@ def any_path(url: str | Path) -> AnyPath:
     """A path or URL as a place to write to.
 
     Raises:
-        ValueError: When it is on the web, which can't be written to, or as ``filesystem`` raises.
+        ValueError: When it is empty or on the web, which can't be written to, or as ``filesystem`` raises.
     """
+    if not str(url).strip():  # an empty text would be the current folder
+        raise ValueError("output is empty; it must be a path")
     fs, _ = filesystem(str(url))
     if (local := parse_url(str(url)).local_path) is not None:
         return local

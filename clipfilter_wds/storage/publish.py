@@ -94,7 +94,9 @@ def publish_json(path: AnyPath, content: Mapping[str, Any]) -> None:
 
 
 def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
-    """Check that files can be written to a folder, or that a file can be written; folders that are missing are made.
+    """Check that files can be written to a folder, or that a file can be written, and leave nothing behind.
+
+    A folder that is missing is made when the first file is written; here the one above it, or above that, is tried.
 
     Raises:
         ValueError: When it can't be written, or a folder is named where a file is meant.
@@ -104,8 +106,8 @@ def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
     folder = output.parent if as_file else output
     try:
         if isinstance(folder, Path):
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):  # without a name: nothing is left of it, whenever the process is killed
+            # Without a name: nothing is left of it, whenever the process is killed.
+            with TemporaryFile(dir=_first_that_is_there(folder)):
                 pass
         else:
             probe = folder / f".clipfilter-probe-{uuid4().hex}"
@@ -114,6 +116,18 @@ def check_writable(output: AnyPath, *, as_file: bool = False) -> None:
             probe.unlink()
     except OSError as error:
         raise ValueError(f"can't write to output {str(output)!r}: {error.strerror or error}") from error
+
+
+def _first_that_is_there(folder: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    while True:
+        try:
+            folder.stat()
+            return folder
+        except FileNotFoundError:
+            if folder.is_symlink() or folder == folder.parent:
+                raise  # a link that leads nowhere is no folder, and none can be made there
+            folder = folder.parent
 
 
 def remove_leftovers(folder: AnyPath) -> None:

@@ -15,7 +15,7 @@ from clipfilter_wds.workers.config import WorkerConfig
 class TableConfig(WorkerConfig):
     """Input, output and choice of ``table``.
 
-    Creating a config checks all that can be checked without reading the table, and creates the output's folder.
+    Creating a config checks all that can be checked without reading the table, and writes nothing.
 
     Attributes:
         input: A .jsonl, .csv, .tsv, .parquet or .json file on this machine. Relative image paths start from its folder.
@@ -39,6 +39,9 @@ class TableConfig(WorkerConfig):
     threshold: float | None = None
     keep_fraction: float | None = None
     score_key: str | None = None
+
+    #: Options that exclude each other: where the first is typed, the second one in a file does not count.
+    takes_place_of = (("threshold", "keep_fraction"), ("keep_fraction", "threshold"))
 
     def __post_init__(self) -> None:
         _ = self.choice  # checks itself

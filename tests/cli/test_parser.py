@@ -145,6 +145,32 @@ class TestCommandLineWins:
         run = configs("rewrite", "--config", "one.yaml", "--config", "two.yaml")[0]
         assert (run.threshold, run.keep_fraction, run.batch_size) == (None, 0.3, None)
 
+    @pytest.mark.parametrize(
+        ("written", "typed", "given"),
+        [
+            ("threshold: 0.28", "--keep_fraction 0.5", (None, 0.5)),
+            ("keep_fraction: 0.5", "--threshold 0.28", (0.28, None)),
+            ("threshold: 0.28", "--config two.yaml", (None, 0.3)),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["rewrite data/0.tar --output o", "table in.csv --output o.csv"])
+    def test_an_option_takes_the_place_of_one_that_it_excludes(self, configs, command, written, typed, given):
+        Path("x.yaml").write_text(written)
+        Path("two.yaml").write_text("keep_fraction: 0.3")
+        run = configs(*command.split(), "--config", "x.yaml", *typed.split())[0]
+        assert (run.threshold, run.keep_fraction) == given
+
+    def test_scores_that_are_typed_take_the_place_of_what_says_how_to_score(self, configs):
+        Path("x.yaml").write_text("shards: data/0.tar\nembeddings: fp16\ncolumns: json:a\nlimit: 3\n")
+        run = configs("rewrite", "--config", "x.yaml", "--output", "o", "--scores", "s")[0]
+        assert (run.scores, run.embeddings, run.columns, run.limit) == ("s", None, None, None)
+
+    def test_what_excludes_each_other_in_one_place_is_refused(self, fails):
+        Path("x.yaml").write_text("threshold: 0.28\nkeep_fraction: 0.5\n")
+        both = "threshold 0.28 and keep_fraction 0.5 both say which scores to keep; give one"
+        assert fails("rewrite", "data/0.tar", "--output", "o", "--config", "x.yaml") == both
+        assert fails("rewrite", "data/0.tar", "-o", "o", "--threshold", "0.28", "--keep_fraction", "0.5") == both
+
     @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/[rs]*.yaml")), ids=lambda path: path.stem)
     def test_over_the_files_that_come_with_the_package(self, config, configs):
         command = config.read_text().split()[2]
@@ -168,6 +194,9 @@ class TestYaml:
             ("shards: [3]", "shards is 3 in x.yaml; it must be a path"),
             ("precision: fp8", "precision is 'fp8' in x.yaml; it must be one of auto, fp32, bf16, fp16"),
             ("batch_size: 0", "batch_size is 0; it must be at least 1"),
+            ("threshold: 0.3\nflip: true\nthreshold: 0.5", "threshold is given twice in x.yaml; keep one of them"),
+            ("num-workers: 1\nnum_workers: 2", "num_workers is given twice in x.yaml; keep one of them"),
+            ("subset: ''", "subset is empty in x.yaml; it must be a path. Is a variable not set?"),
             ("- a", "--config x.yaml holds no options; write them as `batch_size: 64`, one per line"),
         ],
     )
@@ -218,6 +247,14 @@ class TestYaml:
         run, model, *_ = configs("rewrite", "--config", "x.yaml")
         assert (run.shards, run.num_workers) == (["data/0.tar", "data/1.tar"], 3)
         assert (model.flip, model.compile) == (True, False)
+
+    def test_lists_of_what_is_typed_with_commas(self, configs):
+        Path("x.yaml").write_text(
+            "columns: ['json:a', 'json:ok=bool']\ncaption: [txt, 'json:alt']\ngroup_by: ok\nkeep_fraction: 0.5\n"
+            "group_limits: {true: 0.3, en: 1}\n"
+        )
+        run = configs("rewrite", "data/0.tar", "--output", "o", "--config", "x.yaml")[0]
+        assert (run.columns, run.caption, run.group_limits) == ("json:a,json:ok=bool", "txt,json:alt", "True=0.3,en=1")
 
 
 class TestPositional:
@@ -324,11 +361,19 @@ def test_hyphens_in_the_names_of_options_are_underscores(configs):
         (["-threshold", "0.2"], "unknown option -threshold; did you mean --threshold?"),
         (["-o"], "--output has no value; it must be a path"),
         (["--threshold"], "--threshold has no value; it must be a number"),
+        (["--subset", ""], "subset is empty; it must be a path. Is a variable not set?"),
+        (["--scores", " "], "scores is empty; it must be a path. Is a variable not set?"),
         (["--subset", "--flip"], "--subset has no value; it must be a path"),
     ],
 )
 def test_an_error_names_option_found_and_expected(fails, args, says):
     assert fails("rewrite", "data/0.tar", "--output", "o", *args) == says
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_empty_output_is_not_the_current_folder(fails, command):
+    source = ["x"] if COMMANDS[command].positional else []
+    assert fails(command, *source, "-o", "") == "output is empty; it must be a path. Is a variable not set?"
 
 
 def test_a_missing_or_unknown_command(fails):

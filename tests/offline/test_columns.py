@@ -7,7 +7,8 @@ import pytest
 
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.embeddings import EmbeddingFiles
+from clipfilter_wds.scores.table import ShardScores, read_metadata
 from tests.support.outputs import bits, check_accounting
 from tests.support.toys import pair, tar_members, write_shard
 
@@ -55,15 +56,63 @@ def test_they_are_the_same_bits_whatever_the_workers(scorer, shards, tmp_path):
     assert bits(tmp_path / "0") == bits(tmp_path / "2")
 
 
-@pytest.mark.parametrize("rewrites", [False, True], ids=["score", "rewrite"])
-def test_tables_that_lack_them_are_made_again(scorer, shards, tmp_path, rewrites):
-    def run(columns: str | None) -> int:
-        config = RewriteConfig if rewrites else ScoreConfig
-        plain = {"shards": shards, "output": tmp_path / "out", **OPTIONS, **({"threshold": 0.1} if rewrites else {})}
-        return process_shards(config(columns=columns, **plain), scorer).num_scored
+@pytest.fixture(params=[False, True], ids=["score", "rewrite"])
+def run(request, scorer, shards, tmp_path):
+    """Run into ``out``, or another folder; how many samples were scored."""
 
+    def run(columns: str | None, output: str = "out", **options) -> int:
+        plain = {"shards": shards, "output": tmp_path / output, "columns": columns, **OPTIONS, **options}
+        config = RewriteConfig(threshold=0.1, **plain) if request.param else ScoreConfig(**plain)
+        return process_shards(config, scorer).num_scored
+
+    return run
+
+
+def test_tables_that_lack_them_are_made_again(run):
     assert [run(columns) for columns in (None, COLUMNS, COLUMNS, None, "json:punsafe")] == [22, 22, 0, 0, 0]
-    assert run("json:punsafe=integer") == 22
+
+
+def test_those_that_are_there_stay_where_a_shard_is_scored_again(run, tmp_path):
+    run(COLUMNS)
+    assert run("json:other=bool,json:punsafe") == 22
+    run(f"{COLUMNS},json:other=bool", "fresh")
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def test_each_shard_keeps_its_own(run, scorer, shards, tmp_path):
+    run(COLUMNS)
+    for table in (tmp_path / "out").rglob("1.parquet"):
+        table.unlink()
+    assert run("json:other=bool") == 22
+    found = {table.stem: read_metadata(table).columns for table in (tmp_path / "out").rglob("*.parquet")}
+    assert found["1"] == ("json:other=bool",)
+    assert found["0"] == ("json:punsafe=number", "json:meta.lang=text", "json:other=bool")
+
+
+def test_one_of_another_type_is_replaced_only_where_that_is_asked_for(run, tmp_path):
+    run(COLUMNS)
+    before = bits(tmp_path / "out")
+    says = r"has the column 'punsafe' as number, and integer is asked for; choose another folder, or .* --overwrite"
+    with pytest.raises(ValueError, match=says):
+        run("json:punsafe=integer")
+    assert bits(tmp_path / "out") == before
+    assert run("json:punsafe=integer", overwrite=True) == run("json:punsafe=integer", "fresh") == 22
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def test_a_run_that_is_stopped_while_it_replaces_a_table_knows_what_that_had(run, monkeypatch, tmp_path):
+    run(COLUMNS)
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingFiles, "write", _stop)
+        with pytest.raises(OSError, match="stopped"):
+            run(None, embeddings="fp16")
+    assert run(None, embeddings="fp16") == 22
+    run(COLUMNS, "fresh", embeddings="fp16")
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def _stop(*_) -> None:
+    raise OSError("stopped")
 
 
 @pytest.mark.parametrize(

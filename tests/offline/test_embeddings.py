@@ -92,19 +92,44 @@ def test_they_are_the_same_bits_whatever_the_workers_and_in_score_and_rewrite(bf
     assert bits(tmp_path / "rewrite/_embeddings") == bits(tmp_path / "packed/_embeddings") == expected
 
 
-@pytest.mark.parametrize("rewrites", [False, True], ids=["score", "rewrite"])
-def test_a_run_that_saves_them_scores_again_what_has_none_of_that_type(scorer, shards, tmp_path, rewrites):
-    def run(output: str, embeddings: str | None) -> int:
-        config = RewriteConfig if rewrites else ScoreConfig
-        plain = {"shards": shards, "output": tmp_path / output, **OPTIONS, **({"threshold": 0.1} if rewrites else {})}
-        return process_shards(config(embeddings=embeddings, **plain), scorer).num_scored
+@pytest.fixture(params=[False, True], ids=["score", "rewrite"])
+def run(request, scorer, shards, tmp_path):
+    """Run into ``out``, or another folder; how many samples were scored."""
 
-    num_samples = NUM_SHARDS * PER_SHARD + 3
-    assert [run("out", dtype) for dtype in (None, "fp16", "fp16", None)] == [num_samples, num_samples, 0, 0]
-    assert run("fresh", "fp32") == num_samples
+    def run(embeddings: str | None, output: str = "out", **options) -> int:
+        plain = {"shards": shards, "output": tmp_path / output, "embeddings": embeddings, **OPTIONS, **options}
+        config = RewriteConfig(threshold=0.1, **plain) if request.param else ScoreConfig(**plain)
+        return process_shards(config, scorer).num_scored
+
+    return run
+
+
+NUM_SAMPLES = NUM_SHARDS * PER_SHARD + 3
+
+
+def test_a_run_that_saves_them_scores_again_what_has_none(run, tmp_path):
+    assert [run(dtype) for dtype in (None, "fp16", "fp16", None)] == [NUM_SAMPLES, NUM_SAMPLES, 0, 0]
+    assert run("fp16", "fresh") == NUM_SAMPLES
     (tmp_path / "out/_embeddings/00001.text.npy").unlink()
-    assert run("out", "fp16") == PER_SHARD
-    assert run("out", "fp32") == num_samples
+    assert run("fp16") == PER_SHARD
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def test_those_of_another_type_are_replaced_only_where_that_is_asked_for(run, tmp_path):
+    run("fp16")
+    (tmp_path / "out/_embeddings/00002.text.npy").unlink()  # a shard that has to be scored again does not touch them
+    before = bits(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"has embeddings in fp16, and fp32 is asked for; choose .* --overwrite"):
+        run("fp32")
+    assert bits(tmp_path / "out") == before
+    assert run("fp32", overwrite=True) == run("fp32", "fresh") == NUM_SAMPLES
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def test_they_are_kept_where_a_shard_is_scored_again_for_something_else(run, tmp_path):
+    run("fp16", columns="json:a")
+    assert run(None, columns="json:b=text") == NUM_SAMPLES
+    run("fp16", "fresh", columns="json:a,json:b=text")
     assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
 
 

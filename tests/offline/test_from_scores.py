@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from clipfilter_wds.cli import processing
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
@@ -38,6 +39,56 @@ def from_scores(shards, output, scores, **options) -> dict:
     """The summary of a run without a model."""
     process_shards(RewriteConfig(shards=f"{shards}/*.tar", output=output, scores=scores, **options))
     return check_accounting(output)
+
+
+@pytest.fixture(scope="module")
+def told(shards, scorer, scores):
+    """Run ``rewrite --scores`` with these options; see ``command``."""
+
+    def told(command, output, *options) -> tuple[int, str]:
+        return command("rewrite", shards, "--scores", scores, "--output", output, "--num_workers", 0, *options)
+
+    return told
+
+
+@pytest.mark.parametrize(
+    ("options", "differ"),
+    [
+        ("--model openai/clip-vit-large-patch14", "model {model} there, openai/clip-vit-large-patch14 here"),
+        ("--precision bf16", "precision fp32 there, bf16 here"),
+        ("--reduce min", "reduce max there, min here"),
+        ("--flip --fast_decode", "flip false there, true here; fast_decode false there, true here"),
+        ("--resize_on_device", "resize_on_device false there, true here"),
+        ("--caption json:x --image png", "caption txt there, json:x here; image null there, png here"),
+    ],
+)
+@pytest.mark.parametrize("trial", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_options_that_score_otherwise_than_the_tables_are_refused(
+    command, told, clip_folder, tmp_path, options, differ, trial
+):
+    code, said = told(command, tmp_path / "out", *options.split(), *trial)
+    assert code == 2
+    assert f"were made with other settings ({differ.format(model=clip_folder)}), and are taken as they are;" in said
+    assert "leave these options out, or score again with them" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_tables_were_made_with_may_be_said_as_in_a_file_for_both_commands(
+    command, shards, clip_folder, tmp_path
+):
+    config = tmp_path / "both.yaml"
+    config.write_text(
+        f"shards: {shards}\nmodel: {clip_folder}\nprecision: fp32\nflip: true\ncaption: json:i,txt\nbatch_size: 8\n"
+        "num_workers: 0\ndevice: cpu\ncuda_graphs: false\n"
+    )
+    assert command("score", "--config", config, "--output", tmp_path / "scores")[0] == 0
+    code, said = command("rewrite", "--config", config, "--output", tmp_path / "out", "--scores", tmp_path / "scores")
+    assert code == 0, said
+
+
+def test_where_the_caption_is_differs_in_python_too(shards, scores, tmp_path):
+    with pytest.raises(ValueError, match="caption txt there, json:x here"):
+        from_scores(shards, tmp_path, scores, caption="json:x")
 
 
 def without_tables(output) -> dict[str, str]:
@@ -70,11 +121,12 @@ def test_kept_members_are_copied_with_the_headers_that_they_have(scorer, tmp_pat
     assert copied == (tmp_path / "fresh/0.tar").read_bytes() == (tmp_path / "in/0.tar").read_bytes()
 
 
-def test_needs_no_model_and_opens_no_image(shards, scores, tmp_path):
-    class Nothing:
-        model_name = str(tmp_path / "there is no such model")
+def test_needs_no_model_and_opens_no_image(shards, scores, scorer, monkeypatch, tmp_path):
+    def load(**options):
+        pytest.fail("a model is loaded")
 
-    assert run(Nothing, f"{shards}/*.tar", tmp_path / "out", scores=scores)["seen"] == 90
+    monkeypatch.setattr(processing, "ClipScorer", load)
+    assert run(scorer, f"{shards}/*.tar", tmp_path / "out", scores=scores)["seen"] == 90
 
 
 def test_shards_without_a_table_and_shards_that_changed_fail_alone(shards, scores, tmp_path):

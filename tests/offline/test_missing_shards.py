@@ -43,6 +43,12 @@ def test_without_the_option_a_missing_shard_is_an_error_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_option_is_named_only_where_it_leaves_a_shard(command, clip_folder, folder, tmp_path):
+    for shards in (f"{folder}/typo.tar", f"{folder}/{{00001..00002}}.tar"):
+        code, out = rewrite(command, clip_folder, shards, tmp_path / "out")
+        assert (code, "there is no such file" in out, SKIP in out) == (2, True, False)
+
+
 @pytest.mark.parametrize("place", ["here", "memory"])
 def test_missing_shards_are_left_out_counted_and_named(command, clip_folder, folder, memory, tmp_path, place):
     place = folder if place == "here" else memory

@@ -212,8 +212,8 @@ def test_a_fraction_is_not_cut_of_scores_that_were_rechecked_at_a_threshold(conf
     options = {"shards": shards, "keep_fraction": 0.5, **OPTIONS}
     tally = process_shards(RewriteConfig(output=config.folder, **options), bf16)
     assert tally.num_scored == NUM_SHARDS * PER_SHARD
-    process_shards(RewriteConfig(output=tmp_path / "fresh", **options), bf16)
-    assert bits(config.folder) == bits(tmp_path / "fresh")
+    process_shards(RewriteConfig(output=tmp_path / "fresh", embeddings=config.embeddings, **options), bf16)
+    assert bits(config.folder) == bits(tmp_path / "fresh")  # the embeddings that were saved are kept
 
 
 def test_ranks_reuse_tables(config, bf16, whole):

@@ -26,6 +26,8 @@ def all_stats(draw) -> ShardStats:
         in_band=draw(numbers),
         renamed_keys=draw(numbers),
         members=draw(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 1000))),
+        null_columns=draw(st.dictionaries(st.sampled_from("abc"), st.integers(1, 1000))),
+        torn_names=tuple(sorted(draw(st.sets(st.sampled_from("abcde"))))),
     )
 
 
@@ -51,6 +53,9 @@ def test_a_tally_sums_up_all_that_is_counted_and_takes_the_widest_band(shards):
         assert summary["dropped"].get(reason, 0) == sum(record["dropped"].get(reason, 0) for record in records)
     names = sum((Counter(stats.members) for stats in shards), Counter())
     assert summary.get("members", {}) == names
+    nulls = sum((Counter(stats.null_columns) for stats in shards), Counter())
+    assert summary.get("null_columns", {}) == nulls
+    assert summary.get("torn_names", []) == sorted(set().union(*(stats.torn_names for stats in shards)))
 
 
 def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
@@ -60,6 +65,12 @@ def test_the_names_of_marks_and_summaries_and_their_order_do_not_change():
     summary += ["truncated_captions", "band", "rechecked", "in_band", "renamed_keys"]
     summary += ["scored", "samples_per_second", "seconds", "version"]
     assert list(Tally(num_shards=0).summary()) == summary
+
+
+def test_of_very_many_torn_shards_the_first_are_kept():
+    shards = [ShardStats(torn=1, torn_names=(f"{number:02d}.tar",)) for number in range(20)]
+    total = sum(reversed(shards), ShardStats())
+    assert (total.torn, total.torn_names) == (20, tuple(f"{number:02d}.tar" for number in range(10)))
 
 
 def test_of_very_many_names_of_members_the_most_frequent_are_kept():

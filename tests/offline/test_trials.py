@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.offline import dry_run
+from clipfilter_wds.offline import run as run_of_shards
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.dry_run import describe_run
+from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.table import ShardScores
@@ -18,6 +21,7 @@ from tests.support.outputs import THRESHOLD, bits
 from tests.support.toys import pair, write_shard
 
 NUM_SHARDS, PER_SHARD = 3, 10
+NOTHING_LEFT = "all of it was done by an earlier run; nothing would be written"
 OPTIONS = {"num_workers": 0, "batch_size": 4}
 
 
@@ -84,12 +88,104 @@ class TestDryRun:
         out = tmp_path / "out"
         said = list(describe_run(ScoreConfig(shards=shards, output=out, dry_run=True)))
         num_bytes = sum(path.stat().st_size for path in shards.iterdir())
-        assert said[0] == f"would read 3 shards, {num_bytes / 1e9:.3f} GB"
+        assert said[0] == f"would read 3 shards, {num_bytes / 1e3:,.1f} kB"
         assert said[1] == f"would score all of it, and write score tables to {out}"
         assert not out.exists()
-        score(scorer, shards / "00000.tar", out)
-        done = list(describe_run(ScoreConfig(shards=shards, output=out, dry_run=True)))[2]
-        assert done == "done there already, and stays where the settings are the same: 1 shard"
+
+    @pytest.mark.parametrize(("num_bytes", "shown"), [(0, "0.0 kB"), (1_460_000, "1.5 MB"), (2.5e12, "2,500.0 GB")])
+    def test_sizes_are_shown_in_units_of_their_own(self, num_bytes, shown):
+        assert dry_run._size(num_bytes) == shown
+
+    def test_of_a_trial_it_says_how_many_samples_would_be_scored(self, shards, tmp_path):
+        said = list(describe_run(ScoreConfig(shards=shards, output=tmp_path / "out", limit=15)))
+        assert said[0].startswith("would read 2 shards, ")
+        assert said[1] == f"would score the first 15 samples, and write score tables to {tmp_path / 'out'}"
+
+    @pytest.mark.parametrize("options", [{}, {"threshold": THRESHOLD}, {"keep_fraction": 0.3}], ids=str)
+    def test_it_says_what_an_earlier_run_has_done(self, scorer, shards, tmp_path, options):
+        out = tmp_path / "out"
+
+        def config(shards):
+            kind = RewriteConfig if options else ScoreConfig
+            return kind(shards=shards, output=out, **options, **OPTIONS)
+
+        process_shards(config(shards / "00000.tar"), scorer)
+        before = bits(out)
+        said = list(describe_run(config(shards)))
+        assert said[1].startswith("would score 2 shards of it, and write ")
+        assert said[2] == "done by an earlier run, and stays: 1 shard"
+        assert bits(out) == before
+        process_shards(config(shards), scorer)
+        last = "all of it is scored by an earlier run; would choose " if "keep_fraction" in options else NOTHING_LEFT
+        assert list(describe_run(config(shards)))[-1].startswith(last)
+
+    def test_shards_that_are_scored_and_not_copied_are_told_of(self, scorer, shards, tmp_path):
+        rewrite(scorer, shards, tmp_path / "out")
+        (tmp_path / "out/00001_stats.json").unlink()
+        config = RewriteConfig(shards=shards, output=tmp_path / "out", threshold=THRESHOLD, **OPTIONS)
+        assert list(describe_run(config))[1:] == [
+            "scored by an earlier run, and would be copied from: 1 shard",
+            "done by an earlier run, and stays: 2 shards",
+        ]
+
+    @pytest.mark.parametrize(
+        ("first", "then", "says"),
+        [
+            ("--threshold 0.28", "--threshold 0.3", "threshold 0.28 there, 0.3 here"),
+            ("--threshold 0.1", "--threshold 0.1 --flip", "flip false there, true here"),
+            ("--threshold 0.1", "--threshold 0.1 --caption json:a", "caption txt there, json:a here"),
+            ("--threshold 0.1 --limit 5", "--threshold 0.1", "limit 5 there, null here"),
+            ("--keep_fraction 0.5", "--keep_fraction 0.3", "keep_fraction 0.5 there, 0.3 here"),
+            ("--columns json:a", "--columns json:a=text", "has the column 'a' as number, and text is asked for"),
+            ("--embeddings fp16", "--embeddings fp32", "has embeddings in fp16, and fp32 is asked for"),
+        ],
+    )
+    def test_it_refuses_what_the_run_refuses_and_says_what_overwrite_would_delete(
+        self, command, clip_folder, shards, tmp_path, monkeypatch, first, then, says
+    ):
+        run = ["rewrite", shards, "-o", tmp_path / "out", "--model", clip_folder, "--num_workers", 0, "--device", "cpu"]
+        assert command(*run, *first.split())[0] == 0
+        before = bits(tmp_path / "out")
+        for trial in (["--dry_run"], []):
+            code, said = command(*run, *then.split(), *trial)
+            assert (code, says in said, "--overwrite" in said) == (2, True, True), said
+        code, said = command(*run, *then.split(), "--dry_run", "--overwrite")
+        assert code == 0
+        assert bits(tmp_path / "out") == before
+        [told] = re.findall("^would delete (.*) of other settings$", said, re.MULTILINE)
+        deleted = []
+
+        def remove(config, fingerprint) -> None:
+            remove_others(config, fingerprint)
+            deleted.extend(before.keys() - bits(tmp_path / "out").keys())
+
+        monkeypatch.setattr(run_of_shards, "remove_others", remove)
+        assert command(*run, *then.split(), "--overwrite")[0] == 0
+        num_outputs = sum(name.endswith((".parquet", "_stats.json")) for name in deleted)
+        assert sum(map(int, re.findall(r"(\d+) (?:shard|score table)", told))) == num_outputs > 0
+
+    def test_with_scores_too(self, scorer, command, shards, tmp_path):
+        score(scorer, shards, tmp_path / "scores")
+        run = ["rewrite", shards, "-o", tmp_path / "out", "--scores", tmp_path / "scores", "--num_workers", 0]
+        command(*run, "--threshold", 0.1)
+        before = bits(tmp_path / "out")
+        assert NOTHING_LEFT in command(*run, "--threshold", 0.1, "--dry_run")[1]
+        for trial in (["--dry_run"], []):
+            code, said = command(*run, "--threshold", 0.12, *trial)
+            assert (code, "threshold 0.1 there, 0.12 here" in said) == (2, True)
+        code, said = command(*run, "--threshold", 0.12, "--dry_run", "--overwrite")
+        assert (code, "would delete 3 shards of other settings\n" in said) == (0, True)
+        assert bits(tmp_path / "out") == before
+
+    def test_another_name_of_the_model_is_told_of(self, command, scorer, shards, tmp_path):
+        score(scorer, shards, tmp_path / "out")
+        _, said = command("score", shards, "-o", tmp_path / "out", "--model", "some/other", "--dry_run")
+        assert f"was written with the model {scorer.model_name}; if the weights of some/other are others, that" in said
+
+    def test_an_output_that_is_a_file_is_refused(self, command, shards, tmp_path):
+        (tmp_path / "out").touch()
+        code, said = command("score", shards, "-o", tmp_path / "out", "--dry_run")
+        assert (code, "can't write to output" in said) == (2, True)
 
     @pytest.mark.parametrize(
         "choice", [{"threshold": THRESHOLD}, {"keep_fraction": 0.3}, {"keep_fraction": 0.3, "samples_per_shard": 2}]

@@ -78,6 +78,10 @@ def test_so_many_groups_that_they_would_fill_the_memory_are_refused(monkeypatch)
     [
         ({"threshold": 0.2, "groups": Groups(column="a", limits={"en": 28})}, "threshold is 28"),
         ({"keep_fraction": 0.2, "groups": Groups(column="a", limits={"en": 28})}, "a group's limit is 28"),
+        (
+            {"threshold": 0.2, "groups": Groups(column="a")},
+            "group_by 'a' changes nothing .* give some a threshold of their own with group_limits, .* or give keep_",
+        ),
         ({"groups": Groups(column="a")}, "group_by needs a threshold or keep_fraction"),
     ],
 )

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from clipfilter_wds.scores.kind import COSINES
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ShardScores, read_metadata
 from clipfilter_wds.types import DropReason, SampleRow
 from tests.support.score_tables import FINGERPRINT, plain_parquet, shard_scores, written
 
@@ -163,6 +164,20 @@ def test_a_file_that_is_no_score_table_is_refused_with_its_name(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"0\.parquet' is not a score table of clipfilter-wds"):
         ShardScores.read(path)
+
+
+@pytest.mark.parametrize("read", [ShardScores.read, read_metadata])
+def test_a_table_that_may_not_be_read_is_not_taken_for_something_else(tmp_path, monkeypatch, read):
+    path = tmp_path / "0.parquet"
+    path.write_bytes(WHOLE)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(pq, "read_metadata", refuse)
+    with pytest.raises(ValueError, match=r"can't read the score table '.*0\.parquet': Permission denied$"):
+        read(path)
 
 
 def test_a_table_of_another_version_is_refused_with_both_versions(tmp_path):

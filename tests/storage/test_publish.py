@@ -44,10 +44,19 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_checking_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
+def test_checking_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path)
     check_writable(tmp_path / "a" / "b")
     check_writable(tmp_path / "c" / "page.html", as_file=True)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a", "a/b", "c"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_can_be_made_in_one_that_can_be_written_to(tmp_path):
+    check_writable(Path("not", "yet", "there"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for output in (tmp_path / "link", tmp_path / "link" / "out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match="can't write to output"):
+            check_writable(output)
 
 
 @pytest.mark.parametrize("as_file", [False, True])

@@ -32,7 +32,9 @@ def written(scorer, tmp_path_factory) -> Path:
     write_shard(folder / "0.tar", [pair(0), {"jpg": b"", "json": b"{}"}])
     write_shard(folder / "1.tar", [{"jpg": pair(0)["jpg"]}])
     packing = {"keep_fraction": 0.5, "samples_per_shard": 10}
-    for name, shard, options in (("copied", "0.tar", {}), ("packed", "0.tar", packing), ("lacking", "1.tar", {})):
+    (folder / "torn.tar").write_bytes((folder / "0.tar").read_bytes()[:1500])
+    runs = [("copied", "0.tar", {}), ("packed", "0.tar", packing), ("lacking", "1.tar", {"columns": "json:none"})]
+    for name, shard, options in (*runs, ("torn", "torn.tar", {})):
         config = RewriteConfig(shards=str(folder / shard), output=folder / name, num_workers=0, **options)
         process_shards(config, scorer)
     return folder
@@ -51,7 +53,8 @@ def test_score_tables(written):
 def test_marks(written):
     copied = entries(written / "copied/0_stats.json")
     [packed] = (entries(path) for path in (written / "packed").glob("*_stats.json"))
-    assert names("Marks") | {"sources", "suffixes"} == copied | packed | entries(written / "lacking/1_stats.json")
+    others = entries(written / "lacking/1_stats.json") | entries(written / "torn/torn_stats.json")
+    assert names("Marks") | {"sources", "suffixes"} == copied | packed | others
     assert packed - copied == {"sources", "suffixes"}
 
 
