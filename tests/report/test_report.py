@@ -1,15 +1,12 @@
 import base64
-import errno
 import io
 import json
-import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
@@ -20,11 +17,11 @@ from PIL import Image
 from clipfilter_wds.cli import main
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
-from clipfilter_wds.report.config import ReportConfig, check_page
-from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES, thumbnail
+from clipfilter_wds.report.config import ReportConfig
+from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.table import ShardScores
-from clipfilter_wds.types import DropReason, UnusableError
+from clipfilter_wds.types import DropReason
 from tests.report.conftest import THRESHOLD, Run
 from tests.support.score_tables import derive, written
 from tests.support.toys import encoded, pair, photo, write_shard
@@ -268,90 +265,6 @@ def test_samples_that_could_not_be_scored_are_shown_by_reason(run):
         assert (card["problem"] is None) == has_picture
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
-def test_thumbnails_are_small_rgb_jpegs(mode):
-    data = encoded(photo(1, (2000, 900)).convert(mode), "TIFF")
-    small = base64.b64decode(thumbnail(data, max_pixels=10**7).removeprefix("data:image/jpeg;base64,"))
-    image = Image.open(io.BytesIO(small))
-    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (240, 108))
-    assert len(small) <= MAX_THUMBNAIL_BYTES
-
-
-def test_what_is_no_picture_has_no_thumbnail():
-    with pytest.raises(UnusableError) as unusable:
-        thumbnail(b"%!PS-Adobe-3.0 EPSF-3.0", max_pixels=10**7)
-    assert unusable.value.reason is DropReason.UNREADABLE_IMAGE
-    with pytest.raises(UnusableError) as unusable:
-        thumbnail(encoded(photo(0)), max_pixels=100)
-    assert unusable.value.reason is DropReason.IMAGE_TOO_LARGE
-
-
-def test_unusable_arguments_are_refused(run, tmp_path, capsys):
-    for arguments, complaint in [
-        ((run.shards, "--output", tmp_path / "r.html"), "there is no score table"),
-        (("memory://scores", "--output", tmp_path / "r.html"), "tables of this machine"),
-        ((run.output, "--output", tmp_path), "is a folder; name a file"),
-        ((run.output, "--output", tmp_path / "r.html", "--threshold", "25"), "Did you mean 0.25?"),
-        ((run.output, "--output", tmp_path / "r.html", "--thumbnails", "900"), "0..200"),
-        ((run.output, "--output", tmp_path / "r.html", "--shards", tmp_path / "no.tar"), "no shard matches"),
-    ]:
-        assert call("report", *arguments) == 2
-        assert complaint in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_a_web_page_is_replaced_and_no_data(run, tmp_path, capsys):
-    shards = shutil.copytree(run.shards, tmp_path / "shards")
-    scores = shutil.copytree(run.output / "_scores", tmp_path / "scores")
-    (tmp_path / "notes.txt").write_text("notes")
-    os.mkfifo(tmp_path / "pipe")
-    rewriting = ("rewrite", f"{shards}/*.tar", "--output", tmp_path / "out", "--scores", scores)
-    for output, complaint in [
-        (shards / "00000.tar", "is no web page"),
-        (scores / "00000.parquet", "is no web page"),
-        (tmp_path / "notes.txt", "is no web page"),
-        (tmp_path / "pipe", "is no ordinary file"),
-        (scores, "is a folder; name a file"),
-    ]:
-        before = output.read_bytes() if output.is_file() else None
-        for command in (
-            ("report", scores, "--output", output),
-            (*rewriting, "--report", output),
-            (*rewriting, "--report", output, "--dry_run"),
-        ):
-            assert call(*command) == 2
-            assert complaint in capsys.readouterr().err
-        assert output.is_file() == (before is not None)
-        assert before is None or output.read_bytes() == before
-    assert not list(tmp_path.glob("out/*"))
-
-
-@pytest.mark.parametrize("content", ["", "<!DOCTYPE html>\n<html>", "\ufeff\n<HTML lang=en>", "<!-- saved --><html>"])
-def test_a_page_or_an_empty_file_is_replaced(run, tmp_path, content):
-    (tmp_path / "r.html").write_text(content)
-    assert report(run, tmp_path)["seen"] == report(run, tmp_path)["seen"] == 320
-
-
-def test_a_file_that_can_not_be_read_is_not_replaced(run, tmp_path, monkeypatch):
-    def refuse(path, mode="r"):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    (tmp_path / "r.html").write_text("<html>")
-    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, who may read everything
-    with pytest.raises(ValueError, match=r"can't see whether output '.*r.html' is a web page to replace: Permission"):
-        check_page(tmp_path / "r.html", of=run.output)
-
-
-def test_a_page_on_other_storage_is_replaced_and_no_shard_there(run):
-    fs = fsspec.filesystem("memory")
-    fs.pipe_file("/pages/r.html", b"<!doctype html>old")
-    fs.pipe_file("/pages/0.tar", b"a shard")
-    write_report(ReportConfig(scores=run.output, output="memory://pages/r.html", thumbnails=0))
-    assert len(fs.cat_file("/pages/r.html")) > 10_000
-    with pytest.raises(ValueError, match=r"pages/0.tar' is there and is no web page"):
-        ReportConfig(scores=run.output, output="memory://pages/0.tar")
-
-
 def test_tables_of_different_settings_are_refused(run, scorer, tmp_path):
     write_shard(tmp_path / "in/a.tar", [{"jpg": pair(0)["jpg"], "json": b'{"caption": "a photo"}'}])
     process_shards(
@@ -391,38 +304,3 @@ def test_the_threshold_of_another_kind_lies_in_its_range(run, tmp_path):
     folder = derive(shutil.copytree(run.output / "_scores", tmp_path / "scores"), "loss", np.negative, limits=(None, 0))
     with pytest.raises(ValueError, match=r"threshold is 0.25; a score of kind 'loss' lies in"):
         ReportConfig(scores=folder, output=tmp_path / "r.html", threshold=0.25)
-
-
-@pytest.mark.parametrize("scale", [1.0, -2.0], ids=["same order", "reversed"])
-def test_a_comparison_says_how_many_move_and_shows_which_most(run, tmp_path, scale):
-    folder = shutil.copytree(run.output / "_scores", tmp_path / "scores")
-    derive(folder, "loss", lambda cosines: np.float32(scale) * cosines)
-    config = ReportConfig(
-        scores=run.output, output=tmp_path / "r.html", compare=folder, shards=f"{run.shards}/*.tar", thumbnails=5
-    )
-    write_report(config)
-    page = (tmp_path / "r.html").read_text()
-    [section] = re.findall(r"<h2>Compared with loss</h2>(.*?)</section>", page, flags=re.DOTALL)
-    both, only_here, only_there, neither = (int(number) for number in re.findall(r"<td>(\d+)</td>", section))
-    scores = run.all_scores().astype(np.float64)
-    here = scores >= THRESHOLD
-    there = np.argsort(np.argsort(-scale * scores, kind="stable")) < here.sum()
-    assert (both, only_here) == ((here & there).sum(), (here & ~there).sum())
-    assert both + only_here == both + only_there == run.kept(THRESHOLD)
-    assert both + only_here + only_there + neither == sum(len(table.scores) for table in run.tables)
-    risen, fallen = section.split("<h3>Rank lower there</h3>")
-    if scale > 0:
-        assert only_here == only_there == 0
-    else:
-        assert risen.count("data:image/jpeg;base64") == fallen.count("data:image/jpeg;base64") == 12
-        lowest = scores[:12]
-        shown = [float(text) for text in re.findall(r'class="score">(\S+) here', risen)]
-        np.testing.assert_allclose(np.sort(shown), lowest, atol=1e-4)
-    assert "<script>alert" not in section
-
-
-def test_scores_of_other_shards_are_not_compared(run, scorer, tmp_path):
-    write_shard(tmp_path / "other.tar", [pair(1)])
-    process_shards(ScoreConfig(shards=tmp_path / "other.tar", output=tmp_path / "scores", num_workers=0), scorer)
-    with pytest.raises(ValueError, match="has no scores of the shard of"):
-        report(run, tmp_path, compare=tmp_path / "scores")

@@ -55,7 +55,7 @@ class RescoreConfig(RescoringConfig):
     """Input and method of ``rescore``.
 
     Such a run writes score tables of another kind; no model is loaded and no shard read. Creating a config checks all
-    that can be checked without the tables, and creates the output folder.
+    that can be checked without the tables.
 
     Attributes:
         scores: Folder of score tables; for a combination (``sum``, ``product``, ``min_rank``, ``then``) several,
