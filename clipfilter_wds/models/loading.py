@@ -33,6 +33,8 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         _check_spelling(name)
     if _is_folder(place):
         place = Path(place).expanduser()
+        if revision is not None:
+            raise ModelError(f"revision {revision!r} is for a model of a hub, and {name!r} is none; leave revision out")
     try:
         with _without_bars():
             return load(ModelSource(name=name, place=place, revision=revision))
