@@ -75,7 +75,9 @@ def test_a_folder_with_a_name_like_a_file_or_architecture_is_a_folder(clip_folde
 @pytest.mark.parametrize("kind", ["folder", "bundled", "open_clip"])
 def test_a_revision_of_what_is_on_no_hub(clip_folder, kind):
     model = {"folder": clip_folder, "bundled": "demo-tiny", "open_clip": f"open_clip:{clip_folder}"}[kind]
-    with pytest.raises(ModelError, match="revision 'main' is for a model of a hub, and .* is none; leave revision out"):
+    with pytest.raises(
+        ModelError, match=r"revision 'main' is for a model of a hub, and .* is none; leave revision out"
+    ):
         ClipScorer(model, device="cpu", revision="main")
 
 
