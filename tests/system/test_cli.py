@@ -240,6 +240,7 @@ class TestUnusableArguments:
         self.check(call, "rewrite", f"{shards}/*.tar", *options, says=f"model {clip_folder} there, {other} here")
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_and_a_pipe_does_not(shards, clip_folder, tmp_path):
     command = [*COMMAND, "rewrite", f"{shards}/*.tar", "--model", str(clip_folder), "--output"]
     piped = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True, check=True)

@@ -206,6 +206,7 @@ def test_nothing_is_left_after_starvation(half):
     assert watched.left() == []
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_many_quick_starts(half):
     watched, loader = Watched(), half.build(num_workers=1)
     for _ in range(3):
