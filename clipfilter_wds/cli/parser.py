@@ -1,5 +1,6 @@
 """Reads a command's options from its arguments and YAML files; what is typed always wins."""
 
+import json
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -187,18 +188,22 @@ class CommandParser:
 def _named_twice(root: yaml.Node | None) -> str | None:
     """The first key of a YAML file that it has twice, of which PyYAML would take the last."""
     seen: set[str] = set()
-    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         name = _key(str(key.value))
         if name in seen:
             return name
         seen.add(name)
+        if (below := _named_twice(value)) is not None:
+            return below
     return None
 
 
 def _as_text(value: Any) -> Any:
     """A list of texts, or names with their numbers, as they are typed: ``a,b`` and ``en=0.3,de=0.5``."""
     if isinstance(value, dict) and value and all(isinstance(one, int | float) for one in value.values()):
-        return ",".join(f"{name}={number}" for name, number in value.items())
+        # YAML takes true and null for more than their names.
+        names = (json.dumps(name) if name is None or isinstance(name, bool) else name for name in value)
+        return ",".join(f"{name}={number}" for name, number in zip(names, value.values(), strict=True))
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return ",".join(value)
     return value

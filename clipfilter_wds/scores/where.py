@@ -144,7 +144,7 @@ class _Compiler:
             values = self._values(right)
             if None in values:
                 raise self._none_error(left)
-            if self._is_integer(left) and any(isinstance(each, float) for each in values):
+            if self._kind(left) is int and any(isinstance(each, float) for each in values):
                 value = _as_fractions(value)
             listed = value.isin(values)
             return value.is_valid() & (listed if isinstance(op, ast.In) else ~listed)
@@ -152,41 +152,32 @@ class _Compiler:
             if isinstance(side, ast.Constant) and side.value is None:
                 raise self._none_error(other)
         sides = [value, self.expression(right)]
-        if self._is_fraction(left) or self._is_fraction(right):
-            sides = [
-                _as_fractions(side) if self._is_integer(node) else side
-                for node, side in zip((left, right), sides, strict=True)
-            ]
+        kinds = [self._kind(left), self._kind(right)]
+        if float in kinds:
+            sides = [_as_fractions(side) if kind is int else side for side, kind in zip(sides, kinds, strict=True)]
         return getattr(pc, _COMPARISONS[type(op)])(*sides)
 
-    def _is_fraction(self, node: ast.expr) -> bool:
+    def _kind(self, node: ast.expr) -> type[int] | type[float] | None:
+        """Whether a node stands for whole numbers or for fractions; None for anything else."""
         import pyarrow as pa
 
         match node:
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return self._is_fraction(operand)
+                return self._kind(operand)
+            case ast.BinOp():
+                return float
+            case ast.Constant(value=value):
+                return next((kind for kind in (int, float) if type(value) is kind), None)
             case ast.Name() | ast.Attribute():
-                return bool(pa.types.is_floating(self._schema.field(ast.unparse(node)).type))
-        return isinstance(node, ast.BinOp) or (isinstance(node, ast.Constant) and isinstance(node.value, float))
-
-    def _is_integer(self, node: ast.expr) -> bool:
-        import pyarrow as pa
-
-        match node:
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return self._is_integer(operand)
-            case ast.Name() | ast.Attribute():
-                return bool(pa.types.is_integer(self._schema.field(ast.unparse(node)).type))
-        return isinstance(node, ast.Constant) and type(node.value) is int
+                found = self._schema.field(ast.unparse(node)).type
+                return float if pa.types.is_floating(found) else int if pa.types.is_integer(found) else None
+        return None
 
     def _number(self, node: ast.expr) -> "pc.Expression":
-        import pyarrow as pa
-
         found = self.expression(node)
-        if isinstance(node, ast.Name | ast.Attribute):
-            kind = self._schema.field(ast.unparse(node)).type
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                raise ValueError(f"where {self._text!r}: {ast.unparse(node)} holds {kind}, which is no number")
+        if isinstance(node, ast.Name | ast.Attribute) and self._kind(node) is None:
+            name = ast.unparse(node)
+            raise ValueError(f"where {self._text!r}: {name} holds {self._schema.field(name).type}, which is no number")
         return found
 
     def _values(self, node: ast.expr) -> list[Any]:

@@ -88,6 +88,7 @@ class TestYaml:
             ("precision: fp8", "precision is 'fp8' in x.yaml; it must be one of auto, fp32, bf16, fp16"),
             ("batch_size: 0", "batch_size is 0; it must be at least 1"),
             ("threshold: 0.3\nflip: true\nthreshold: 0.5", "threshold is given twice in x.yaml; keep one of them"),
+            ("group_limits: {en: 0.3, en: 0.5}", "en is given twice in x.yaml; keep one of them"),
             ("num-workers: 1\nnum_workers: 2", "num_workers is given twice in x.yaml; keep one of them"),
             ("subset: ''", "subset is empty in x.yaml; it must be a path. Is a variable not set?"),
             ("- a", "--config x.yaml holds no options; write them as `batch_size: 64`, one per line"),
@@ -144,7 +145,11 @@ class TestYaml:
     def test_lists_of_what_is_typed_with_commas(self, configs):
         Path("x.yaml").write_text(
             "columns: ['json:a', 'json:ok=bool']\ncaption: [txt, 'json:alt']\ngroup_by: ok\nkeep_fraction: 0.5\n"
-            "group_limits: {true: 0.3, en: 1}\n"
+            "group_limits: {true: 0.3, null: 0, en: 1}\n"
         )
         run = configs("rewrite", "data/0.tar", "--output", "o", "--config", "x.yaml")[0]
-        assert (run.columns, run.caption, run.group_limits) == ("json:a,json:ok=bool", "txt,json:alt", "True=0.3,en=1")
+        assert (run.columns, run.caption, run.group_limits) == (
+            "json:a,json:ok=bool",
+            "txt,json:alt",
+            "true=0.3,null=0,en=1",
+        )

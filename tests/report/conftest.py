@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +46,11 @@ class Run:
     def all_scores(self) -> np.ndarray:
         """Of the samples that could be scored, lowest first."""
         return np.sort(np.concatenate([table.scores[table.usable] for table in self.tables]))
+
+
+def page_data(path: Path) -> dict:
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
 @pytest.fixture(scope="package")

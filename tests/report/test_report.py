@@ -22,14 +22,9 @@ from clipfilter_wds.report.pictures import MAX_THUMBNAIL_BYTES
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason
-from tests.report.conftest import THRESHOLD, Run
+from tests.report.conftest import THRESHOLD, Run, page_data
 from tests.support.score_tables import derive, written
 from tests.support.toys import encoded, pair, photo, write_shard
-
-
-def page_data(path) -> dict:
-    """What the page's script reads."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
 def report(run: Run, tmp_path, **options) -> dict:

@@ -32,7 +32,8 @@ class NegClipLoss:
     ) -> None:
         self._temperature, self._device = temperature, device
         self._images, self._texts = as_tensor(images, device), as_tensor(texts, device)
-        self._is_empty = ~(self._images.any(1) & self._texts.any(1))
+        is_empty = ~(self._images.any(1) & self._texts.any(1))
+        self._is_empty = is_empty if is_empty.any() else None
         assert len(images) % num_batches == 0
         self._num_batches, self._batch_size = num_batches, len(images) // num_batches
         self._num_rows, self._num_columns = block_shape(device)
@@ -75,7 +76,8 @@ class NegClipLoss:
             column = self._column[:size].copy_(others[first : first + size])
             logits = self._logits[: len(rows) * size].view(len(rows), size)
             torch.mm(scaled, column.T, out=logits)
-            logits.masked_fill_(self._is_empty[first : first + size], -torch.inf)
+            if self._is_empty is not None:
+                logits.masked_fill_(self._is_empty[first : first + size], -torch.inf)
             is_here = (places != NOT_SAMPLED) & (places >= first) & (places < first + size)
             logits[is_here, places[is_here] - first] = -torch.inf
             highest = torch.maximum(total, logits.amax(1))
