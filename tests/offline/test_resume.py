@@ -80,6 +80,7 @@ def run_and_die(config: RewriteConfig, folder, point: str) -> None:
 
     def die_or(write, name, *args):
         if name.startswith("00001"):
+            wait_for(config.folder / "00000_stats.json")  # which another process may be about to write
             family = " ".join(str(child.pid) for child in run.children(recursive=True))
             run.kill()
             (config.folder.parent / "family").write_text(family)
@@ -103,10 +104,15 @@ def rewrite_table(config: RewriteConfig, change) -> None:
         replace(scores, metadata=replace(scores.metadata, **change)).write(file)
 
 
+def wait_for(file: Path) -> None:
+    """Until a file is there and not empty."""
+    while not (file.exists() and file.read_text()):
+        time.sleep(0.01)
+
+
 def wait_for_end(family: Path) -> None:
     """Of the processes whose numbers are in a file, which is about to be there."""
-    while not (family.exists() and family.read_text()):
-        time.sleep(0.01)
+    wait_for(family)
     for pid in map(int, family.read_text().split()):
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait(FOREVER)
