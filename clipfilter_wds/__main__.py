@@ -1,5 +1,6 @@
 """Starts the program: ``clipfilter-wds`` and ``python -m clipfilter_wds``."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -14,7 +15,10 @@ def main() -> NoReturn:
         from clipfilter_wds import cli
     except KeyboardInterrupt:
         sys.exit(130)
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        gc.freeze()  # at the end Python looks through all that there is, which takes a second and finds nothing
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import get_type_hints
 from clipfilter_wds.cli.config import LogConfig, ShowConfig
 from clipfilter_wds.cli.options import plain_text
 from clipfilter_wds.cli.parser import CommandParser
+from clipfilter_wds.cli.quick_imports import quick_imports
 from clipfilter_wds.console import printable
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.models.config import ScorerConfig
@@ -26,7 +27,8 @@ PROGRAM = "clipfilter-wds"
 
 def demo(config: DemoConfig, show: ShowConfig) -> int:
     """Draw shards with known mistakes, filter them with a tiny CLIP, compare with the truth."""
-    from clipfilter_wds.demo.run import run_demo
+    with quick_imports():
+        from clipfilter_wds.demo.run import run_demo
 
     run_demo(config, quiet=show.quiet)
     return ALL_DONE
@@ -89,8 +91,9 @@ def export(config: ExportConfig, show: ShowConfig) -> int:
 
 def table(config: TableConfig, scorer: ScorerConfig, show: ShowConfig) -> int:
     """Write the rows of a table whose caption describes the image."""
-    from clipfilter_wds.models.scorer import ClipScorer
-    from clipfilter_wds.tables.run import process_table
+    with quick_imports():
+        from clipfilter_wds.models.scorer import ClipScorer
+        from clipfilter_wds.tables.run import process_table
 
     _refuse_ranks()
     process_table(config, partial(ClipScorer, **asdict(scorer)), quiet=show.quiet)
@@ -119,7 +122,8 @@ def _process(
         for line in describe_run(config, scorer):
             print(printable(without_secrets(line)))
         return ALL_DONE
-    from clipfilter_wds.cli.processing import process
+    with quick_imports():
+        from clipfilter_wds.cli.processing import process
 
     if engine.engine == "ray" or engine.devices is not None:
         _refuse_ranks("" if engine.devices is None else ", or leave out devices: every rank has one")
@@ -129,7 +133,8 @@ def _process(
 
 def _rescore(config: RescoreConfig | DedupConfig, show: ShowConfig) -> int:
     """Make score tables from score tables."""
-    from clipfilter_wds.offline.rescoring.progress import run_with_progress
+    with quick_imports():
+        from clipfilter_wds.offline.rescoring.progress import run_with_progress
     from clipfilter_wds.world import World
 
     world = World.from_env()

@@ -1,5 +1,6 @@
 """Runs the command that is named, and says in one line why it can't be."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from clipfilter_wds.cli.commands import (
     Command,
 )
 from clipfilter_wds.cli.options import where_is
-from clipfilter_wds.cli.termination import TerminatedError, ending_on_sigterm
 from clipfilter_wds.console import printable
 from clipfilter_wds.options import did_you_mean
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.version import __version__
+from clipfilter_wds.workers.interrupts import TerminatedError, interrupted_by
 
 _RESUME = "What was finished is whole; start the same command again to resume"
 
@@ -66,7 +67,7 @@ def _run(command: Command, args: Sequence[str]) -> int:
         command.parser.print_help()
         return ALL_DONE
     try:
-        with ending_on_sigterm():
+        with interrupted_by(signal.SIGTERM):
             return command.run(*command.parser.read(args))
     except ValueError as error:
         return _complain(str(error), UNUSABLE)

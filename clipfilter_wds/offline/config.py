@@ -263,7 +263,8 @@ class RewriteConfig(ScoreConfig):
     @property
     def settings(self) -> dict[str, Any]:
         """What the summary says of the options."""
-        return {**self.choice.settings, "samples_per_shard": self.samples_per_shard}
+        scores = None if self.scores is None else str(self.scores)
+        return {**self.choice.settings, "samples_per_shard": self.samples_per_shard, "scores": scores}
 
 
 def _check_apart(names: dict[str, str], folder: AnyPath) -> None:

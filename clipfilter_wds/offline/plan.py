@@ -1,7 +1,7 @@
 """Plans a run: which shards are scored, and what each output shard is made of."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, pairwise
 
@@ -133,11 +133,26 @@ def _cutoffs_of(choice: Choice, tables: Mapping[str, AnyPath]) -> Sequence[AnyCu
     found = find_group_cutoffs(read, choice.fraction_of)
     if choice.groups is None:
         return [cutoffs[""] for cutoffs in found]
-    if absent := sorted(set(choice.groups.limits).difference(*found)):
-        _log.warning(
-            "group_limits has a limit for %s, and no sample has that as its %s", ", ".join(absent), choice.groups.column
-        )
     return list(map(GroupCutoffs, found))
+
+
+def warn_of_absent_groups(choice: Choice, tables: Iterable[AnyPath | None]) -> None:
+    """Tell of limits whose group is in none of the tables, as one that is misspelt is. Holds a few tables at a time."""
+    groups = choice.groups
+    if groups is None:
+        return
+
+    def groups_of(table: AnyPath | None) -> set[str]:
+        try:
+            return set() if table is None else set(groups.of(ShardScores.read(table)))
+        except (ShardError, ValueError, OSError):
+            return set()  # its shard fails for that
+
+    found = set().union(*(of_one for _, of_one in ask_storage(groups_of, [*tables])))
+    if absent := sorted(groups.limits.keys() - found):
+        _log.warning(
+            "group_limits has a limit for %s, and no sample has that as its %s", ", ".join(absent), groups.column
+        )
 
 
 def _plan_packing(

@@ -13,8 +13,9 @@ from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine
+from clipfilter_wds.offline.engines.ranks import Ranks
 from clipfilter_wds.offline.next_steps import next_steps
-from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.offline.run import process_share
 from clipfilter_wds.offline.run_logger import RunLogger
 from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World
@@ -42,8 +43,8 @@ def run_with_progress(
     failed shards alone, on stderr. While the run works, a ``board`` shows, and has logged, what all ranks have done.
     Where ``reports`` says that a report is made next, nobody is told how.
     """
-    world = world or World()
-    is_first = world.rank == 0
+    ranks = Ranks(folder=config.folder, world=world or World(), timeout=rank_timeout)
+    is_first = ranks.world.rank == 0
     log = start_log() if start_log is not None and is_first else None
     console = Console(stderr=True, quiet=quiet or not is_first)
     scorer: ClipScorer | Engine | None = engine
@@ -55,8 +56,8 @@ def run_with_progress(
         show_run(config, is_first and not quiet, log.on_progress if log else _ignore) as on_progress,
     ):
         if board is not None:
-            on_progress = board.joined(world.rank, on_progress)
-        tally = process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_progress)
+            on_progress = board.joined(ranks.world.rank, on_progress)
+        tally = process_share(config, scorer, ranks, on_progress)
         if log is not None:
             log.log(tally)
     if is_first:

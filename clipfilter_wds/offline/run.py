@@ -1,7 +1,7 @@
 """Runs a config over its shards: does what is left to do, and sums up."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 from clipfilter_wds.models.scorer import ClipScorer
@@ -17,7 +17,7 @@ from clipfilter_wds.offline.engines.ranks import Ranks
 from clipfilter_wds.offline.kept import Saved
 from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
-from clipfilter_wds.offline.plan import plan_copying, plan_scoring
+from clipfilter_wds.offline.plan import plan_copying, plan_scoring, warn_of_absent_groups
 from clipfilter_wds.offline.score_task import ScoreTask
 from clipfilter_wds.offline.scoring import ScoringOptions
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
@@ -57,10 +57,16 @@ def process_shards(
         ValueError: When the output folder was begun with other settings, or the score tables can't be used.
         OSError: When the output can't be written, or the other ranks don't finish.
     """
-    world = world or World()
-    if progress:
-        with show_run(config, world.rank == 0, on_progress) as on_both:
-            return process_shards(config, scorer, world=world, rank_timeout=rank_timeout, on_progress=on_both)
+    ranks = Ranks(folder=config.folder, world=world or World(), timeout=rank_timeout)
+    with show_run(config, ranks.world.rank == 0, on_progress) if progress else nullcontext(on_progress) as on_both:
+        return process_share(config, scorer, ranks, on_both)
+
+
+def process_share(
+    config: ScoreConfig, scorer: ClipScorer | Engine | None, ranks: Ranks, on_progress: OnProgress
+) -> Tally:
+    """As :func:`process_shards`, for one who has made ``ranks`` before loading the model."""
+    world = ranks.world
     if config.dry_run:
         raise ValueError("dry_run is True, so nothing can be written; describe_run says what would be")
     if config.overwrite and world.world_size > 1:
@@ -78,7 +84,7 @@ def process_shards(
         options = replace(options, batch_size=resumed_batch_size(config, fingerprint))
     run = _Run(
         engine=engine,
-        ranks=Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress),
+        ranks=ranks,
         options=options,
         fingerprint=fingerprint,
         on_progress=on_progress,
@@ -102,10 +108,12 @@ def _score(config: ScoreConfig, run: "_Run") -> Tally:
     """Score, and copy: each shard as soon as it is scored, or all when there are all scores."""
     tasks = plan_scoring(config, run.fingerprint, run.options.rechecked_at(run.fingerprint))
     if not isinstance(config, RewriteConfig) or not config.needs_all_scores:
-        tally = run.ranks.run(tasks, run.score)
+        tally = run.ranks.run(tasks, run.score, run.on_progress)
         _fail_lost(config, run, tasks, tally)
+        if isinstance(config, RewriteConfig) and run.ranks.world.rank == 0:
+            warn_of_absent_groups(config.choice, [task.table for task in tasks])
         return tally
-    scored = run.ranks.run_together(tasks, run.score)
+    scored = run.ranks.run_together(tasks, run.score, run.on_progress)
     tables = {task.url: task.table for task in tasks if public_url(task.url) not in scored.failed}
     tally = _copy(config, run, tables)
     tally.num_shards += len(scored.failed)
@@ -118,7 +126,9 @@ def _score(config: ScoreConfig, run: "_Run") -> Tally:
 def _copy(config: RewriteConfig, run: "_Run", tables: Mapping[str, AnyPath | None]) -> Tally:
     """Copy what is kept of shards that have been scored."""
     plan = plan_copying(config, run.fingerprint, tables)
-    tally = run.ranks.run(plan.tasks, run.copy)
+    if run.ranks.world.rank == 0:
+        warn_of_absent_groups(config.choice, tables.values())
+    tally = run.ranks.run(plan.tasks, run.copy, run.on_progress)
     _fail_lost(config, run, plan.tasks, tally)
     if run.ranks.world.rank == 0:
         for files in plan.superseded:

@@ -217,4 +217,7 @@ def _naming_file(path: AnyPath) -> Iterator[None]:
     except PermissionError as error:
         raise ValueError(f"can't read the score table {str(path)!r}: {error.strerror}") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not a score table of clipfilter-wds: {error}") from error
+        raise ValueError(
+            f"{str(path)!r} is not a score table of clipfilter-wds: {str(error).rstrip('.')}; if it is a damaged one, "
+            "delete it, and the command that made it makes it anew"
+        ) from error

@@ -26,6 +26,10 @@ _AT_START = (
 )
 
 
+#: What is said where the time of a sample that nobody decodes any more runs out again.
+_TOO_SHORT = "; nothing of it was decoded, so worker_timeout is too short for any sample: give more seconds, or 0"
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRef:
     """A sample, or its shard where there is no index."""
@@ -54,11 +58,12 @@ class LostBatchError(WorkerError):
 
 
 class WorkerDiedError(WorkerError):
-    """A worker process died; the message says of what, and at which sample."""
+    """A worker process died; the message says of what, and at which sample, and ends with ``hint``."""
 
-    def __init__(self, sample: SampleRef | None, exit_code: int | None) -> None:
-        super().__init__(sample, exit_code)  # unpickling calls the class with these
+    def __init__(self, sample: SampleRef | None, exit_code: int | None, hint: str = "") -> None:
+        super().__init__(sample, exit_code, hint)  # unpickling calls the class with these
         self.sample, self.exit_code = sample, exit_code
+        self._hint = _AT_START if sample is None and exit_code == 1 else hint
 
     @property
     def cause(self) -> str:
@@ -66,8 +71,7 @@ class WorkerDiedError(WorkerError):
         return _cause(self.exit_code)
 
     def __str__(self) -> str:
-        hint = _AT_START if self.sample is None and self.exit_code == 1 else ""
-        return f"a worker process died ({self.cause}) at {self.sample or 'its start'}{hint}"
+        return f"a worker process died ({self.cause}) at {self.sample or 'its start'}{self._hint}"
 
 
 def _cause(exit_code: int | None) -> str:
@@ -101,6 +105,8 @@ class Quarantine:
         self._in_a_row += 1
         if death.sample is None or self._in_a_row > self._max_in_a_row:
             raise death
+        if death.exit_code == -signal.SIGALRM and death.sample in self.left_out:
+            raise WorkerDiedError(death.sample, death.exit_code, _TOO_SHORT)
         self._counts[death.sample] += 1
         if self._counts[death.sample] > 1:
             self.left_out.add(death.sample)

@@ -174,10 +174,11 @@ def test_a_shard_whose_table_lacks_the_column_of_the_groups_fails_alone(scorer, 
     assert tally.counts.seen > 0
 
 
-def test_a_limit_of_a_group_that_no_sample_is_in_is_told(scorer, shards, tmp_path, caplog):
-    config = RewriteConfig(
-        shards=shards, output=tmp_path, columns=COLUMNS, group_by="meta.lang", group_limits="de=0.25,eng=0.1",
-        keep_fraction=0.5, **OPTIONS,
-    )  # fmt: skip
-    process_shards(config, scorer)
-    assert caplog.messages == ["group_limits has a limit for eng, and no sample has that as its meta.lang"]
+@pytest.mark.parametrize(
+    "choice", [{"keep_fraction": 0.5}, {"threshold": 0.1}, {"threshold": 0.1, "samples_per_shard": 4}], ids=str
+)
+def test_a_limit_of_a_group_that_no_sample_is_in_is_told(scorer, shards, tmp_path, caplog, choice):
+    choice = {"shards": shards, "group_by": "meta.lang", "group_limits": "de=0.25,eng=0.1", **choice, **OPTIONS}
+    process_shards(RewriteConfig(output=tmp_path / "whole", columns=COLUMNS, **choice), scorer)
+    process_shards(RewriteConfig(output=tmp_path / "again", scores=tmp_path / "whole/_scores", **choice))
+    assert caplog.messages == ["group_limits has a limit for eng, and no sample has that as its meta.lang"] * 2

@@ -187,6 +187,7 @@ def test_the_summary_names_what_made_the_scores(scorer, shards, scores, tmp_path
     from_scores(shards, tmp_path / "out", scores)
     summary = json.loads((tmp_path / "out/summary.json").read_bytes())
     assert (summary["model"], summary["precision"], summary["scored"]) == (scorer.model_name, "fp32", 0)
+    assert summary["scores"] == str(scores)
 
 
 @pytest.mark.parametrize("choice", [{"threshold": 0.12}, {"keep_fraction": 0.5}])

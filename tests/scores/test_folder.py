@@ -109,5 +109,5 @@ def test_a_summary_of_something_else_is_named(tmp_path, text):
 def test_a_file_among_the_tables_that_is_none_is_refused(tmp_path, data):
     write_tables(tmp_path, ["/data/0.tar"])
     (tmp_path / "1.parquet").write_bytes(data)
-    with pytest.raises(ValueError, match=r"1\.parquet' is not a score table of clipfilter-wds"):
+    with pytest.raises(ValueError, match=r"1\.parquet' is not a score table of clipfilter-wds: .* delete it, and"):
         ScoreFolder(tmp_path)

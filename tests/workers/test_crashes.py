@@ -152,6 +152,14 @@ def test_a_slow_sample_is_no_crash_without_a_limit(scorer, evil, monkeypatch, tm
     assert num_kept(100 * timeout, timeout=timeout) == 2
 
 
+def test_a_limit_that_no_sample_can_keep_is_named_once(scorer, tmp_path, caplog):
+    write_shards(tmp_path / "in", {}, num_shards=1)
+    config = ScoreConfig(shards=f"{tmp_path}/in/*.tar", output=tmp_path / "out", num_workers=1, worker_timeout=1e-6)
+    with pytest.raises(WorkerDiedError, match=r"nothing of it was decoded, so worker_timeout is too short for any"):
+        process_shards(config, scorer)
+    assert len([message for message in caplog.messages if "died" in message]) <= 2
+
+
 def test_an_image_that_kills_among_those_that_measure_low_precision_ends_no_run_and_changes_no_bit(
     clip_folder, evil, monkeypatch, tmp_path
 ):

@@ -1,5 +1,6 @@
 """Shares a run among several devices of this machine: a process for each, as torchrun would start them."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
@@ -18,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, 
 from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.workers.cpus import num_cpus
 from clipfilter_wds.workers.crashes import WorkerError
+from clipfilter_wds.workers.interrupts import interrupted_by
 from clipfilter_wds.world import World
 
 #: Seconds that processes have to end by themselves after SIGTERM.
@@ -112,15 +114,17 @@ def _failure(ended: ProcessExitedException, num: int, folder: Path) -> Exception
 
 def _run_rank(rank: int, num: int, run: Run, board: Board, folder: str, start_method: str) -> None:
     """Be one of the processes. Exits with a code other than 0 unless all is done."""
+    gc.freeze()  # modules are no garbage; at its end, too, the process would look through them, for a second
     try:
-        _answer_signals()
-        multiprocessing.set_start_method(start_method, force=True)  # a spawned process would spawn its workers, too
-        parent = multiprocessing.parent_process()
-        if parent is None or not parent.is_alive():
-            return  # it died before it could have been told of
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus() // num)))
-        world = World(rank=rank, world_size=num, local_rank=rank, local_world_size=num)
-        outcome: dict[str, Any] = {"shards_failed": run(world, board)}
+        with interrupted_by(*_SIGNALS):  # Ctrl-C reaches every process of a terminal; whichever comes first
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            multiprocessing.set_start_method(start_method, force=True)  # a spawned process would spawn its workers, too
+            parent = multiprocessing.parent_process()
+            if parent is None or not parent.is_alive():
+                return  # it died before it could have been told of
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus() // num)))
+            world = World(rank=rank, world_size=num, local_rank=rank, local_world_size=num)
+            outcome: dict[str, Any] = {"shards_failed": run(world, board)}
     except KeyboardInterrupt:
         sys.exit(_STOPPED)
     except (ValueError, OSError, WorkerError) as error:
@@ -128,23 +132,6 @@ def _run_rank(rank: int, num: int, run: Run, board: Board, folder: str, start_me
     _outcome_file(Path(folder), rank).write_text(json.dumps(outcome))
     if "error" in outcome:
         sys.exit(1)
-
-
-def _answer_signals() -> None:
-    """Have Ctrl-C, which reaches every process of a terminal, and SIGTERM end this one, whichever comes first."""
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    for each in _SIGNALS:
-        signal.signal(each, _pass)  # this process is ending, and another one must not cut that short
-    raise KeyboardInterrupt
-
-
-def _pass(number: int, frame: object) -> None:
-    """Ignore a signal; with SIG_IGN, Python would print a traceback of one that comes at the same time."""
 
 
 def _outcome_file(folder: Path, rank: int) -> Path:

@@ -6,7 +6,7 @@ A rank may start late, die, or be started again: what counts is what the output 
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clipfilter_wds.offline.commit import AnyTask, Task, read_marks
 from clipfilter_wds.offline.tally import OnProgress, Phase, Tally
@@ -25,24 +25,31 @@ _MAX_NAMED = 5
 class Ranks:
     """The ranks that share a run, seen from one of them.
 
+    What the folder holds when they are made is what an earlier run has done, so rank zero makes them before it does
+    anything that takes time, such as loading a model: another one may be faster.
+
     Attributes:
         folder: The output folder, which all of them must see.
         world: This rank among all.
         timeout: Seconds that a rank waits for the others without any change in the folder.
-        on_progress: Told how far all ranks are while rank zero waits.
+        before: The files of the folder when the run began; none for one rank, which looks at the marks alone.
     """
 
     folder: AnyPath
     world: World
     timeout: float
-    on_progress: OnProgress
+    before: frozenset[str] = field(init=False)
 
-    def run(self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally]) -> Tally:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", self._present() if self.world.world_size > 1 else frozenset())
+
+    def run(self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally], on_progress: OnProgress) -> Tally:
         """Do this rank's share; on rank zero, then wait for the others.
 
         Args:
             tasks: Of all ranks.
             do: Does those of some tasks that have no mark yet.
+            on_progress: Told how far all ranks are while this one waits.
 
         Returns:
             The totals of all on rank zero, of its share on another.
@@ -52,11 +59,12 @@ class Ranks:
         """
         if self.world.world_size == 1:
             return do(tasks)
-        before = self._present()
-        own = self._do_share(tasks, do, before)
-        return own if self.world.rank else self._sum_up(tasks, do, own, before)
+        own = self._do_share(tasks, do)
+        return own if self.world.rank else self._sum_up(tasks, do, own, on_progress)
 
-    def run_together(self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally]) -> Tally:
+    def run_together(
+        self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally], on_progress: OnProgress
+    ) -> Tally:
         """Do this rank's share and wait for the others, on every rank; the totals are those of the share.
 
         What failed on any rank is in ``failed`` of all.
@@ -66,18 +74,16 @@ class Ranks:
         """
         if self.world.world_size == 1:
             return do(tasks)
-        own = self._do_share(tasks, do, self._present())
-        self._wait(tasks, own)
+        own = self._do_share(tasks, do)
+        self._wait(tasks, own, on_progress)
         own.failed |= {public_url(task.url): why for task in tasks if (why := _read_note(task)) is not None}
         return own
 
-    def _do_share(
-        self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally], before: frozenset[str]
-    ) -> Tally:
+    def _do_share(self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally]) -> Tally:
         # Every world_size-th, so that early and late shards are spread over all ranks.
         mine = tasks[self.world.rank :: self.world.world_size]
         for task in mine:
-            if str(note := _note_of(task)) in before:
+            if str(note := _note_of(task)) in self.before:
                 note.unlink(missing_ok=True)  # of an earlier run
         own = do(mine)
         for task in mine:
@@ -86,26 +92,30 @@ class Ranks:
         return own
 
     def _sum_up(
-        self, tasks: Sequence[AnyTask], do: Callable[[Sequence[AnyTask]], Tally], own: Tally, before: frozenset[str]
+        self,
+        tasks: Sequence[AnyTask],
+        do: Callable[[Sequence[AnyTask]], Tally],
+        own: Tally,
+        on_progress: OnProgress,
     ) -> Tally:
         left: list[AnyTask] = []
         while True:
-            self._wait(tasks, own)
-            tally, left = _total(tasks, before, own)
+            self._wait(tasks, own, on_progress)
+            tally, left = _total(tasks, self.before, own)
             if all(_note_of(task).is_file() for task in left):
                 break
             time.sleep(_LOOK_SECONDS)  # a mark was that of a shard that has changed since; its rank will do it again
         # A note may be of an earlier run, or the trouble over: try once more before giving up.
         failed = {**own.failed, **tally.failed}
         failed |= do([task for task in left if public_url(task.url) not in failed]).failed
-        tally, left = _total(tasks, before, own)
+        tally, left = _total(tasks, self.before, own)
         for task in left:
             tally.fail(task.url, failed.get(public_url(task.url), "it got no outcome"))
         for path in self.folder.rglob(f"*{_NOTE_SUFFIX}"):
             path.unlink(missing_ok=True)
         return tally
 
-    def _wait(self, tasks: Sequence[Task], own: Tally) -> None:
+    def _wait(self, tasks: Sequence[Task], own: Tally, on_progress: OnProgress) -> None:
         """Wait until every shard has a mark or a note."""
         seen, changed = frozenset[str](), time.monotonic()
         while True:
@@ -116,7 +126,7 @@ class Ranks:
                 return
             tally = Tally(num_shards=len(tasks), phase=Phase.WAITING, started=own.started)
             tally.done = len(tasks) - len(missing)
-            self.on_progress(tally)
+            on_progress(tally)
             if present != seen:
                 seen, changed = present, time.monotonic()
             elif time.monotonic() - changed > self.timeout:

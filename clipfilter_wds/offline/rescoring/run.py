@@ -61,6 +61,7 @@ def rescore_shards(
 def _rescore(
     config: RescoringConfig, world: World, rank_timeout: float, on_preparing: OnPreparing, on_progress: OnProgress
 ) -> Tally:
+    ranks = Ranks(folder=config.folder, world=world, timeout=rank_timeout)
     remove_leftovers(config.folder)
     sources, method = _prepare(config, on_preparing)
     run = _Run(sources=sources, method=method, fingerprint=method.fingerprint(sources), on_progress=on_progress)
@@ -73,8 +74,7 @@ def _rescore(
         )
         for shard in sources.shards
     ]
-    ranks = Ranks(folder=config.folder, world=world, timeout=rank_timeout, on_progress=on_progress)
-    tally = ranks.run(tasks, run.rescore)
+    tally = ranks.run(tasks, run.rescore, on_progress)
     if world.rank == 0:
         _write_summary(config, tally, sources, run.fingerprint)
     return tally
@@ -139,10 +139,7 @@ class RescoreTask:
         """See ``Task``. A table that was made of another one of this name is made anew."""
         if not self.table.is_file():
             return None
-        try:
-            scores = ShardScores.read(self.table)
-        except ValueError as error:
-            raise ValueError(f"{error}; delete it, and the same command makes it anew, or {_CURE}") from error
+        scores = ShardScores.read(self.table)
         check_fingerprint(scores.metadata.fingerprint, self.metadata.fingerprint, repr(str(self.table)), _CURE)
         return _stats_of(scores) if scores.metadata == self.metadata else None
 

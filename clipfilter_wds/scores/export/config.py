@@ -21,7 +21,8 @@ class ExportConfig:
         output: Folder to write to; it must be empty.
         format: ``clip_retrieval``: ``img_emb/``, ``text_emb/`` and ``metadata/``; or ``datacomp``: an ``.npz`` of
             embeddings and a ``.parquet`` of metadata per shard.
-        datacomp_model: How DataComp calls the model: ``b32`` (ViT-B/32) or ``l14`` (ViT-L/14); for ``datacomp``.
+        datacomp_model: How DataComp calls the model: ``b32`` (ViT-B/32) or ``l14`` (ViT-L/14, the default); for
+            ``datacomp`` alone.
 
     Raises:
         ValueError: When an option can't be used.
@@ -30,12 +31,16 @@ class ExportConfig:
     scores: str | Path
     output: str | Path
     format: Layout
-    datacomp_model: DataCompModel = "l14"
+    datacomp_model: DataCompModel | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in (("format", Layout), ("datacomp_model", DataCompModel)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(get_args(kinds))}")
+        for name, kinds in (("format", get_args(Layout)), ("datacomp_model", (None, *get_args(DataCompModel)))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(filter(None, kinds))}")
+        if self.datacomp_model is not None and self.format != "datacomp":
+            raise ValueError(
+                f"datacomp_model is for format 'datacomp', and format is {self.format!r}; leave datacomp_model out"
+            )
         check_writable(self.folder)
         check_apart(self.folder, self.scores)
         if any(True for _ in self.folder.rglob("*")):

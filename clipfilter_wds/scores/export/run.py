@@ -88,7 +88,7 @@ def _write_clip_retrieval(config: ExportConfig, part: _Part) -> None:
 
 
 def _write_datacomp(config: ExportConfig, part: _Part) -> None:
-    uids, model = part.uids, config.datacomp_model
+    uids, model = part.uids, config.datacomp_model or "l14"
     if not all(uids):
         key = part.table["key"][uids.index("")].as_py()
         found = f"sample {key!r} has no uid in its json member"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -82,9 +83,10 @@ class TestDeaths:
     def wait_for_ranks(self, process) -> list[psutil.Process]:
         while True:
             assert process.poll() is None, process.communicate()
-            ranks = [one for one in psutil.Process(process.pid).children() if one.children()]
-            if len(ranks) == 2:
-                return ranks
+            with suppress(psutil.NoSuchProcess):  # one that has just ended, such as a tool that a library asks
+                ranks = [one for one in psutil.Process(process.pid).children() if one.children()]
+                if len(ranks) == 2:
+                    return ranks
             time.sleep(0.1)
 
     @pytest.mark.slow

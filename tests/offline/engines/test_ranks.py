@@ -113,7 +113,7 @@ def test_ranks_cut_the_whole_runs_scores_at_a_fraction(shards, scorer, clip_fold
         assert process.exitcode == 0
     assert bits(tmp_path / "out") == bits(tmp_path / "one")
     summary = check_accounting(tmp_path / "out")
-    assert (summary["kept"], summary["seen"], summary["shards"]) == (36, 120, 7)
+    assert (summary["kept"], summary["seen"], summary["shards"], summary["resumed_shards"]) == (36, 120, 7, 0)
     assert list(summary["failed_shards"]) == [str(folder / "00002.tar")]
 
 

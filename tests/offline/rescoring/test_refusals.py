@@ -30,7 +30,7 @@ def test_a_damaged_table_of_the_output_is_refused_with_the_cure(scored, derived,
     whole = (output / "00001.parquet").read_bytes()
     for damaged in (b"", whole[:-10], b"PAR1"):
         (output / "00001.parquet").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"00001.parquet' is not a score table .*; delete it, and the same"):
+        with pytest.raises(ValueError, match=r"00001.parquet' is not a score table .* damaged one, delete it, and"):
             rescore_shards(RescoreConfig(scores=scored, output=output, **NEG))
     (output / "00001.parquet").unlink()
     assert rescore_shards(RescoreConfig(scores=scored, output=output, **NEG)).resumed == 3

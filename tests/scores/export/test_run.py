@@ -160,6 +160,10 @@ def test_an_export_does_not_mix_with_the_tables(scores):
 def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
     with pytest.raises(ValueError, match="format is 'csv'; use clip_retrieval or datacomp"):
         ExportConfig(scores=scores, output=tmp_path / "out", format="csv")
+    with pytest.raises(ValueError, match="datacomp_model is for format 'datacomp', and format is 'clip_retrieval'"):
+        ExportConfig(scores=scores, output=tmp_path / "out", format="clip_retrieval", datacomp_model="b32")
+    with pytest.raises(ValueError, match="datacomp_model is 'h14'; use b32 or l14"):
+        ExportConfig(scores=scores, output=tmp_path / "out", format="datacomp", datacomp_model="h14")
     write_shard(tmp_path / "0.tar", [pair(0)])
     for embeddings, layout, message in (
         (None, "datacomp", "made without embeddings, or derived from others; `clipfilter-wds score --embeddings"),
