@@ -43,8 +43,9 @@ def rewrite(shards: Path, output: Path, clip_folder: Path, *more: object) -> sub
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does_and_one_of_them_sums_up(shards, clip_folder, tmp_path):
-    one, two = (rewrite(shards, tmp_path / num, clip_folder, "--devices", num) for num in ("1", "2"))
+@pytest.mark.parametrize("more", [[], ["--resize_on_device"]], ids=["plain", "resize_on_device"])
+def test_two_processes_write_what_one_does_and_one_of_them_sums_up(shards, clip_folder, tmp_path, more):
+    one, two = (rewrite(shards, tmp_path / num, clip_folder, "--devices", num, *more) for num in ("1", "2"))
     assert (one.returncode, two.returncode) == (1, 1), two.stderr  # a shard is none
     assert bits(tmp_path / "2") == bits(tmp_path / "1")
     summary = check_accounting(tmp_path / "2")

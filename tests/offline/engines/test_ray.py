@@ -36,16 +36,23 @@ def call(command: str, shards: str, output, clip_folder, *more: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "choice", [("threshold", 0.12), pytest.param(("keep_fraction", 0.3), marks=pytest.mark.slow)], ids=lambda it: it[0]
+    ("choice", "resizes"),
+    [
+        (("threshold", 0.12), False),
+        pytest.param(("threshold", 0.12), True, marks=pytest.mark.slow),
+        pytest.param(("keep_fraction", 0.3), False, marks=pytest.mark.slow),
+    ],
+    ids=["threshold", "resize_on_device", "keep_fraction"],
 )
-def test_ray_writes_what_one_process_writes_and_fails_the_shards_that_it_fails(scorer, clip_folder, tmp_path, choice):
+def test_ray_writes_what_one_process_writes_and_fails_the_shards_that_it_fails(clip_folder, tmp_path, choice, resizes):
+    scorer = ClipScorer(clip_folder, device="cpu", resize_on_device=resizes)
     for shard in range(6):
         write_shard(tmp_path / "in" / f"{shard}.tar", [pair(100 * shard + i) for i in range(20)])
     (tmp_path / "in" / "garbage.tar").write_bytes(b"garbage" * 1000)
     shards = f"{tmp_path}/in/*.tar"
     options = {"batch_size": 8, "embeddings": "fp32", choice[0]: choice[1]}
     process_shards(RewriteConfig(shards=shards, output=tmp_path / "local", **options), scorer)
-    more = ("--embeddings", "fp32", f"--{choice[0]}", choice[1])
+    more = ("--embeddings", "fp32", f"--{choice[0]}", choice[1], *["--resize_on_device"] * resizes)
     assert call("rewrite", shards, tmp_path / "out", clip_folder, *more) == 1
     assert not ray.is_initialized()  # what was started here is gone
     assert bits(tmp_path / "out") == bits(tmp_path / "local")
