@@ -1,6 +1,7 @@
 """Logs how a run goes, with a logger of Lightning."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,9 @@ def _make(log_to: LogTo, folder: Path, run: str) -> "Logger":
         case "wandb":
             return loggers.WandbLogger(project=_PROJECT, name=run, save_dir=folder)
         case "mlflow":
-            return loggers.MLFlowLogger(_PROJECT, run_name=run, save_dir=str(folder / log_to))
+            # Newer mlflow refuses to keep runs as plain files.
+            tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
+            return loggers.MLFlowLogger(_PROJECT, run_name=run, tracking_uri=tracking)
 
 
 def _plain(value: Any) -> Any:
