@@ -18,15 +18,17 @@ class BadLines:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    _num_named: int = 0
 
-    def add(self, where: str, why: object) -> None:
-        """Count a line; ``where`` names it (``line 17``)."""
-        self.count += 1
+    def add(self, where: str, why: object, num_lines: int = 1) -> None:
+        """Count a line, or several that belong together; ``where`` names them (``line 17``)."""
+        self.count += num_lines
         if len(self.first) < _MAX_REMEMBERED:
             self.first.append(f"{where}: {why}")
+            self._num_named += num_lines
 
     def __str__(self) -> str:
-        more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        more = f"; and {self.count - self._num_named:,} more" if self.count > self._num_named else ""
         return "; ".join(self.first) + more
 
 
