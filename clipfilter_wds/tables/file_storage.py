@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.tables.formats.json_lines import BadLines, dump_record, read_json_lines
+from clipfilter_wds.tables.formats.json_lines import BadLines, dump_record, load_json, read_json_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +128,7 @@ def _read(path: Path, file_type: CacheType) -> "pd.DataFrame":
             if file_type == "csv":
                 return pandas.read_csv(file, keep_default_na=False, na_values=[""])
             if file_type == "json":
-                return pandas.DataFrame(_parse(file.read()))
+                return pandas.DataFrame(_records_of(file.read()))
             return _read_jsonl(path, file)
         except pandas.errors.EmptyDataError:
             return pandas.DataFrame()
@@ -146,9 +146,18 @@ def _read_jsonl(path: Path, file: BinaryIO) -> "pd.DataFrame":
     return _import_pandas().DataFrame(records)
 
 
+def _records_of(text: bytes) -> Any:
+    """What a ``.json`` holds: an array of objects, or, as pandas writes them too, an object of columns."""
+    parsed = _parse(text)
+    is_array = isinstance(parsed, list) and all(isinstance(row, dict) for row in parsed)
+    if not is_array and not isinstance(parsed, dict):
+        raise ValueError("it holds no array of objects")
+    return parsed
+
+
 def _parse(text: bytes) -> Any:
     """Parse JSON and replace halves of surrogate pairs: pandas can't hold a table that has one."""
-    parsed = json.loads(text)
+    parsed = load_json(text)
     if _may_hold_surrogates(text):
         parsed = json.loads(json.dumps(parsed, ensure_ascii=False).encode("utf-8", errors="replace"))
     return parsed

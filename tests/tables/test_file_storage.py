@@ -115,6 +115,10 @@ class TestReading:
         [
             ("in.parquet", b"no parquet", "as parquet"),
             ("in.json", b"{", "as json"),
+            ("in.json", b"3", "as json: it holds no array of objects"),
+            ("in.json", b"[1, 2]", "as json: it holds no array of objects"),
+            ("in.json", b"[" * 100_000, "as json: it is nested too deeply"),
+            ("in.jsonl", '{"a": 1}\n{"a": 2}\n'.encode("utf-16"), "as jsonl: it is in UTF-16"),
             ("in.csv", b'a,b\n1,2,3\n1,2,3,4\n"', "as csv"),
             ("in.tsv", b"", "'tsv' is no table format; use json, jsonl, csv, parquet"),
         ],

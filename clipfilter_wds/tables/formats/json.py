@@ -1,6 +1,5 @@
 """Reads and writes tables of JSON objects: one per line, or all in one array."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, read_json_lines
+from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, load_json, read_json_lines
 from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted, in_runs
 
 #: How many rows may be read to learn which columns there are.
@@ -66,7 +65,7 @@ class JsonArrayReader:
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
         self.bad_lines = BadLines()
-        array = json.load(file)
+        array = load_json(file.read())
         if not isinstance(array, list):
             raise ValueError(
                 f"it holds a {type(array).__name__}, not an array of objects; for JSON lines, name it .jsonl"

@@ -4,6 +4,7 @@ import re
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from clipfilter_wds.tables.formats.json import JsonLinesReader
@@ -31,6 +32,22 @@ def test_a_file_of_bad_lines_only_is_an_error(call, folder, tmp_path):
     code, _, err = call(tmp_path / "array.jsonl", "--output", tmp_path / "kept.jsonl", model="/no/model")
     assert code == 2
     assert "there is no JSON object in it (line 1:" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_json_lines_in_utf16_are_named(call, tmp_path, encoding):
+    line = '{"image": "a.jpg", "caption": "a"}\n'
+    (tmp_path / "in.jsonl").write_text(line * 3, encoding=encoding, newline="")
+    code, _, err = call(tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", model="/none")
+    assert code == 2
+    assert "in.jsonl': it is in UTF-16 or UTF-32; save it as UTF-8" in err
+
+
+def test_an_array_in_an_array_in_an_array_is_an_error(call, tmp_path):
+    (tmp_path / "in.json").write_text("[" * 100_000)
+    code, _, err = call(tmp_path / "in.json", "--output", tmp_path / "out.json", model="/none")
+    assert code == 2
+    assert "in.json': it is nested too deeply" in err
 
 
 @settings(max_examples=50)
