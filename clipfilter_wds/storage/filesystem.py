@@ -40,10 +40,10 @@ def check_installed(url: str) -> None:
     """Check that the package for a URL's scheme is installed, without connecting to anything.
 
     Raises:
-        ValueError: When it is not, naming the pip command. An unknown scheme passes, and fails when it is opened.
+        ValueError: When it is not, naming the pip command. An unknown scheme or cache passes, and fails when it is
+            opened.
     """
     parsed = parse_url(url)
-    parsed.check()
     try:
         fsspec.get_filesystem_class(parsed.scheme or "file")
     except ImportError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import check_installed
 from clipfilter_wds.storage.open import open_once
 from clipfilter_wds.types import DropReason, UnusableError
@@ -12,6 +13,8 @@ MAX_IMAGE_BYTES = 1 << 28
 
 _WEB_SECONDS = 30.0
 _READ_BYTES = 1 << 20
+#: Of a name, what is looked at for secrets, and what is shown.
+_MAX_NAME_CHARS, _MAX_SHOWN_CHARS = 1000, 200
 
 
 class StoredImage(str):
@@ -39,6 +42,14 @@ class SeveralImages(str):
     """The names of several images, where a row should have one."""
 
     __slots__ = ()
+
+
+def shown_name(image: str | None) -> str:
+    """What messages call an image: quoted, without a URL's secrets, and cut where it is long, as encoded images are."""
+    if image is None:
+        return "None"
+    name = without_secrets(image[:_MAX_NAME_CHARS])
+    return repr(name) if len(name) <= _MAX_SHOWN_CHARS else f"{name[:_MAX_SHOWN_CHARS]!r} …"
 
 
 def is_remote(image: str) -> bool:

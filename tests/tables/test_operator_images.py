@@ -105,6 +105,22 @@ class TestWhatTheOriginalCrashesOn:
                 operator.compute_similarity(str(odd_images / "folder.jpg"), "a caption")
         assert len([record for record in caplog.records if "unreadable_image" in record.getMessage()]) == 1
 
+    def test_a_message_holds_no_password_and_no_encoded_image(self, clip_folder, caplog):
+        operator = ImageClipFilter(str(clip_folder), device="cpu")
+        secret = "http://me:hunter2@127.0.0.1:1/a.jpg?token=abc"
+        with caplog.at_level(logging.WARNING):
+            run_operator(operator, pd.DataFrame({"image": [secret], "caption": ["a"]}))
+            operator.compute_similarity("iVBORw0KGgo" * 1_000_000, "a caption")
+        first, second = (record.getMessage() for record in caplog.records)
+        assert "(image 'http://127.0.0.1:1/a.jpg')" in first
+        assert "image 'iVBORw0KGgo" in second
+        assert len(second) < 400
+
+    def test_an_odd_url_is_an_image_that_cannot_be_read(self, operator, table, tmp_path):
+        odd = [f"simplecache::file://{tmp_path}/a.jpg", "filecache::https://127.0.0.1:1/a.jpg", "a::b://c/d.jpg"]
+        rows = pd.DataFrame({"image": [table.image[0], *odd], "caption": ["a"] * 4})
+        assert len(run_operator(operator, rows, threshold=0.0)[1]) == 4
+
 
 class _Gathering(SimpleHTTPRequestHandler):
     """Answers nobody before so many have asked."""
