@@ -185,6 +185,9 @@ class _CsvWriter:
     def finish(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def csv_line(cells: Sequence[str], delimiter: str) -> str:
     """A line without its end."""

@@ -160,3 +160,6 @@ class _JsonWriter:
 
     def finish(self) -> None:
         self._file.write(self._empty if self._is_empty else self._end)
+
+    def close(self) -> None:
+        pass
