@@ -150,7 +150,7 @@ class _Expander:
         if pattern in self._lists:
             raise ValueError(f"the list of shards {pattern[1:]!r} names itself")
         self._lists.append(pattern)
-        for line in _lines(Path(pattern[1:])):
+        for line in _lines(pattern[1:]):
             yield from self.expand(line)
         self._lists.remove(pattern)
 
@@ -271,8 +271,10 @@ def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str
     return [pattern] if len(parts) == 1 else [part.strip() for part in parts if part.strip()]
 
 
-def _lines(path: Path) -> list[str]:
-    path, what = path.expanduser(), "the list of shards"
+def _lines(name: str) -> list[str]:
+    path, what = parse_url(name).local_path, "the list of shards"
+    if path is None:
+        raise ValueError(f"{what} {without_secrets(name)!r} is not on this machine; copy it here")
     try:
         lines = [*map(str.strip, read_lines(path, what))]
     except ValueError:

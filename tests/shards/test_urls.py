@@ -164,6 +164,7 @@ def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
         ("@sub", "can't read the list of shards 'sub': Is a directory"),
         ("@itself.txt", "the list of shards 'itself.txt' names itself"),
         ("@empty.txt", "no shard matches '@empty.txt'"),
+        ("@memory://list.txt", "the list of shards 'memory://list.txt' is not on this machine; copy it here"),
     ],
 )
 def test_what_names_no_shard_is_an_error_that_says_so(folder, shards, message):
