@@ -16,7 +16,7 @@ _MAX_PEEKED = 1000
 
 
 class JsonLinesReader:
-    """Reads JSON lines. Kept lines are written byte for byte, unless a score is added to them.
+    """Reads JSON lines. Kept lines are written byte for byte, with the score at their ends if one is added.
 
     Args:
         file: The open file.
@@ -137,6 +137,13 @@ def json_array_writer(file: BinaryIO, score_key: str | None) -> "_JsonWriter":
     return _JsonWriter(file, score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
 
 
+def _with_cell(line: bytes, record: Record, key: str, value: float | None) -> bytes:
+    """An object's line with a key added, all else as it stands: numbers and text can be written in several ways."""
+    if key in record:
+        return dump_record({**record, key: value})
+    return line[:-1].rstrip() + (b", " if record else b"") + dump_record({key: value})[1:]
+
+
 class _JsonWriter:
     def __init__(
         self, file: BinaryIO, score_key: str | None, *, begin: bytes, between: bytes, end: bytes, empty: bytes
@@ -150,7 +157,7 @@ class _JsonWriter:
             line, record = rows.stored[row]
             if self._score_key is not None:
                 score = float(similarity[row])
-                line = dump_record({**record, self._score_key: None if math.isnan(score) else score})
+                line = _with_cell(line, record, self._score_key, None if math.isnan(score) else score)
             self.write_line(line)
 
     def write_line(self, line: bytes) -> None:

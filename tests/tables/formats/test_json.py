@@ -66,3 +66,25 @@ def test_whatever_the_records_hold_they_come_back_with_a_score(tmp_path_factory,
         writer.finish()
     found = [json.loads(line) for line in out.getvalue().decode().split("\n")[:-1]]
     assert found == [{**record, "s": 0.5} for record in records]
+
+
+def test_lines_that_get_a_score_stay_as_they_are_otherwise(tmp_path):
+    lines = [
+        b'{"image": "a", "caption": "\\u00e9", "n": 0.10000000000000000000001, "big": 1e400 }',
+        b'{"image":"b","caption":"\xc3\xa9","image":"c"}',
+        b"{ }",
+        b'{"s": 1, "image": "d"}',
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\r\n".join(lines))
+    out = io.BytesIO()
+    with (tmp_path / "in.jsonl").open("rb") as file:
+        reader = JsonLinesReader(file, Wanted(image_key="image", caption_key="caption", score_key="s", num_rows=9))
+        writer = reader.writer(out)
+        for run in reader.read():
+            writer.write(run, np.ones(4, dtype=bool), np.full(4, 0.5, dtype=np.float32))
+    assert out.getvalue().split(b"\n") == [
+        b'{"image": "a", "caption": "\\u00e9", "n": 0.10000000000000000000001, "big": 1e400, "s": 0.5}',
+        b'{"image":"b","caption":"\xc3\xa9","image":"c", "s": 0.5}',
+        b'{"s": 0.5}',
+        b'{"s": 0.5, "image": "d"}',
+    ]
