@@ -117,7 +117,12 @@ class ImageClipFilter:
     def is_consistent(
         self, image_path: str | PathLike[str], caption: str, threshold: float = DEFAULT_THRESHOLD
     ) -> bool:
-        """Whether a pair's score is at least ``threshold``."""
+        """Whether a pair's score is at least ``threshold``.
+
+        Raises:
+            ValueError: When the threshold lies outside [-1, 1].
+        """
+        COSINES.check_threshold(threshold)
         return self.compute_similarity(image_path, caption) >= threshold
 
     def _keep(self, pairs: Sequence[Pair], threshold: float) -> np.ndarray:
