@@ -135,6 +135,8 @@ class _Expander:
             yield pattern
         elif _is_named(pattern):
             yield pattern  # where a file has that very name, no character in it means anything else
+        elif (folder := _folder_named(pattern)) is not None:
+            yield from _shards_in(pattern, folder)
         elif pattern.startswith("@") and _is_named(pattern[1:]):
             yield from self._expand_list(pattern)
         else:
@@ -190,6 +192,13 @@ def _is_named(path: str) -> bool:
     if parsed.scheme is not None or parsed.local_path is None or not os.path.lexists(parsed.local_path):
         return False
     return has_tar_suffix(path) or not _is_dir(parsed.local_path)
+
+
+def _folder_named(path: str) -> Path | None:
+    """The folder of this machine that has this very name, if there is one; not one that is named like a shard."""
+    parsed = parse_url(path)
+    folder = parsed.local_path if path and parsed.scheme is None else None
+    return folder if folder is not None and _is_dir(folder) and not has_tar_suffix(path) else None
 
 
 def _is_dir(path: Path) -> bool:
