@@ -6,6 +6,7 @@ from typing import BinaryIO, Self
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import check_installed
 from clipfilter_wds.storage.open import open_once
+from clipfilter_wds.storage.url import parse_url
 from clipfilter_wds.types import DropReason, UnusableError
 
 #: A larger file is dropped as ``member_too_large``, like a member of a shard.
@@ -54,7 +55,7 @@ def shown_name(image: str | None) -> str:
 
 def is_remote(image: str) -> bool:
     """Whether this is the URL of something other than a file on this machine."""
-    return not isinstance(image, StoredImage | SeveralImages) and "://" in image and not image.startswith("file://")
+    return not isinstance(image, StoredImage | SeveralImages) and parse_url(image).local_path is None
 
 
 def check_protocol(image: str) -> None:
@@ -93,7 +94,9 @@ def read_image(image: str, folder: Path) -> bytes:
 def _read(image: str, folder: Path) -> bytes:
     if isinstance(image, StoredImage):
         return image.data
-    return _fetch(image) if is_remote(image) else _read_file(folder / image.removeprefix("file://"))
+    if is_remote(image):
+        return _fetch(image)
+    return _read_file(folder / (image if parse_url(image).scheme is None else image.partition("://")[2]))
 
 
 def _read_file(path: Path) -> bytes:

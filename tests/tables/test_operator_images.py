@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from clipfilter_wds.tables.images import is_remote
 from clipfilter_wds.tables.operator import ImageClipFilter
 from tests.support.dataflow import Memory, run_operator
 from tests.support.pace import FOREVER
@@ -54,6 +55,16 @@ class TestWhatTheOriginalCrashesOn:
     )
     def test_an_image_that_cannot_be_used_scores_zero(self, operator, odd_images, name):
         assert operator.compute_similarity(str(odd_images / name), "a caption") == 0.0
+
+    @pytest.mark.parametrize("scheme", ["file", "FILE", "local"])
+    def test_a_file_of_this_machine_is_one_by_whatever_url(self, operator, odd_images, table, scheme):
+        expected = operator.compute_similarity(table.image[0], table.caption[0])
+        assert expected > 0
+        url = f"{scheme}://{Path(table.image[0]).absolute()}"
+        assert not is_remote(url)
+        assert operator.compute_similarity(url, table.caption[0]) == expected
+        assert not is_remote(f"{scheme}://{odd_images}/pipe.jpg")  # nor is it waited for
+        assert operator.compute_similarity(f"{scheme}://{odd_images}/pipe.jpg", "a caption") == 0.0
 
     @pytest.mark.parametrize("caption", [None, float("nan"), pd.NA, pd.NaT, "", " \n", ["a", "list"], {"a": "dict"}])
     def test_a_caption_that_is_none_scores_zero(self, operator, table, caption):

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import compress
+from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -50,7 +51,10 @@ _ReadRecords = Callable[[], Iterator[Record]]
 
 
 class _ColumnConverter:
-    """Collects the rows in a file without a name, since all rows must be seen to know the columns and their types."""
+    """Collects the rows in a file without a name, since all rows must be seen to know the columns and their types.
+
+    It lies where the output does: the folder of temporary files may be small, or in memory.
+    """
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class _ColumnConverter:
     ) -> None:
         self._reader, self._file, self._write, self._score_key = reader, file, write, score_key
         self._columns = dict.fromkeys(reader.columns)
-        self._spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # close closes it
+        self._spool: IO[bytes] = tempfile.TemporaryFile(dir=Path(file.name).parent)  # noqa: SIM115  # close closes it
 
     def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
         for record in _kept(self._reader, rows, keep, similarity, self._score_key):
