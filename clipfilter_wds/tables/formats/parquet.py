@@ -1,5 +1,6 @@
 """Reads and writes parquet tables."""
 
+import io
 import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -77,13 +78,28 @@ class ParquetReader:
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
+        return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, self._compressions())
+
+    def _compressions(self) -> list[str]:
+        """How each column is compressed, those within others too, as a writer takes it."""
         metadata = self._file.metadata
-        compression = metadata.row_group(0).column(0).compression if metadata.num_row_groups else "snappy"
-        return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, compression)
+        if not metadata.num_row_groups:
+            return ["snappy"] * metadata.num_columns
+        group = metadata.row_group(0)
+        found = [str(group.column(index).compression).lower() for index in range(metadata.num_columns)]
+        return [name.replace("uncompressed", "none") for name in found]
 
     def _index(self, key: str) -> int:
         index: int = self._file.schema_arrow.names.index(key)  # the first, if several have this name
         return index
+
+
+def _paths_of(schema: pa.Schema) -> list[str]:
+    """What a file of this schema calls its columns, those within others too; other writers call some otherwise."""
+    file = io.BytesIO()
+    pq.write_table(schema.empty_table(), file)
+    columns = pq.ParquetFile(file).schema
+    return [columns.column(index).path for index in range(len(columns))]
 
 
 def _runs_of(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -147,12 +163,12 @@ def _kept(batch: pa.RecordBatch, keep: np.ndarray) -> pa.RecordBatch:
 
 
 class _ParquetWriter:
-    def __init__(self, file: BinaryIO, schema: pa.Schema, score_key: str | None, compression: str) -> None:
+    def __init__(self, file: BinaryIO, schema: pa.Schema, score_key: str | None, compressions: list[str]) -> None:
         self._has_score = score_key is not None
         self._schema = schema if score_key is None else schema.append(pa.field(score_key, pa.float32()))
-        self._writer = pq.ParquetWriter(
-            file, self._schema, compression=compression.lower().replace("uncompressed", "none")
-        )
+        # That of the score is the last one's.
+        compression = dict(zip(_paths_of(self._schema), [*compressions, compressions[-1]], strict=False))
+        self._writer = pq.ParquetWriter(file, self._schema, compression=compression)
         self._waiting: list[pa.RecordBatch] = []
 
     def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:

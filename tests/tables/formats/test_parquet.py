@@ -19,6 +19,19 @@ def test_parquet_keeps_schema_metadata_and_compression(call, folder, tmp_path):
     assert after.metadata.num_row_groups == 1
 
 
+@pytest.mark.parametrize("entry", ["element", "item"])
+def test_each_column_keeps_its_compression(call, folder, tmp_path, entry):
+    columns = {"list": [["images/1.jpg"]], "more": [{"x": 1, "y": "a"}], "caption": ["photo"]}
+    chosen = {f"list.list.{entry}": "brotli", "more.x": "gzip", "more.y": "none", "caption": "zstd"}
+    options = {"compression": chosen, "use_compliant_nested_type": entry == "element"}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet", **options)
+    options = ("--output", tmp_path / "out.parquet", "--image_key", "list", "--score_key", "s")
+    assert call(tmp_path / "in.parquet", *options, threshold=0)[0] == 0
+    group = pq.ParquetFile(tmp_path / "out.parquet").metadata.row_group(0)
+    found = {group.column(index).path_in_schema: group.column(index).compression for index in range(5)}
+    assert list(found.values()) == ["BROTLI", "GZIP", "UNCOMPRESSED", "ZSTD", "ZSTD"]
+
+
 #: As Hugging Face's tables have images: as struct, with features in the metadata.
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _METADATA = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
