@@ -1,6 +1,6 @@
 """Prepares samples for CLIP: opens their pairs, and makes the views and token ids that a scorer takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -120,13 +120,13 @@ class ClipPreprocess:
             passed_on[name] = decode_member(name, value) if isinstance(value, bytes) else value
         return {**passed_on, "image": image, "text": captions[0] if len(captions) == 1 else captions, **inputs}
 
-    def pair(self, image: Any, caption: str | Sequence[str] | None) -> dict[str, Any]:
+    def pair(self, image: Any, caption: str | Iterable[str | None] | None) -> dict[str, Any]:
         """The columns that a filter needs of a pair, for samples of any kind.
 
         Args:
             image: Bytes of an image file, a Pillow image, ``{"bytes": ..., "path": ...}`` as Hugging Face has images
                 that it does not decode, or None.
-            caption: Or several of one image.
+            caption: Or several of one image, in a list or an array; entries that are no text are left out.
 
         Returns:
             ``pixel_values`` (uint8 ``[3, H, W]``), ``input_ids`` (int64 ``[max_length]``, or ``[K, max_length]`` for K
@@ -134,7 +134,7 @@ class ClipPreprocess:
 
         Raises:
             ValueError: When the device is to resize images.
-            TypeError: When the image is none of these.
+            TypeError: When the image is none of these, or the caption no text.
         """
         self._check_makes_views()
         try:

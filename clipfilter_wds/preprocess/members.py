@@ -3,7 +3,8 @@
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +86,7 @@ def stored_image(value: Any) -> Any:
         value = data if data is not None or path is None else _read_file(Path(path))
     if value is None:
         raise UnusableError(DropReason.MISSING_IMAGE)
-    return value
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value
 
 
 def _read_file(path: Path) -> bytes:
@@ -97,16 +98,20 @@ def _read_file(path: Path) -> bytes:
         raise UnusableError(DropReason.UNREADABLE_IMAGE) from error
 
 
-def captions_in(value: str | Sequence[str] | None) -> list[str]:
-    """The captions that a column of a table holds.
+def captions_in(value: Any) -> list[str]:
+    """The captions that a column of a table holds: text, or the texts of a list or an array.
 
     Raises:
-        UnusableError: ``missing_caption``.
+        UnusableError: ``missing_caption``: None, what stands for it elsewhere (NaN, NA), or a list without a text.
+        TypeError: When it is something else.
     """
-    captions = [value] if isinstance(value, str) else list(value or [])
+    if isinstance(value, Mapping | bytes | bytearray | Integral):
+        raise TypeError(f"the caption is a {type(value).__name__}; give a text, or a list of texts")
+    texts = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    captions = [encodable(text) for text in texts if isinstance(text, str)]
     if not captions:
         raise UnusableError(DropReason.MISSING_CAPTION)
-    return list(map(encodable, captions))
+    return captions
 
 
 def first_image(data: Mapping[str, Any], layout: SampleLayout) -> Any:

@@ -59,9 +59,14 @@ class ScoreKind:
 
         Raises:
             ValueError: When it does not lie in the range of the kind, or is not a number.
+            TypeError: When it is no number, such as text from a file of settings.
         """
         low, high = (-np.inf if self.low is None else self.low), (np.inf if self.high is None else self.high)
-        if low <= threshold <= high:
+        try:
+            is_possible = low <= threshold <= high
+        except TypeError:
+            raise TypeError(f"threshold is {threshold!r}; it must be a number") from None
+        if is_possible:
             return threshold
         if not self.is_cosine:
             raise ValueError(f"threshold is {threshold:g}; a score of kind {self.name!r} lies in [{low:g}, {high:g}]")

@@ -1,10 +1,14 @@
 """Says what a file is that is no tar archive, by its first bytes."""
 
+import re
+
 _REPACK = "shards are .tar, .tar.gz or .tar.zst: unpack it and pack it anew"
 _NOT_LOADED = "it was put where the shard should be: download the shard again"
 
 #: What files begin with, what they are then, and what to do.
 _KINDS = (
+    (b"\x1f\x8b", "compressed twice", "unpack it once: gunzip"),  # what is compressed once has been unpacked here
+    (b"\x28\xb5\x2f\xfd", "compressed twice", "unpack it once: unzstd"),
     (b"\xfd7zXZ\0", "compressed with xz", _REPACK),
     (b"BZh", "compressed with bzip2", _REPACK),
     (b"\x04\x22\x4d\x18", "compressed with lz4", _REPACK),
@@ -16,9 +20,13 @@ _KINDS = (
     (b"<", "a page of HTML or XML, such as an error message", _NOT_LOADED),
     (b"{", "JSON, such as an error message", _NOT_LOADED),
 )
+#: A first line that names a shard.
+_LIST = re.compile(rb"[^\0-\x1f]+\.(tar|tgz|tzst|tar\.(gz|zst|zstd))\s*(\n|$)", re.IGNORECASE)
 
 
 def describe_file(start: bytes) -> str | None:
     """What a file is that begins with these bytes, and what to do; None when it is none of the known kinds."""
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if _LIST.match(start):
+        return "a list of shards; write @ before its name"
     return next((f"{what}; {cure}" for magic, what, cure in _KINDS if start.startswith(magic)), None)

@@ -43,6 +43,8 @@ def shard_name(url: str) -> str:
         ValueError: When no output file could have it.
     """
     name = _TAR_SUFFIX.sub("", posixpath.basename(_place_of(url)))
+    if url.endswith("/") and parse_url(url).local_path is None:
+        raise ValueError(f"{without_secrets(url)!r} is a folder; name its shards: {without_secrets(url)}*.tar")
     if name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"{without_secrets(url)!r} has no base name that an output file could have")
     if (num_bytes := len(name.encode())) > _MAX_NAME_BYTES:

@@ -21,6 +21,8 @@ _BUFFER_BYTES = 1 << 18
 _MAX_EXPANSION = 200
 _UNCHECKED_BYTES = 1 << 28
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+#: What Zstandard says of a frame that refers to what lies far before; its limit is that of its own command.
+_NEEDS_MEMORY = "too much memory"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"  # after any byte 0x5?; pzstd begins with such a frame
 
 
@@ -133,6 +135,11 @@ class _UnpackedRaw(io.RawIOBase):
         try:
             data = self._stream.read1(len(buffer))  # read would lose what it has when it meets the damage
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            if _NEEDS_MEMORY in str(error) and not self._num_bytes:
+                raise ShardError(
+                    "unpacking it takes more than 128 MiB of memory, as what was packed by zstd --long=28 or more: "
+                    "pack it anew without --long"
+                ) from error
             raise DamagedStreamError(str(error)) from error
         self._num_bytes += len(data)
         if not self._num_bytes:

@@ -135,6 +135,8 @@ class _Expander:
             yield pattern
         elif _is_named(pattern):
             yield pattern  # where a file has that very name, no character in it means anything else
+        elif (folder := _folder_named(pattern)) is not None:
+            yield from _shards_in(pattern, folder)
         elif pattern.startswith("@") and _is_named(pattern[1:]):
             yield from self._expand_list(pattern)
         else:
@@ -150,7 +152,7 @@ class _Expander:
         if pattern in self._lists:
             raise ValueError(f"the list of shards {pattern[1:]!r} names itself")
         self._lists.append(pattern)
-        for line in _lines(Path(pattern[1:])):
+        for line in _lines(pattern[1:]):
             yield from self.expand(line)
         self._lists.remove(pattern)
 
@@ -190,6 +192,13 @@ def _is_named(path: str) -> bool:
     if parsed.scheme is not None or parsed.local_path is None or not os.path.lexists(parsed.local_path):
         return False
     return has_tar_suffix(path) or not _is_dir(parsed.local_path)
+
+
+def _folder_named(path: str) -> Path | None:
+    """The folder of this machine that has this very name, if there is one; not one that is named like a shard."""
+    parsed = parse_url(path)
+    folder = parsed.local_path if path and parsed.scheme is None else None
+    return folder if folder is not None and _is_dir(folder) and not has_tar_suffix(path) else None
 
 
 def _is_dir(path: Path) -> bool:
@@ -271,8 +280,10 @@ def _split(pattern: str, separator: str, opening: str, closing: str) -> list[str
     return [pattern] if len(parts) == 1 else [part.strip() for part in parts if part.strip()]
 
 
-def _lines(path: Path) -> list[str]:
-    path, what = path.expanduser(), "the list of shards"
+def _lines(name: str) -> list[str]:
+    path, what = parse_url(name).local_path, "the list of shards"
+    if path is None:
+        raise ValueError(f"{what} {without_secrets(name)!r} is not on this machine; copy it here")
     try:
         lines = [*map(str.strip, read_lines(path, what))]
     except ValueError:

@@ -27,23 +27,23 @@ def filesystem(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str
         return fsspec.filesystem("file", **options), str(path.absolute())
     try:
         if parsed.is_in_archive:
-            fs, name = fsspec.core.url_to_fs(parsed.source, **options)
+            fs, name = fsspec.core.url_to_fs(parsed.address, **options)
             return fs, name
         kind = fsspec.get_filesystem_class(parsed.scheme)
-        fs = fsspec.filesystem(parsed.scheme, **{**kind._get_kwargs_from_urls(parsed.source), **options})
+        fs = fsspec.filesystem(parsed.scheme, **{**kind._get_kwargs_from_urls(parsed.address), **options})
     except ImportError as error:
         raise _missing_package(parsed, error) from None
-    return fs, fs._strip_protocol(parsed.source)
+    return fs, fs._strip_protocol(parsed.address)
 
 
 def check_installed(url: str) -> None:
     """Check that the package for a URL's scheme is installed, without connecting to anything.
 
     Raises:
-        ValueError: When it is not, naming the pip command. An unknown scheme passes, and fails when it is opened.
+        ValueError: When it is not, naming the pip command. An unknown scheme or cache passes, and fails when it is
+            opened.
     """
     parsed = parse_url(url)
-    parsed.check()
     try:
         fsspec.get_filesystem_class(parsed.scheme or "file")
     except ImportError as error:

@@ -68,7 +68,10 @@ class RemoteReader(io.RawIOBase):
 
     def _look(self) -> FileState:
         fs, path = filesystem(self._url)
-        return FileState.from_info(fs.info(path))
+        info = fs.info(path)
+        if info.get("type") == "directory":  # which would be read as an empty file
+            raise IsADirectoryError(f"it is a folder; name its shards: {self._url.rstrip('/')}/*.tar")
+        return FileState.from_info(info)
 
     def _connect(self) -> None:
         fs, path = filesystem(self._url)

@@ -35,6 +35,11 @@ class ParsedUrl:
     source: str
 
     @property
+    def address(self) -> str:
+        """The URL without caches, its scheme in lower case, as fsspec knows it; or the path."""
+        return self.source if self.scheme is None else self.scheme + self.source[len(self.scheme) :]
+
+    @property
     def is_web(self) -> bool:
         """Whether it is on a web server, where ``?`` begins a query."""
         return self.scheme in _WEB

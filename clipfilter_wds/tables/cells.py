@@ -3,7 +3,8 @@
 import math
 import os
 from collections.abc import Mapping
-from numbers import Real
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -49,8 +50,9 @@ def _image(cell: object) -> str | None:
 
 
 def _text(cell: object) -> str | None:
-    if isinstance(cell, Real) and not math.isnan(cell):
-        return str(cell)
+    if isinstance(cell, Real | Decimal):
+        is_whole = isinstance(cell, Integral)  # and maybe larger than any float
+        return str(cell) if is_whole or not math.isnan(cell) else None
     return cell if isinstance(cell, str) and cell.strip() else None
 
 

@@ -4,11 +4,14 @@ import copy
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
+from warnings import catch_warnings
 
 from clipfilter_wds.storage.publish import publish
-from clipfilter_wds.tables.formats.json_lines import BadLines, dump_record, read_json_lines
+from clipfilter_wds.tables.formats.json_lines import BadLines, dump_record, load_json, read_json_lines
+from clipfilter_wds.tables.formats.rows import duplicate_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 CacheType = Literal["json", "jsonl", "csv", "parquet"]
 
 _ROWS_AT_A_TIME = 10_000
+#: From here on, float64 does not hold every whole number, and int64 none.
+_EXACT, _TOO_LARGE = 2.0**53, 2.0**63
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +81,7 @@ class FileStorage:
         if output_type not in ("dataframe", "dict"):
             raise ValueError(f"output_type is {output_type!r}; use 'dataframe' or 'dict'")
         path = self._path(self.operator_step)
-        dataframe = _read(path, _check_type(path.suffix.removeprefix("."), str(path)))
+        dataframe = _read(path, _check_type(path.suffix.removeprefix(".").lower(), str(path)))
         return dataframe if output_type == "dataframe" else dataframe.to_dict(orient="records")
 
     def write(self, data: "pd.DataFrame | list[dict[str, Any]]") -> str:
@@ -126,14 +131,50 @@ def _read(path: Path, file_type: CacheType) -> "pd.DataFrame":
             if file_type == "parquet":
                 return pandas.read_parquet(file)
             if file_type == "csv":
-                return pandas.read_csv(file, keep_default_na=False, na_values=[""])
+                return _read_csv(file)
             if file_type == "json":
-                return pandas.DataFrame(_parse(file.read()))
+                return _dataframe(_records_of(file.read()))
             return _read_jsonl(path, file)
         except pandas.errors.EmptyDataError:
             return pandas.DataFrame()
         except ValueError as error:
             raise ValueError(f"can't read {str(path)!r} as {file_type}: {error}") from error
+
+
+def _read_csv(file: BinaryIO) -> "pd.DataFrame":
+    pandas = _import_pandas()
+    # Where the first row has a cell too many, pandas would take the first ones for an index, and move all others.
+    options = {"keep_default_na": False, "na_values": [""], "index_col": False}
+    try:
+        with catch_warnings(action="error", category=pandas.errors.ParserWarning):
+            dataframe = pandas.read_csv(file, **options)
+    except pandas.errors.ParserWarning:
+        raise ValueError("its first row has more cells than the header") from None
+    for column in _inexact(dataframe):
+        if dataframe[column].abs().max() >= _TOO_LARGE:
+            continue
+        file.seek(0)
+        with suppress(ValueError, TypeError, OverflowError):  # of what is no whole number
+            dataframe[column] = pandas.read_csv(file, usecols=[column], dtype="Int64", **options)[column]
+    return dataframe
+
+
+def _dataframe(records: Any) -> "pd.DataFrame":
+    """The table of an array of objects, or of an object of columns."""
+    pandas = _import_pandas()
+    dataframe = pandas.DataFrame(records)
+    for column in _inexact(dataframe) if isinstance(records, list) else ():
+        cells = [record.get(column) for record in records]
+        if all(cell is None or isinstance(cell, int) for cell in cells):
+            is_large = any(abs(cell) >= 1 << 63 for cell in cells if cell is not None)
+            dataframe[column] = pandas.array(cells, dtype=object if is_large else "Int64")
+    return dataframe
+
+
+def _inexact(dataframe: "pd.DataFrame") -> list[Any]:
+    """Columns that may be of whole numbers too large for float64, which pandas makes of them where some are missing."""
+    floats = dataframe.select_dtypes("float64")
+    return [name for name in floats.columns if (floats[name].abs() >= _EXACT).any() and floats[name].isna().any()]
 
 
 def _read_jsonl(path: Path, file: BinaryIO) -> "pd.DataFrame":
@@ -143,12 +184,21 @@ def _read_jsonl(path: Path, file: BinaryIO) -> "pd.DataFrame":
         raise ValueError(f"no line is a JSON object ({bad})")
     if bad.count:
         _logger.warning("passed over %s lines of %s that are no JSON objects (%s)", f"{bad.count:,}", path, bad)
-    return _import_pandas().DataFrame(records)
+    return _dataframe(records)
+
+
+def _records_of(text: bytes) -> Any:
+    """What a ``.json`` holds: an array of objects, or, as pandas writes them too, an object of columns."""
+    parsed = _parse(text)
+    is_array = isinstance(parsed, list) and all(isinstance(row, dict) for row in parsed)
+    if not is_array and not isinstance(parsed, dict):
+        raise ValueError("it holds no array of objects")
+    return parsed
 
 
 def _parse(text: bytes) -> Any:
     """Parse JSON and replace halves of surrogate pairs: pandas can't hold a table that has one."""
-    parsed = json.loads(text)
+    parsed = load_json(text)
     if _may_hold_surrogates(text):
         parsed = json.loads(json.dumps(parsed, ensure_ascii=False).encode("utf-8", errors="replace"))
     return parsed
@@ -172,6 +222,8 @@ def _write(dataframe: "pd.DataFrame", file: BinaryIO, file_type: CacheType) -> N
 
 
 def _json_rows(dataframe: "pd.DataFrame") -> Iterator[bytes]:
+    if repeated := duplicate_column(list(map(str, dataframe.columns))):
+        raise ValueError(f"{repeated}, and an object has one of a name; rename them")
     # Not pandas' to_json, which rounds numbers to 15 digits at best.
     for start in range(0, len(dataframe), _ROWS_AT_A_TIME):
         rows = dataframe.iloc[start : start + _ROWS_AT_A_TIME].astype(object)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import check_installed
 from clipfilter_wds.storage.open import open_once
+from clipfilter_wds.storage.url import parse_url
 from clipfilter_wds.types import DropReason, UnusableError
 
 #: A larger file is dropped as ``member_too_large``, like a member of a shard.
@@ -12,6 +14,8 @@ MAX_IMAGE_BYTES = 1 << 28
 
 _WEB_SECONDS = 30.0
 _READ_BYTES = 1 << 20
+#: Of a name, what is looked at for secrets, and what is shown.
+_MAX_NAME_CHARS, _MAX_SHOWN_CHARS = 1000, 200
 
 
 class StoredImage(str):
@@ -41,9 +45,17 @@ class SeveralImages(str):
     __slots__ = ()
 
 
+def shown_name(image: str | None) -> str:
+    """What messages call an image: quoted, without a URL's secrets, and cut where it is long, as encoded images are."""
+    if image is None:
+        return "None"
+    name = without_secrets(image[:_MAX_NAME_CHARS])
+    return repr(name) if len(name) <= _MAX_SHOWN_CHARS else f"{name[:_MAX_SHOWN_CHARS]!r} …"
+
+
 def is_remote(image: str) -> bool:
     """Whether this is the URL of something other than a file on this machine."""
-    return not isinstance(image, StoredImage | SeveralImages) and "://" in image and not image.startswith("file://")
+    return not isinstance(image, StoredImage | SeveralImages) and parse_url(image).local_path is None
 
 
 def check_protocol(image: str) -> None:
@@ -82,7 +94,9 @@ def read_image(image: str, folder: Path) -> bytes:
 def _read(image: str, folder: Path) -> bytes:
     if isinstance(image, StoredImage):
         return image.data
-    return _fetch(image) if is_remote(image) else _read_file(folder / image.removeprefix("file://"))
+    if is_remote(image):
+        return _fetch(image)
+    return _read_file(folder / (image if parse_url(image).scheme is None else image.partition("://")[2]))
 
 
 def _read_file(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from clipfilter_wds.models.config import DEFAULT_MODEL
 from clipfilter_wds.models.recheck import Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
+from clipfilter_wds.tables.images import shown_name
 from clipfilter_wds.tables.progress import shown
 from clipfilter_wds.tables.scoring import Pair, batched, score_pair_fp32, score_pairs
 from clipfilter_wds.tables.tally import PairTally
@@ -109,13 +110,19 @@ class ImageClipFilter:
         reason = scores.reasons[0]
         if reason is not None and reason not in self._already_logged:
             self._already_logged.add(reason)
-            self.logger.warning("scored 0.0 as %s: image %r (further ones are not logged)", reason, pair.image)
+            name = shown_name(pair.image)
+            self.logger.warning("scored 0.0 as %s: image %s (further ones are not logged)", reason, name)
         return float(scores.similarity[0])
 
     def is_consistent(
         self, image_path: str | PathLike[str], caption: str, threshold: float = DEFAULT_THRESHOLD
     ) -> bool:
-        """Whether a pair's score is at least ``threshold``."""
+        """Whether a pair's score is at least ``threshold``.
+
+        Raises:
+            ValueError: When the threshold lies outside [-1, 1].
+        """
+        COSINES.check_threshold(threshold)
         return self.compute_similarity(image_path, caption) >= threshold
 
     def _keep(self, pairs: Sequence[Pair], threshold: float) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Runs over a table: reads rows, scores their pairs, and writes the rows that are kept."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +14,7 @@ from clipfilter_wds.storage.publish import publish, remove_leftovers_of
 from clipfilter_wds.tables.config import TableConfig
 from clipfilter_wds.tables.formats.convert import converting_writer
 from clipfilter_wds.tables.formats.open import open_table
-from clipfilter_wds.tables.formats.rows import Rows, TableReader, Wanted
+from clipfilter_wds.tables.formats.rows import Rows, TableReader, TableWriter, Wanted
 from clipfilter_wds.tables.fraction import ScoredTable
 from clipfilter_wds.tables.progress import print_pair_summary, shown
 from clipfilter_wds.tables.scoring import Pair, PairScores, score_pairs
@@ -82,16 +84,18 @@ class _TableRun:
         config = self._config
         decided = self._by_threshold if config.choice.keep_fraction is None else self._by_fraction
         remove_leftovers_of(config.target)
-        with publish(config.target) as file:
-            if config.converts:
-                writer = converting_writer(reader, file, config.target.suffix.lower(), config.score_key)
-            else:
-                writer = reader.writer(file)
+        with publish(config.target) as file, closing(self._writer(reader, file)) as writer:
             for rows, pairs, scores, keep in decided(reader):
                 writer.write(rows, keep, scores.similarity)
                 self._tally.add(pairs, scores, keep)
             writer.finish()
         return self._tally
+
+    def _writer(self, reader: TableReader, file: BinaryIO) -> TableWriter:
+        config = self._config
+        if config.converts:
+            return converting_writer(reader, file, config.target.suffix.lower(), config.score_key)
+        return reader.writer(file)
 
     def _by_threshold(self, reader: TableReader) -> Iterator[_Decided]:
         threshold = self._config.choice.threshold

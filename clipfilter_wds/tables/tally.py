@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from clipfilter_wds.tables.images import shown_name
 from clipfilter_wds.tables.scoring import Pair, PairScores
 from clipfilter_wds.types import DropReason, FilterStats
 
@@ -53,7 +54,7 @@ class PairTally:
         """One line per reason for which pairs could not be scored."""
         for reason in sorted(self.unusable):
             row, image = self.first[reason]
-            yield f"{reason}: {self.unusable[reason]:,}, the first in row {row:,} (image {image!r})"
+            yield f"{reason}: {self.unusable[reason]:,}, the first in row {row:,} (image {shown_name(image)})"
 
     def log(self, logger: logging.Logger) -> None:
         """Log what could not be scored, once per reason."""

@@ -3,6 +3,8 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -190,6 +192,32 @@ def test_a_pair_of_any_kind_is_prepared_or_has_a_reason(scorer, image, caption, 
     assert prepared["reason"] == reason
     assert prepared["pixel_values"].shape == (3, 32, 32)
     assert prepared["input_ids"].shape == ((2, 77) if isinstance(caption, list) and caption else (77,))
+
+
+@pytest.mark.parametrize(
+    ("caption", "texts"),
+    [
+        (["one", None, float("nan"), "two"], 2),
+        (np.array(["one", "two"]), 2),
+        (np.array(["one"], dtype=object), 1),
+        (pd.Series(["one", None, "two"]), 2),
+        (("one", 7), 1),
+        ([None], 0),
+        (np.array([]), 0),
+        (float("nan"), 0),
+        (pd.NA, 0),
+    ],
+)
+def test_captions_of_a_column_are_its_texts(scorer, caption, texts):
+    prepared = scorer.preprocess.pair(memoryview(GOOD), caption)
+    assert prepared["reason"] == ("" if texts else "missing_caption")
+    assert prepared["input_ids"].shape == ((texts, 77) if texts > 1 else (77,))
+
+
+@pytest.mark.parametrize("caption", [{"en": "a caption"}, b"a caption", 7])
+def test_what_is_no_caption_is_an_error_that_names_it(scorer, caption):
+    with pytest.raises(TypeError, match=f"the caption is a {type(caption).__name__}; give a text, or a list of texts"):
+        scorer.preprocess.pair(GOOD, caption)
 
 
 def test_an_image_that_pillow_opened_and_can_not_read_has_a_reason(scorer):

@@ -1,4 +1,5 @@
 import bz2
+import gzip
 import io
 import lzma
 import re
@@ -7,6 +8,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.run import process_shards
@@ -33,6 +35,10 @@ def parquet() -> bytes:
         (lzma.compress, "compressed with xz; shards are .tar, .tar.gz or .tar.zst"),
         (bz2.compress, "compressed with bzip2; shards are"),
         (zipped, "a zip archive; shards are"),
+        (lambda tar: gzip.compress(gzip.compress(tar)), "compressed twice; unpack it once: gunzip"),
+        (lambda tar: gzip.compress(zstandard.compress(tar)), "compressed twice; unpack it once: unzstd"),
+        (lambda tar: b"s3://bucket/{00..99}.tar\r\nb.tar.gz\n", "a list of shards; write @ before its name"),
+        (lambda tar: "\ufeffa b/ü.TAR".encode(), "a list of shards; write @ before its name"),
         (lambda tar: parquet(), "a parquet file; clipfilter-wds table"),
         (lambda tar: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS; .* git lfs pull"),
         (lambda tar: b"\n<!DOCTYPE html><html><body>404</body></html>", "HTML or XML.*; .* download the shard again"),

@@ -1,4 +1,5 @@
 import posixpath
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -40,6 +41,13 @@ def test_a_shard_is_named_after_its_file(url, name):
 @pytest.mark.parametrize("url", ["", "a/", "..", "a/..", "/", ".tar", "a/.tar.gz", "...tar", "a\0.tar"])
 def test_a_shard_without_a_base_name_is_refused(url):
     with pytest.raises(ValueError, match="no base name"):
+        shard_name(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/", "simplecache::s3://bucket/", "https://user:secret@host/"])
+def test_a_folder_on_other_storage_is_refused_with_how_to_name_its_shards(url):
+    shown = url.replace("user:secret@", "")
+    with pytest.raises(ValueError, match=re.escape(f"'{shown}' is a folder; name its shards: {shown}*.tar")):
         shard_name(url)
 
 

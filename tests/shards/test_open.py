@@ -310,3 +310,11 @@ def test_a_shard_that_shrinks_while_it_is_read_is_a_shard_error_with_the_positio
         os.truncate(path, 1 << 20)
         with pytest.raises(ShardError, match=r"after 1048576 of \d+ bytes; try again"):
             shard.stream.read()
+
+
+def test_a_shard_that_takes_much_memory_to_unpack_is_not_called_damaged(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "0.tar").write_bytes(packer.compress(TAR) + packer.flush())
+    with pytest.raises(ShardError, match=r"more than 128 MiB of memory, .* pack it anew without --long"):
+        read_whole(str(tmp_path / "0.tar"))

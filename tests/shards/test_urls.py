@@ -93,6 +93,17 @@ def test_a_file_that_is_there_is_meant_as_it_is_written(tmp_path, monkeypatch, n
     assert read_whole(url) == Path(name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["a,b", "run[1]", "{0..3}", "a{b", "w*", "@x", "a::b", "simplecache::x", "~x", "a, b/c,d"]
+)
+def test_a_folder_that_exists_is_taken_as_its_name_stands(folder, name):
+    Path(name).mkdir(parents=True)
+    for shard in ("1.tar", "0,{a}.tar"):
+        (Path(name) / shard).touch()
+    for spelled in (name, f"{name}/", str(folder / name)):
+        assert expand_shards(spelled) == [f"{spelled.rstrip('/')}/{shard}" for shard in ("0,{a}.tar", "1.tar")]
+
+
 def test_a_list_file_names_one_pattern_per_line(folder):
     Path("list.txt").write_text("# comment\n000.tar\n\n  sub/*.tar  \n{001..002}.tar\n000.tar\n#003.tar\n")
     expected = ["000.tar", "sub/a.tar", "sub/b.tar", "001.tar", "002.tar"]
@@ -164,6 +175,7 @@ def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
         ("@sub", "can't read the list of shards 'sub': Is a directory"),
         ("@itself.txt", "the list of shards 'itself.txt' names itself"),
         ("@empty.txt", "no shard matches '@empty.txt'"),
+        ("@memory://list.txt", "the list of shards 'memory://list.txt' is not on this machine; copy it here"),
     ],
 )
 def test_what_names_no_shard_is_an_error_that_says_so(folder, shards, message):

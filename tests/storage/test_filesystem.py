@@ -38,5 +38,6 @@ def test_only_files_of_this_machine_have_a_local_path(tmp_path):
 def test_a_scheme_is_checked_without_connecting():
     check_installed("https://nobody.invalid/a.tar")
     check_installed("nothing-like-this://a.tar")
+    check_installed("filecache::https://nobody.invalid/a.tar")
     with pytest.raises(ValueError, match=r"gdrive:// needs a package that is not installed: .*gdrive_?fs"):
         check_installed("gdrive://bucket/a.tar")

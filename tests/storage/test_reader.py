@@ -50,6 +50,19 @@ def test_a_shard_that_is_missing_is_not_asked_for_again(storage, scheme):
     assert storage.done["missing"] <= 3
 
 
+@pytest.mark.parametrize("name", ["folder", "folder/below", ""])
+def test_a_folder_is_no_empty_shard(storage, name):
+    fsspec.filesystem("s3").pipe("bucket/folder/below/0.tar", DATA)
+    url = f"s3://bucket/{name}".rstrip("/")
+    with pytest.raises(ShardError, match=f"can't open it: it is a folder; name its shards: {url}/\\*.tar"):
+        read_whole(url)
+
+
+def test_upper_and_lower_case_are_the_same_in_a_scheme(storage):
+    assert read_whole("S3://bucket/0.tar") == DATA
+    assert read_whole(storage.address.replace("http", "HTTP") + "/bucket/0.tar") == DATA
+
+
 def test_a_shard_that_is_replaced_between_two_connections_is_never_mixed(storage):
     fs = fsspec.filesystem("s3")
     for url in ("s3://bucket/changing.tar", f"{storage.address}/bucket/changing.tar"):

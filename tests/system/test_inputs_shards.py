@@ -89,11 +89,13 @@ def run(here, command, clip_folder):
     return rewrite_all
 
 
-@line("A file that exists")
-def a_file_that_exists(run, here):
+@line("A file or folder that exists")
+def a_file_or_folder_that_exists(run, here):
     for name in ("x,{y}[z]::.tar", os.fsdecode(b"\xff.tar")):
         write_shard(here / "odd" / name, [pair(1)])
     assert expand_shards("odd/x,{y}[z]::.tar") == ["odd/x,{y}[z]::.tar"]
+    write_shard(here / "run[1],{2}" / "000.tar", [pair(1)])
+    assert expand_shards("run[1],{2}") == ["run[1],{2}/000.tar"]
     code, _, summary = run("odd/*.tar")
     assert (code, summary["kept"]) == (0, 2)
     assert {path.name for path in (here / "out").glob("*.tar")} == {"x,{y}[z]::.tar", "\\udcff.tar"}

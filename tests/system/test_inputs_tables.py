@@ -192,13 +192,32 @@ def bad_json(tables):
     assert "line 2:" in shown
 
 
-@line("a row with more cells than the header, or a quote that is never closed")
+@line("a row with more cells than the header")
 def long_row(tables):
-    tables.text("in.csv", 'image,caption\na.jpg,a\na.jpg,a,b\na.jpg,"a\n')
+    tables.text("in.csv", "image,caption\na.jpg,a\na.jpg,a,b\n")
     code, shown = tables.run("in.csv", "out.csv")
     assert code == 0
-    assert re.search(r"lines passed over +2\b", shown)
+    assert re.search(r"lines passed over +1\b", shown)
     assert "line 3: it has 3 cells" in shown
+
+
+@line("a quote that is never closed, with all lines behind it")
+def open_quote(tables):
+    tables.text("in.csv", 'image,caption\na.jpg,a\na.jpg,"b\na.jpg,c\na.jpg,d\n')
+    code, shown = tables.run("in.csv", "out.csv")
+    assert code == 0
+    assert re.search(r"seen +1\b", shown)
+    assert re.search(r"lines passed over +3\b", shown)
+    assert "lines 3 to 5: its quote is never closed" in shown
+
+
+@line("a line of a CSV of more than 16,777,216 characters")
+def long_line(tables):
+    tables.text("in.csv", f"image,caption\na.jpg,a\na.jpg,{'b' * 17_000_000}\n")
+    code, shown = tables.run("in.csv", "out.csv")
+    assert code == 0
+    assert re.search(r"lines passed over +1\b", shown)
+    assert "line 3: it is longer" in shown
 
 
 @line("a row with fewer cells")
@@ -216,10 +235,14 @@ def no_column(tables):
     assert "'picture', 'text'" in shown
 
 
-@line("a table in UTF-16, or without a header")
+@line("a table in UTF-16 (but for `.json`), or without a header")
 def unusable(tables):
     tables.text("in.csv", "image,caption\na.jpg,a\n", "utf-16")
     assert tables.run("in.csv", "out.csv")[0] == 2
+    tables.text("in.jsonl", '{"image": "a.jpg", "caption": "a"}\n', "utf-16")
+    assert tables.run("in.jsonl", "out.jsonl")[0] == 2
+    tables.text("in.json", '[{"image": "a.jpg", "caption": "a"}]', "utf-16")
+    tables.all_kept("in.json", 1)
     tables.text("in.csv", "a.jpg,a\n")
     assert tables.run("in.csv", "out.csv")[0] == 2
 

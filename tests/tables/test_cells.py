@@ -1,4 +1,5 @@
 import pickle
+from decimal import Decimal
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -61,6 +62,9 @@ def test_bytes_are_kept_with_their_name_and_go_to_a_worker_but_not_back(data, pa
 def test_paths_and_numbers_are_names():
     assert image_of(Path("a") / "b.jpg") == str(Path("a") / "b.jpg")
     assert image_of(7) == "7"
+    assert caption_of(10**400) == "1" + 400 * "0"
+    assert caption_of(Decimal("1.50")) == "1.50"
+    assert caption_of(Decimal("NaN")) is None
     assert image_of({"bytes": None, "path": "a.jpg"}) == "a.jpg"
 
 

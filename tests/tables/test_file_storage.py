@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -80,6 +81,41 @@ class TestReading:
         table = storage("in.csv", b"image,caption\na.png,NA\nb.png,None\nc.png,\n").step().read()
         assert table.caption.fillna("missing").to_list() == ["NA", "None", "missing"]
 
+    @pytest.mark.parametrize("name", ["in.json", "in.jsonl", "in.csv"])
+    def test_large_whole_numbers_stay_exact_where_some_rows_lack_them(self, storage, tmp_path, name):
+        rows = [{"n": 2**53 + 1, "x": 2.0**60}, {"x": None}, {"n": -(2**62) - 1, "x": 0.5}]
+        data = {
+            "in.json": json.dumps(rows).encode(),
+            "in.jsonl": jsonl(*rows),
+            "in.csv": f"n,x\n{rows[0]['n']},1e18\n,\n{rows[2]['n']},0.5\n".encode(),
+        }[name]
+        first = storage(name, data).step()
+        table = first.read()
+        assert table["x"].dtype == "float64"
+        assert [None if pd.isna(cell) else int(cell) for cell in table["n"]] == [2**53 + 1, None, -(2**62) - 1]
+        written = [json.loads(line) for line in Path(first.write(table)).read_text().splitlines()]
+        assert [row["n"] for row in written] == [2**53 + 1, None, -(2**62) - 1]
+
+    def test_large_real_numbers_stay_real(self, storage):
+        table = storage("in.csv", b"a,b,c\n1e30,1e17,0.5\n,,9e15\n1.5,2.5,\n").step().read()
+        assert set(map(str, table.dtypes)) == {"float64"}
+
+    def test_whole_numbers_of_more_than_64_bits_stay_exact(self, storage):
+        first = storage("in.jsonl", jsonl({"n": 2**63 + 1}, {}, {"n": 2**53 + 1})).step()
+        assert list(first.read()["n"]) == [2**63 + 1, None, 2**53 + 1]
+
+    @pytest.mark.parametrize("rows", ["1,2,3\n4,5\n", "0,1,2\n1,3,4\n", "1,2,3,4\n", "1,2\n3,4,5\n"])
+    def test_cells_of_a_row_that_has_too_many_are_not_moved(self, storage, rows):
+        with pytest.raises(ValueError, match=r"more cells than the header|Expected 2 fields in line 3, saw 3"):
+            storage("in.csv", f"image,caption\n{rows}".encode()).step().read()
+
+    def test_commas_at_the_ends_of_lines_are_no_cells(self, storage):
+        table = storage("in.csv", b"image,caption\na.jpg,a,\nb.jpg,b,\n").step().read("dict")
+        assert table == [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": "b"}]
+
+    def test_upper_and_lower_case_are_the_same_in_a_suffix(self, storage):
+        assert storage("in.JSONL", jsonl(*RECORDS)).step().read("dict") == RECORDS
+
     def test_bad_lines_are_passed_over_and_logged_with_their_numbers(self, storage, caplog):
         data = jsonl(RECORDS[0]) + b'\n{"image": \n[1, 2]\n\xff\xfe\n' + jsonl(RECORDS[1])
         with caplog.at_level(logging.WARNING):
@@ -115,6 +151,10 @@ class TestReading:
         [
             ("in.parquet", b"no parquet", "as parquet"),
             ("in.json", b"{", "as json"),
+            ("in.json", b"3", "as json: it holds no array of objects"),
+            ("in.json", b"[1, 2]", "as json: it holds no array of objects"),
+            ("in.json", b"[" * 100_000, "as json: it is nested too deeply"),
+            ("in.jsonl", '{"a": 1}\n{"a": 2}\n'.encode("utf-16"), "as jsonl: it is in UTF-16"),
             ("in.csv", b'a,b\n1,2,3\n1,2,3,4\n"', "as csv"),
             ("in.tsv", b"", "'tsv' is no table format; use json, jsonl, csv, parquet"),
         ],
@@ -165,6 +205,12 @@ class TestWriting:
         assert list(tmp_path.iterdir()) == []
         FileStorage("none.jsonl", cache_path=str(tmp_path), cache_type="parquet").step().write(rows)
         assert len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize("cache_type", ["json", "jsonl"])
+    @pytest.mark.parametrize("columns", [["x", "x"], [1, "1"]])
+    def test_columns_of_one_name_are_not_merged(self, storage, cache_type, columns):
+        with pytest.raises(ValueError, match=f"2 columns are called '{columns[1]}'"):
+            storage("in.jsonl", cache_type=cache_type).step().write(pd.DataFrame([[1, 2]], columns=columns))
 
     def test_lists_from_parquet_become_json(self, storage, tmp_path):
         root = storage("in.parquet")

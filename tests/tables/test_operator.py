@@ -84,6 +84,11 @@ class TestTables:
     def test_a_threshold_that_is_no_cosine_is_refused(self, operator, table):
         with pytest.raises(ValueError, match=r"Did you mean 0.25\?"):
             operator.run(Memory(table), threshold=25)
+        with pytest.raises(ValueError, match=r"Did you mean 0.25\?"):
+            operator.is_consistent(table.image[0], "a", threshold=25)
+        for threshold in ("0.25", None):
+            with pytest.raises(TypeError, match=f"threshold is {threshold!r}; it must be a number"):
+                operator.run(Memory(table), threshold=threshold)
 
     def test_the_table_that_was_read_is_left_alone(self, operator, table):
         before = table.copy(deep=True)

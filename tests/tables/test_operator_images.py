@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from clipfilter_wds.tables.images import is_remote
 from clipfilter_wds.tables.operator import ImageClipFilter
 from tests.support.dataflow import Memory, run_operator
 from tests.support.pace import FOREVER
@@ -54,6 +55,16 @@ class TestWhatTheOriginalCrashesOn:
     )
     def test_an_image_that_cannot_be_used_scores_zero(self, operator, odd_images, name):
         assert operator.compute_similarity(str(odd_images / name), "a caption") == 0.0
+
+    @pytest.mark.parametrize("scheme", ["file", "FILE", "local"])
+    def test_a_file_of_this_machine_is_one_by_whatever_url(self, operator, odd_images, table, scheme):
+        expected = operator.compute_similarity(table.image[0], table.caption[0])
+        assert expected > 0
+        url = f"{scheme}://{Path(table.image[0]).absolute()}"
+        assert not is_remote(url)
+        assert operator.compute_similarity(url, table.caption[0]) == expected
+        assert not is_remote(f"{scheme}://{odd_images}/pipe.jpg")  # nor is it waited for
+        assert operator.compute_similarity(f"{scheme}://{odd_images}/pipe.jpg", "a caption") == 0.0
 
     @pytest.mark.parametrize("caption", [None, float("nan"), pd.NA, pd.NaT, "", " \n", ["a", "list"], {"a": "dict"}])
     def test_a_caption_that_is_none_scores_zero(self, operator, table, caption):
@@ -104,6 +115,22 @@ class TestWhatTheOriginalCrashesOn:
             for _ in range(3):
                 operator.compute_similarity(str(odd_images / "folder.jpg"), "a caption")
         assert len([record for record in caplog.records if "unreadable_image" in record.getMessage()]) == 1
+
+    def test_a_message_holds_no_password_and_no_encoded_image(self, clip_folder, caplog):
+        operator = ImageClipFilter(str(clip_folder), device="cpu")
+        secret = "http://me:hunter2@127.0.0.1:1/a.jpg?token=abc"
+        with caplog.at_level(logging.WARNING):
+            run_operator(operator, pd.DataFrame({"image": [secret], "caption": ["a"]}))
+            operator.compute_similarity("iVBORw0KGgo" * 1_000_000, "a caption")
+        first, second = (record.getMessage() for record in caplog.records)
+        assert "(image 'http://127.0.0.1:1/a.jpg')" in first
+        assert "image 'iVBORw0KGgo" in second
+        assert len(second) < 400
+
+    def test_an_odd_url_is_an_image_that_cannot_be_read(self, operator, table, tmp_path):
+        odd = [f"simplecache::file://{tmp_path}/a.jpg", "filecache::https://127.0.0.1:1/a.jpg", "a::b://c/d.jpg"]
+        rows = pd.DataFrame({"image": [table.image[0], *odd], "caption": ["a"] * 4})
+        assert len(run_operator(operator, rows, threshold=0.0)[1]) == 4
 
 
 class _Gathering(SimpleHTTPRequestHandler):

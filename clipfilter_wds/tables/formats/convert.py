@@ -3,8 +3,8 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from itertools import compress
+from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -42,13 +42,19 @@ class _JsonConverter:
     def finish(self) -> None:
         self._writer.finish()
 
+    def close(self) -> None:
+        pass
+
 
 #: Yields the records, as often as it is called.
 _ReadRecords = Callable[[], Iterator[Record]]
 
 
 class _ColumnConverter:
-    """Collects the rows in a file without a name, since all rows must be seen to know the columns and their types."""
+    """Collects the rows in a file without a name, since all rows must be seen to know the columns and their types.
+
+    It lies where the output does: the folder of temporary files may be small, or in memory.
+    """
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class _ColumnConverter:
     ) -> None:
         self._reader, self._file, self._write, self._score_key = reader, file, write, score_key
         self._columns = dict.fromkeys(reader.columns)
-        self._spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in finish
+        self._spool: IO[bytes] = tempfile.TemporaryFile(dir=Path(file.name).parent)  # noqa: SIM115  # close closes it
 
     def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
         for record in _kept(self._reader, rows, keep, similarity, self._score_key):
@@ -72,13 +78,15 @@ class _ColumnConverter:
         columns = [column for column in self._columns if column != self._score_key]
         if self._score_key is not None:
             columns.append(self._score_key)
-        with closing(self._spool) as spool:
 
-            def read() -> Iterator[Record]:
-                spool.seek(0)
-                return map(json.loads, spool)
+        def read() -> Iterator[Record]:
+            self._spool.seek(0)
+            return map(json.loads, self._spool)
 
-            self._write(self._file, columns, read)
+        self._write(self._file, columns, read)
+
+    def close(self) -> None:
+        self._spool.close()
 
 
 def _kept(

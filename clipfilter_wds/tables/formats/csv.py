@@ -11,7 +11,8 @@ import numpy as np
 from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.formats.rows import Record, Rows, TableWriter, Wanted, duplicate_column, in_runs
 
-_MAX_CELL_CHARACTERS = 1 << 24
+#: A longer line is passed over, and so is a row with a longer cell.
+_MAX_LINE_CHARACTERS = _MAX_CELL_CHARACTERS = 1 << 24
 # Bytes that are not UTF-8 pass through unchanged.
 _ERRORS = "surrogateescape"
 
@@ -42,8 +43,10 @@ class CsvReader:
         wanted.check(self.columns)
 
     def _read_header(self) -> str:
+        records = csv.reader(self._lines)
         try:
-            next(csv.reader(self._lines), None)
+            while next(records, None) == []:  # a blank line
+                self._lines.take()
         except csv.Error as error:
             raise ValueError(f"its first line names no columns: {error}") from error
         header = self._lines.take()
@@ -63,7 +66,7 @@ class CsvReader:
     def _records(self) -> Iterator[tuple["_Stored", list[str]]]:
         """Yield each record, and its cells with those filled in that it lacks."""
         while True:
-            first_line = self._lines.num_read + 1
+            first = self._lines.num_read + 1
             try:
                 cells = next(self._cells, None)
                 problem = self._problem(cells)
@@ -71,7 +74,9 @@ class CsvReader:
                 cells, problem = [], str(error)
             text = self._lines.take()
             if problem:
-                self.bad_lines.add(f"line {first_line}", problem)
+                last = self._lines.num_read
+                where = f"line {first}" if first == last else f"lines {first} to {last}"
+                self.bad_lines.add(where, problem, last - first + 1)
             elif cells:
                 num_missing = len(self.columns) - len(cells)
                 cells += [""] * num_missing
@@ -138,13 +143,21 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(_MAX_CELL_CHARACTERS)
+        line = self._stream.readline(_MAX_LINE_CHARACTERS)
         if not line:
             self.ended = True
             raise StopIteration
         self.num_read += 1
+        if len(line) == _MAX_LINE_CHARACTERS and line[-1] not in "\r\n":
+            self._skip_rest()
+            raise csv.Error(f"it is longer than {_MAX_LINE_CHARACTERS:,} characters")
         self._taken.append(line)
         return line
+
+    def _skip_rest(self) -> None:
+        """Pass over what is left of a line of which only a part was read."""
+        while (rest := self._stream.readline(_MAX_LINE_CHARACTERS)) and rest[-1] not in "\r\n":
+            pass
 
     def take(self) -> str:
         """The text of the record that was just read."""
@@ -170,6 +183,9 @@ class _CsvWriter:
         self._file.write(f"{body}{added}{line_end}".encode(errors=_ERRORS))
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

@@ -1,6 +1,5 @@
 """Reads and writes tables of JSON objects: one per line, or all in one array."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, read_json_lines
+from clipfilter_wds.tables.formats.json_lines import BadLines, Record, dump_record, load_json, read_json_lines
 from clipfilter_wds.tables.formats.rows import Rows, TableWriter, Wanted, in_runs
 
 #: How many rows may be read to learn which columns there are.
@@ -17,7 +16,7 @@ _MAX_PEEKED = 1000
 
 
 class JsonLinesReader:
-    """Reads JSON lines. Kept lines are written byte for byte, unless a score is added to them.
+    """Reads JSON lines. Kept lines are written byte for byte, with the score at their ends if one is added.
 
     Args:
         file: The open file.
@@ -66,7 +65,7 @@ class JsonArrayReader:
 
     def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
         self.bad_lines = BadLines()
-        array = json.load(file)
+        array = load_json(file.read())
         if not isinstance(array, list):
             raise ValueError(
                 f"it holds a {type(array).__name__}, not an array of objects; for JSON lines, name it .jsonl"
@@ -138,6 +137,13 @@ def json_array_writer(file: BinaryIO, score_key: str | None) -> "_JsonWriter":
     return _JsonWriter(file, score_key, begin=b"[\n", between=b",\n", end=b"\n]\n", empty=b"[]\n")
 
 
+def _with_cell(line: bytes, record: Record, key: str, value: float | None) -> bytes:
+    """An object's line with a key added, all else as it stands: numbers and text can be written in several ways."""
+    if key in record:
+        return dump_record({**record, key: value})
+    return line[:-1].rstrip() + (b", " if record else b"") + dump_record({key: value})[1:]
+
+
 class _JsonWriter:
     def __init__(
         self, file: BinaryIO, score_key: str | None, *, begin: bytes, between: bytes, end: bytes, empty: bytes
@@ -151,7 +157,7 @@ class _JsonWriter:
             line, record = rows.stored[row]
             if self._score_key is not None:
                 score = float(similarity[row])
-                line = dump_record({**record, self._score_key: None if math.isnan(score) else score})
+                line = _with_cell(line, record, self._score_key, None if math.isnan(score) else score)
             self.write_line(line)
 
     def write_line(self, line: bytes) -> None:
@@ -161,3 +167,6 @@ class _JsonWriter:
 
     def finish(self) -> None:
         self._file.write(self._empty if self._is_empty else self._end)
+
+    def close(self) -> None:
+        pass

@@ -1,5 +1,6 @@
 """Reads JSON lines, passing over lines that hold no object, and writes objects as lines."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,7 +8,8 @@ from typing import Any, BinaryIO
 
 _MAX_LINE_BYTES = 1 << 28
 _MAX_REMEMBERED = 5
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other one begins as the first
 
 Record = dict[str, Any]
 
@@ -18,15 +20,17 @@ class BadLines:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    _num_named: int = 0
 
-    def add(self, where: str, why: object) -> None:
-        """Count a line; ``where`` names it (``line 17``)."""
-        self.count += 1
+    def add(self, where: str, why: object, num_lines: int = 1) -> None:
+        """Count a line, or several that belong together; ``where`` names them (``line 17``)."""
+        self.count += num_lines
         if len(self.first) < _MAX_REMEMBERED:
             self.first.append(f"{where}: {why}")
+            self._num_named += num_lines
 
     def __str__(self) -> str:
-        more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        more = f"; and {self.count - self._num_named:,} more" if self.count > self._num_named else ""
         return "; ".join(self.first) + more
 
 
@@ -38,11 +42,13 @@ def read_json_lines(file: BinaryIO, bad: BadLines) -> Iterator[tuple[bytes, Reco
         bad: Counts the lines that are no JSON objects.
 
     Raises:
-        ValueError: When a line is so long that the file can't be JSON lines.
+        ValueError: When the file is in UTF-16 or UTF-32, or a line is so long that it can't be JSON lines.
     """
     number = 0
     while line := file.readline(_MAX_LINE_BYTES):
         number += 1
+        if number == 1 and _is_wide(line[:4]):
+            raise ValueError("it is in UTF-16 or UTF-32; save it as UTF-8")
         if len(line) == _MAX_LINE_BYTES:
             raise ValueError(
                 f"line {number} is longer than {_MAX_LINE_BYTES:,} bytes; is this a JSON array? Name it .json"
@@ -56,11 +62,28 @@ def read_json_lines(file: BinaryIO, bad: BadLines) -> Iterator[tuple[bytes, Reco
             bad.add(f"line {number}", error)
 
 
+def _is_wide(start: bytes) -> bool:
+    """Whether JSON that begins with these bytes has several for each character."""
+    return start.startswith(_WIDE_MARKS) or (b"\0" in start and b"{" in start)
+
+
 def _parse(line: bytes) -> Record:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"it holds a {type(record).__name__}, not an object")
     return record
+
+
+def load_json(text: bytes) -> Any:
+    """Parse a file of JSON.
+
+    Raises:
+        ValueError: When it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def dump_record(record: Record, **options: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Reads and writes parquet tables."""
 
+import io
 import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -33,7 +34,7 @@ class ParquetReader:
         self.bad_lines = BadLines()
         # Read piece by piece of a column, as it is needed: a row group may be larger than memory.
         self._file = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
-        self._wanted, self._num_read = wanted, 0
+        self._name, self._wanted, self._num_read = str(file.name), wanted, 0
         self.columns = self._file.schema_arrow.names
         wanted.check(self.columns)
         for key, holds, what in (
@@ -46,11 +47,18 @@ class ParquetReader:
 
     def read(self) -> Iterator[Rows]:
         """See :class:`TableReader`."""
+        try:
+            yield from self._read()
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise OSError(f"can't read {self._name!r} behind row {self._num_read:,}: {error}") from error
+
+    def _read(self) -> Iterator[Rows]:
         image, caption = self._index(self._wanted.image_key), self._index(self._wanted.caption_key)
         for batch in self._file.iter_batches(batch_size=self._wanted.num_rows):
             for run in _runs_of(batch):
+                images, captions = run.column(image).to_pylist(), run.column(caption).to_pylist()
                 self._num_read += run.num_rows
-                yield Rows(stored=run, images=run.column(image).to_pylist(), captions=run.column(caption).to_pylist())
+                yield Rows(stored=run, images=images, captions=captions)
 
     def done(self) -> float:
         """See :class:`TableReader`."""
@@ -70,13 +78,28 @@ class ParquetReader:
 
     def writer(self, file: BinaryIO) -> TableWriter:
         """See :class:`TableReader`."""
+        return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, self._compressions())
+
+    def _compressions(self) -> list[str]:
+        """How each column is compressed, those within others too, as a writer takes it."""
         metadata = self._file.metadata
-        compression = metadata.row_group(0).column(0).compression if metadata.num_row_groups else "snappy"
-        return _ParquetWriter(file, self._file.schema_arrow, self._wanted.score_key, compression)
+        if not metadata.num_row_groups:
+            return ["snappy"] * metadata.num_columns
+        group = metadata.row_group(0)
+        found = [str(group.column(index).compression).lower() for index in range(metadata.num_columns)]
+        return [name.replace("uncompressed", "none") for name in found]
 
     def _index(self, key: str) -> int:
         index: int = self._file.schema_arrow.names.index(key)  # the first, if several have this name
         return index
+
+
+def _paths_of(schema: pa.Schema) -> list[str]:
+    """What a file of this schema calls its columns, those within others too; other writers call some otherwise."""
+    file = io.BytesIO()
+    pq.write_table(schema.empty_table(), file)
+    columns = pq.ParquetFile(file).schema
+    return [columns.column(index).path for index in range(len(columns))]
 
 
 def _runs_of(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -99,11 +122,13 @@ def _holds_text(found: pa.DataType) -> bool:
 
 
 def _is_list(found: pa.DataType) -> bool:
-    return bool(pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found))
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{kind}")(found) for kind in kinds)
 
 
 def _is_binary(found: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_fixed_size_binary(found))
+    kinds = ("binary", "large_binary", "fixed_size_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{kind}")(found) for kind in kinds)
 
 
 def _holds_bytes(found: pa.DataType) -> bool:
@@ -126,21 +151,31 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
+def _kept(batch: pa.RecordBatch, keep: np.ndarray) -> pa.RecordBatch:
+    """The rows that ``keep`` (bool ``[N]``) marks."""
+    try:
+        return batch.filter(pa.array(keep))
+    except pa.ArrowNotImplementedError:  # of string views, as some libraries write them
+        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2).tolist()
+        runs = [batch.slice(start, stop - start) for start, stop in edges] or [batch.slice(0, 0)]
+        columns = [pa.concat_arrays([run.column(index) for run in runs]) for index in range(batch.num_columns)]
+        return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
 class _ParquetWriter:
-    def __init__(self, file: BinaryIO, schema: pa.Schema, score_key: str | None, compression: str) -> None:
+    def __init__(self, file: BinaryIO, schema: pa.Schema, score_key: str | None, compressions: list[str]) -> None:
         self._has_score = score_key is not None
         self._schema = schema if score_key is None else schema.append(pa.field(score_key, pa.float32()))
-        self._writer = pq.ParquetWriter(
-            file, self._schema, compression=compression.lower().replace("uncompressed", "none")
-        )
+        # That of the score is the last one's.
+        compression = dict(zip(_paths_of(self._schema), [*compressions, compressions[-1]], strict=False))
+        self._writer = pq.ParquetWriter(file, self._schema, compression=compression)
         self._waiting: list[pa.RecordBatch] = []
 
     def write(self, rows: Rows, keep: np.ndarray, similarity: np.ndarray) -> None:
         columns = rows.stored.columns
         if self._has_score:
             columns = [*columns, pa.array(similarity)]
-        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema).filter(pa.array(keep))
-        self._waiting.append(batch)
+        self._waiting.append(_kept(pa.RecordBatch.from_arrays(columns, schema=self._schema), keep))
         if (
             sum(b.num_rows for b in self._waiting) >= _GROUP_ROWS
             or sum(b.nbytes for b in self._waiting) >= _GROUP_BYTES
@@ -149,6 +184,8 @@ class _ParquetWriter:
 
     def finish(self) -> None:
         self._write_group()
+
+    def close(self) -> None:
         self._writer.close()
 
     def _write_group(self) -> None:

@@ -64,6 +64,9 @@ class TableWriter(Protocol):
     def finish(self) -> None:
         """Write what follows the last row."""
 
+    def close(self) -> None:
+        """Let go of what it holds, before the file is closed; whether or not it was finished."""
+
 
 #: A row with its columns by name, ready for JSON.
 Record = dict[str, Any]

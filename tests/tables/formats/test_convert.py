@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -90,6 +91,12 @@ def convert(folder: Path, records: list[dict], suffix: str) -> Path:
             writer.write(run, np.ones(len(run.images), dtype=bool), np.zeros(len(run.images), dtype=np.float32))
         writer.finish()
     return folder / f"out{suffix}"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_are_collected_where_the_output_lies(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    assert len(read_records(convert(tmp_path, [{"image": "c"}], suffix))) == 2
 
 
 def clean(value: object) -> object:

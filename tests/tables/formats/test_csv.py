@@ -37,6 +37,48 @@ def test_a_csv_of_odd_lines(call, folder, tmp_path):
     assert "line 6: it has 5 cells; the header names 3 columns; line 8: its quote is never closed" in out
 
 
+def _rows_of(path, **wanted):
+    """Cells of images and captions, and the lines that were passed over; what a writer makes of all rows."""
+    wanted = Wanted(image_key="image", caption_key="caption", num_rows=2, **{"score_key": None, **wanted})
+    out, rows = io.BytesIO(), []
+    with path.open("rb") as file:
+        reader = CsvReader(file, wanted)
+        writer = reader.writer(out)
+        for run in reader.read():
+            rows += zip(run.images, run.captions, strict=True)
+            writer.write(run, np.ones(len(run.images), dtype=bool), np.zeros(len(run.images), dtype=np.float32))
+    return rows, reader.bad_lines, out.getvalue()
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_very_long_line_is_passed_over_whole(tmp_path, quote):
+    long = quote + "y" * 17_000_000 + quote
+    (tmp_path / "in.csv").write_text(f"image,caption,x\na.jpg,a,1\nb.jpg,b,{long}\nc.jpg,c,3\nd.jpg,d,{long}")
+    rows, bad_lines, written = _rows_of(tmp_path / "in.csv")
+    assert rows == [("a.jpg", "a"), ("c.jpg", "c")]
+    assert written == b"image,caption,x\na.jpg,a,1\nc.jpg,c,3\n"
+    assert str(bad_lines) == (
+        "line 3: it is longer than 16,777,216 characters; line 5: it is longer than 16,777,216 characters"
+    )
+
+
+def test_all_lines_behind_a_quote_that_is_never_closed_are_counted(tmp_path):
+    rest = [f"{number}.jpg,{number},x" for number in range(500)]
+    (tmp_path / "in.csv").write_text("\n".join(["image,caption,x", "a.jpg,a,1", "a,b,c,d", 'b.jpg,"b,2', *rest]))
+    rows, bad_lines, _ = _rows_of(tmp_path / "in.csv")
+    assert rows == [("a.jpg", "a")]
+    assert bad_lines.count == 502
+    assert str(bad_lines) == (
+        "line 3: it has 4 cells; the header names 3 columns; lines 4 to 504: its quote is never closed"
+    )
+
+
+def test_blank_lines_before_the_header_are_passed_over(tmp_path):
+    (tmp_path / "in.csv").write_text("\n\r\nimage,caption\na.jpg,a\n", newline="")
+    rows, bad_lines, written = _rows_of(tmp_path / "in.csv")
+    assert (rows, bad_lines.count, written) == ([("a.jpg", "a")], 0, b"image,caption\na.jpg,a\n")
+
+
 @pytest.mark.parametrize("kind", ["csv ;", "csv |", "csv \t", "tsv \t", "tsv ,"])
 def test_what_is_between_the_cells_is_seen_in_the_header(call, folder, expected, threshold, tmp_path, kind):
     suffix, _, delimiter = kind.partition(" ")

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +19,19 @@ def test_parquet_keeps_schema_metadata_and_compression(call, folder, tmp_path):
     assert after.metadata.num_row_groups == 1
 
 
+@pytest.mark.parametrize("entry", ["element", "item"])
+def test_each_column_keeps_its_compression(call, folder, tmp_path, entry):
+    columns = {"list": [["images/1.jpg"]], "more": [{"x": 1, "y": "a"}], "caption": ["photo"]}
+    chosen = {f"list.list.{entry}": "brotli", "more.x": "gzip", "more.y": "none", "caption": "zstd"}
+    options = {"compression": chosen, "use_compliant_nested_type": entry == "element"}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet", **options)
+    options = ("--output", tmp_path / "out.parquet", "--image_key", "list", "--score_key", "s")
+    assert call(tmp_path / "in.parquet", *options, threshold=0)[0] == 0
+    group = pq.ParquetFile(tmp_path / "out.parquet").metadata.row_group(0)
+    found = {group.column(index).path_in_schema: group.column(index).compression for index in range(5)}
+    assert list(found.values()) == ["BROTLI", "GZIP", "UNCOMPRESSED", "ZSTD", "ZSTD"]
+
+
 #: As Hugging Face's tables have images: as struct, with features in the metadata.
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _METADATA = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
@@ -29,6 +44,9 @@ _FORMS = {
     "struct of paths": (lambda path, _: {"bytes": None, "path": str(path)}, _IMAGE),
     "binary": (lambda _, data: data, pa.binary()),
     "large binary": (lambda _, data: data, pa.large_binary()),
+    "binary view": (lambda _, data: data, pa.binary_view()),
+    "string view": (lambda path, _: str(path), pa.string_view()),
+    "list view": (lambda path, _: [str(path)], pa.list_view(pa.string())),
     "list of structs": (lambda path, data: [{"bytes": data, "path": path.name}], pa.list_(_IMAGE)),
     "list of paths": (lambda path, _: [str(path)], pa.large_list(pa.string())),
     "fixed list": (lambda path, _: [str(path)], pa.list_(pa.string(), 1)),
@@ -47,7 +65,10 @@ def test_images_in_any_form_are_scored_and_their_rows_kept(call, folder, expecte
     code, _, _ = call(tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", *options, threshold=threshold)
     assert code == 0
     before, after = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("in", "out"))
-    assert after.equals(before.filter(pa.array(expected >= threshold)), check_metadata=True)
+    assert after.schema.equals(before.schema, check_metadata=True)
+    assert after.to_pylist() == [
+        row for row, score in zip(before.to_pylist(), expected, strict=True) if score >= threshold
+    ]
 
 
 def test_a_row_of_several_images_is_dropped_for_that(call, folder, tmp_path):
@@ -83,3 +104,28 @@ def test_runs_of_large_images_are_short(tmp_path):
     assert [image for run in runs for image in run.images] == images
     assert max(sum(map(len, run.images)) for run in runs) <= 18_000_000
     assert len(runs) < 8
+
+
+def test_bytes_of_any_type_stay_in_parquet(call, tmp_path):
+    for kind in (pa.binary_view(), pa.list_view(pa.binary_view())):
+        images = pa.array([b"a"] if kind == pa.binary_view() else [[b"a"]], kind)
+        pq.write_table(pa.table({"image": images, "caption": ["a"]}), tmp_path / "in.parquet")
+        code, _, err = call(tmp_path / "in.parquet", "--output", tmp_path / "out.jsonl", model="/none")
+        assert code == 2
+        assert "only parquet holds bytes" in err
+
+
+@pytest.mark.parametrize("target", ["out.parquet", "out.csv"])
+def test_a_damaged_table_fails_in_one_line_that_names_it(clip_folder, tmp_path, target):
+    names = [f"{number}.jpg" for number in range(200)]
+    pq.write_table(pa.table({"image": names, "caption": [None] * 200}), tmp_path / "in.parquet", compression="none")
+    data = (tmp_path / "in.parquet").read_bytes()
+    for broken in (data.replace(b"199.jpg", b"\xff" * 7, 1), data[:4] + bytes(200) + data[204:]):
+        (tmp_path / "in.parquet").write_bytes(broken)
+        command = ["table", tmp_path / "in.parquet", "--output", tmp_path / target, "--model", clip_folder]
+        command = [sys.executable, "-m", "clipfilter_wds", *map(str, command), "--num_workers", "0", "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert f"clipfilter-wds: can't read '{tmp_path}/in.parquet' behind row " in line
+        assert not (tmp_path / target).exists()
