@@ -24,6 +24,9 @@ from clipfilter_wds.tables.config import TableConfig
 ALL_DONE, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 PROGRAM = "clipfilter-wds"
 
+_RESUMES = "What was finished is whole; start the same command again to resume"
+_BEGINS_ANEW = "Nothing was written; start the same command again"
+
 
 def demo(config: DemoConfig, show: ShowConfig) -> int:
     """Draw shards with known mistakes, filter them with a tiny CLIP, compare with the truth."""
@@ -176,12 +179,14 @@ class Command:
         examples: Calls of it.
         page: The page of the documentation that is about it.
         positional: The option whose ``--name`` may be left out.
+        when_stopped: What one who has stopped it is told.
     """
 
     run: Callable[..., int]
     examples: Sequence[str]
     page: str
     positional: str | None = None
+    when_stopped: str = _RESUMES
 
     @property
     def name(self) -> str:
@@ -238,6 +243,7 @@ COMMANDS = {
             ["scores --output report.html --shards 'data/*.tar'", "scores -o report.html --threshold 0.3"],
             "docs/selection.md",
             "scores",
+            _BEGINS_ANEW,
         ),
         Command(
             export,
@@ -247,6 +253,7 @@ COMMANDS = {
             ],
             "docs/interop.md",
             "scores",
+            "Its output is not whole; delete that, and start the same command again",
         ),
         Command(
             table,
@@ -256,6 +263,7 @@ COMMANDS = {
             ],
             "docs/inputs.md",
             "input",
+            _BEGINS_ANEW,
         ),
     )
 }

@@ -23,8 +23,6 @@ from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.version import __version__
 from clipfilter_wds.workers.interrupts import TerminatedError, interrupted_by
 
-_RESUME = "What was finished is whole; start the same command again to resume"
-
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 all done, 1 some shards failed, 2 unusable arguments, 130 Ctrl-C, 143 SIGTERM."""
@@ -72,15 +70,15 @@ def _run(command: Command, args: Sequence[str]) -> int:
     except ValueError as error:
         return _complain(str(error), UNUSABLE)
     except TerminatedError:
-        return _complain(f"stopped by SIGTERM. {_RESUME}", TERMINATED)
+        return _complain(f"stopped by SIGTERM. {command.when_stopped}", TERMINATED)
     except KeyboardInterrupt:
-        return _complain(f"stopped. {_RESUME}", INTERRUPTED)
+        return _complain(f"stopped. {command.when_stopped}", INTERRUPTED)
     except Exception as error:
         from clipfilter_wds.workers.crashes import WorkerError
 
         if not isinstance(error, (OSError, WorkerError)):
             raise
-        return _complain(f"{error}. {_RESUME}", SOME_FAILED)
+        return _complain(f"{error}. {command.when_stopped}", SOME_FAILED)
 
 
 def _complain(message: str, code: int) -> int:

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +45,21 @@ def test_how_a_run_that_fails_ends(call, monkeypatch, error, code, says):
 
     monkeypatch.setitem(commands.COMMANDS, "demo", replace(COMMANDS["demo"], run=wraps(COMMANDS["demo"].run)(fail)))
     assert call("demo") == (code, "", f"clipfilter-wds: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("table", "in.csv --output out.csv", "Nothing was written; start the same command again"),
+        ("report", "scores --output page.html", "Nothing was written; start the same command again"),
+        ("export", "scores --format datacomp --output out", "Its output is not whole; delete that, and start the same"),
+    ],
+)
+def test_who_stops_what_does_not_resume_is_not_told_so(call, monkeypatch, tmp_path, name, options, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(COMMANDS[name].parser, "read", lambda args: signal.raise_signal(signal.SIGINT))
+    code, _, err = call(name, *options.split())
+    assert (code, err.startswith(f"clipfilter-wds: stopped. {says}")) == (130, True)
 
 
 def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch):
