@@ -9,7 +9,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
@@ -18,6 +17,7 @@ from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.training.collate import collate
 from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
@@ -216,8 +216,8 @@ class StreamBatchBuilder:
             known_scores=np.array([entry.score if entry else 0.0 for entry in known], dtype=np.float32),
             prepared=prepared,
             has_views=np.array(self._has_views, dtype=bool),
-            images=None if are_clips_views else _collate(self._images),
-            texts=self._texts if transform is None else _collate(list(map(transform, self._texts))),
+            images=None if are_clips_views else collate(self._images),
+            texts=self._texts if transform is None else collate([transform(text) for text in self._texts]),
             others={**self._settings.members.collate(self._others), **self._score_columns()},
             failures=self.failures,
             ends=self.ends,
@@ -253,7 +253,3 @@ _NOTHING_TO_SCORE = PreparedBatch(
     pixel_values=torch.empty(0, 3, 0, 0, dtype=torch.uint8),
     input_ids=torch.empty(0, 0, dtype=torch.int64),
 )
-
-
-def _collate(views: list[Any]) -> Any:
-    return default_collate(views) if views else []

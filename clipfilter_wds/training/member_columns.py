@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import default_collate
-
 from clipfilter_wds.preprocess.members import decode_member
+from clipfilter_wds.training.collate import collate
 from clipfilter_wds.types import Sample
 
 #: Members by extension, with ``__key__`` and ``__url__`` -> columns of a row.
@@ -76,7 +75,7 @@ class MemberColumns:
                 f"sample_transform gave one sample the columns {sorted(rows[0])} and another {sorted(other)}; "
                 "it has to give all samples the same"
             )
-        return {name: default_collate([row[name] for row in rows]) for name in rows[0]}
+        return {name: collate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _check_names(names: Mapping[str, Any] | Sequence[str]) -> None:

@@ -21,9 +21,11 @@ from tests.support.restore import (
     Recipe,
     expected_keys,
     flat,
+    image_number,
     keys,
     load_scorer,
     numbered_pair,
+    text_number,
     threshold_that_keeps,
     write_numbered,
 )
@@ -121,6 +123,26 @@ def test_a_shard_that_workers_share_is_warned_of_once(all_samples, tmp_path, cap
     with caplog.at_level(logging.WARNING, logger="clipfilter_wds"):
         assert len(flat(keys(recipe.build(num_workers=4)))) == 24
     assert sum("left out" in record.getMessage() for record in caplog.records) == 1
+
+
+def several_views(image):
+    number = image_number(image)
+    return [number, number]
+
+
+def number_as_digits(caption):
+    return [int(digit) for digit in f"{text_number(caption):05d}"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_views_of_several_parts_stay_with_their_samples(half, num_workers):
+    views = {"image_transform": several_views, "text_transform": number_as_digits}
+    loader = half.but_dataset(**views).build(num_workers=num_workers)
+    for batch in loader:  # of 5 rows, and of 5 digits
+        numbers = [int(key) for key in batch["__key__"]]
+        assert [view.tolist() for view in batch["image"]] == [numbers] * 2
+        digits = torch.stack(batch["text"], dim=1).tolist()
+        assert [int("".join(map(str, row))) for row in digits] == numbers
 
 
 # --- alarms ---
@@ -221,6 +243,17 @@ def test_any_iterable_of_batches_is_filtered_with_all_its_columns(half, scores):
             assert batch["score"].tolist() == pytest.approx([scores[k] for k in batch["meta"]["key"]], abs=1e-5)
             assert len(batch["pixel_values"]) == len(numbers)
     assert loader.stats.kept == 48
+
+
+def test_columns_in_lists_and_columns_of_another_length_are_no_rows(half):
+    batches = [{**batch, "crops": [batch["number"], -batch["number"]]} for batch in columns_of(half)]
+    for batch in ClipFilterLoader(batches, load_scorer(half.clip), threshold=half.loader["threshold"], batch_size=5):
+        assert [(sign * crop).tolist() for sign, crop in zip((1, -1), batch["crops"], strict=True)] == [
+            batch["number"].tolist()
+        ] * 2
+    short = [{**batch, "number": batch["number"][:3]} for batch in columns_of(half)]
+    with pytest.raises(ValueError, match="a batch of 6 samples has a column 'number' of 3 rows"):
+        keys(ClipFilterLoader(short, load_scorer(half.clip), threshold=None))
 
 
 def test_a_batch_without_the_columns_to_score_is_refused_by_name(half):

@@ -103,4 +103,5 @@ def test_a_column_without_rows_is_refused_by_its_type(column):
 def test_a_named_tuple_keeps_its_columns():
     views = namedtuple("views", "left right")
     taken = take(views(torch.arange(4), list("abcd")), np.array([2, 3]))
-    assert (taken[0].tolist(), taken[1]) == ([2, 3], ["c", "d"])
+    assert (taken.left.tolist(), taken.right) == ([2, 3], ["c", "d"])
+    assert take((), np.array([2, 3])) == ()
