@@ -85,6 +85,17 @@ def test_persistent_workers_stay_and_give_the_same_epochs(half, shuffle):
     assert workers[0] == workers[-1] != set()
 
 
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_an_iteration_that_is_not_over_takes_nothing_from_the_next_ones(half, persistent_workers):
+    epochs = keys(half.build(), 3)
+    loader = half.build(num_workers=1, persistent_workers=persistent_workers)
+    kept_open = iter(loader)  # as in a notebook
+    first = [next(kept_open)["__key__"]]
+    assert keys(loader, 2) == epochs[1:]
+    assert [*first, *(batch["__key__"] for batch in kept_open)] == epochs[0]
+    loader.close()
+
+
 def test_another_seed_is_another_order(half):
     orders = [keys(half.but_dataset(shuffle=10, seed=seed).build()) for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
