@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.options import check_options, plain
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import EvalEnd, LoaderConfig
@@ -63,6 +64,7 @@ class ClipFilterDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: When an option can't be used.
+        TypeError: When ``scorer`` or ``loader`` holds no options, or one that there is not.
     """
 
     def __init__(
@@ -92,7 +94,13 @@ class ClipFilterDataModule(L.LightningDataModule):
         loader: LoaderConfig = LoaderConfig(),
     ) -> None:
         super().__init__()
-        self._scorer_config, self._loader_config = _config(ScorerConfig, scorer), _config(LoaderConfig, loader)
+        # Plain values, so that a checkpoint loads with ``weights_only``.
+        train, val, test, predict, scores = map(_as_texts, (train, val, test, predict, scores))
+        shuffle, seed = plain(shuffle), plain(seed)
+        self._scorer_config, self._loader_config = (
+            _config("scorer", ScorerConfig, scorer),
+            _config("loader", LoaderConfig, loader),
+        )
         if self._loader_config.is_evaluation:
             raise ValueError(f"loader.end is {self._loader_config.end!r}, which is for evaluation; give it as val_end")
         if val_end not in get_args(EvalEnd):
@@ -232,9 +240,21 @@ class ClipFilterDataModule(L.LightningDataModule):
         return ClipFilterLoader(dataset, scorer if is_scored else None, **asdict(config))
 
 
-def _config(kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
+def _config(name: str, kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
     """A config; made here where a checkpoint's hyperparameters are given."""
-    return kind(**given) if isinstance(given, Mapping) else given
+    if isinstance(given, Mapping):
+        check_options(kind.__name__, given, kind)
+        return kind(**given)
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} is {given!r}; give a {kind.__name__}, or a dict of its options")
+    return given
+
+
+def _as_texts(paths: Any) -> Any:
+    """Paths as texts, one or several."""
+    if isinstance(paths, Path):
+        return str(paths)
+    return [str(path) for path in paths] if isinstance(paths, list | tuple) else paths
 
 
 def _plain(config: ScorerConfig | LoaderConfig) -> dict[str, Any]:

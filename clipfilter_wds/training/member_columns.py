@@ -34,6 +34,8 @@ class MemberColumns:
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
             raise TypeError(f"columns is {self.columns!r}; give a list of extensions, such as [{self.columns!r}]")
+        if self.columns is not None:
+            object.__setattr__(self, "columns", tuple(self.columns))  # looked at more than once
         for name in self.columns or ():
             if not name or name != name.lower().lstrip("."):
                 raise ValueError(f"a column is {name!r}; extensions are in lower case and begin with no dot")

@@ -4,6 +4,7 @@ import threading
 import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -236,9 +237,12 @@ def test_persistent_workers_give_the_same_batches(data):
 
 
 def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_module_again(data, shards, tmp_path):
-    fit({**data, "record": tmp_path / "record"}, {"max_epochs": 1}, callbacks=[SaveEverywhere(tmp_path)])
+    numbers = {"threshold": np.float32(data["threshold"]), "seed": np.int64(1), "shuffle": torch.tensor(3)}
+    options = {**data, **numbers, "val": [shards / "0.tar"], "record": tmp_path / "record"}
+    fit(options, {"max_epochs": 1}, callbacks=[SaveEverywhere(tmp_path)])
     hparams = torch.load(tmp_path / "epoch0.ckpt", weights_only=True)["datamodule_hyper_parameters"]
     assert hparams["train"] == f"{shards}/*.tar"
+    assert (hparams["val"], hparams["seed"], hparams["shuffle"]) == ([f"{shards}/0.tar"], 1, 3)
     assert hparams["scorer"]["model"] == data["model"]
     assert hparams["loader"]["record"] == str(tmp_path / "record")
     assert ClipFilterDataModule(**hparams).hparams == hparams
@@ -247,6 +251,10 @@ def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_mod
 def test_an_option_that_cannot_be_used_is_refused_at_once():
     with pytest.raises(ValueError, match=r"loader\.end is 'each', which is for evaluation; give it as val_end"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="each"))
+    with pytest.raises(TypeError, match=r"scorer is 'demo-tiny'; give a ScorerConfig, or a dict of its options"):
+        ClipFilterDataModule("a.tar", scorer="demo-tiny")
+    with pytest.raises(TypeError, match=r"LoaderConfig has no option 'treshold'; did you mean 'threshold'"):
+        ClipFilterDataModule("a.tar", loader={"treshold": 0.28})
     with pytest.raises(ValueError, match="val_end is 'sync'; use 'each' or 'pad'"):
         ClipFilterDataModule("a.tar", val_end="sync")
     with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):

@@ -268,9 +268,39 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
         loader.state_dict()
 
 
+@pytest.mark.parametrize("wrong", [2.5, "8", True, None])
+@pytest.mark.parametrize("name", ["batch_size", "num_workers"])
+def test_what_counts_is_a_whole_number(half, name, wrong):
+    with pytest.raises(TypeError, match=f"{name} is {wrong!r}; it must be a whole number"):
+        half.build(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [2.5, "8", True])
+@pytest.mark.parametrize("name", ["score_batch_size", "num_streams", "batches_per_epoch"])
+def test_what_counts_is_a_whole_number_or_left_out(half, name, wrong):
+    with pytest.raises(TypeError, match=f"{name} is {wrong!r}; it must be a whole number"):
+        half.build(**{name: wrong, "end": "repeat" if name == "batches_per_epoch" else "sync"})
+
+
+def test_numbers_of_numpy_and_torch_are_taken_and_saved_as_plain_ones(half, tmp_path):
+    numbers = {"threshold": np.float32(0.1), "batch_size": np.int64(4), "num_streams": torch.tensor(2)}
+    loader = half.but_dataset(shuffle=np.int64(3), seed=np.int32(1)).build(**numbers)
+    assert {type(getattr(loader.config, name)) for name in numbers} == {float, int}
+    state = json.loads(json.dumps(loader.state_dict()))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state
+
+
+@pytest.mark.parametrize("shuffle", [True, 2.5, "10", None, -1])
+def test_shuffle_is_a_number_of_samples(half, shuffle):
+    with pytest.raises(ValueError, match=f"shuffle is {shuffle}; it is the number of samples"):
+        half.but_dataset(shuffle=shuffle).build()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"record": ""}, "record is an empty text; give the folder"),
         ({"threshold": 25}, "threshold is 25; a cosine lies in"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"score_batch_size": 0}, "score_batch_size is 0"),
