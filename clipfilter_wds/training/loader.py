@@ -87,6 +87,10 @@ class ClipFilterLoader:
         options = changed_options(self.config, always=("threshold", "batch_size"))
         return f"ClipFilterLoader({dataset}, {scores!r}, {options}, stats={self.stats})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all but what belongs to this process, or to an iteration that is not over."""
+        return {**self.__dict__, "_agreement": None, "_epoch": None}
+
     def _open_source(self) -> BatchSource:
         """What gives scored batches, with the scores that are known beforehand."""
         dataset, scorer, table, config = self.dataset, self.scorer, self.table, self.config
@@ -120,9 +124,11 @@ class ClipFilterLoader:
     @property
     def _topology(self) -> Topology:
         """Which streams this rank reads, as far as the ranks are known by now."""
+        return self._topology_in(self.world or World.current())
+
+    def _topology_in(self, world: World) -> Topology:
         if not isinstance(self.dataset, ClipWebDataset):
             return Topology(rank=0, world_size=1, num_workers=1, num_streams=1)
-        world = self.world or World.current()
         return self.dataset.topology(world, max(1, self.config.num_workers), self.config.num_streams)
 
     def _start_of(self, epoch: int, stats: FilterStats | None = None) -> LoaderState:
@@ -198,8 +204,10 @@ class ClipFilterLoader:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
             return replace(self._remembered[-1], batches=0)
-        step = 0 if self.config.is_evaluation else 1  # which is the same every time
-        return self._start_of(epoch.begun_at.epoch + step, epoch.progress.stats)
+        number = epoch.begun_at.epoch + (0 if self.config.is_evaluation else 1)  # which is the same every time
+        # The ranks are those of this one. At the program's end, when nothing can be imported, nobody can look them up.
+        progress = Progress.start(self._topology_in(epoch.world), number, epoch.progress.stats)
+        return LoaderState(progress=progress, epoch=number)
 
     def close(self) -> None:
         """End persistent workers. The next iteration starts others."""

@@ -74,6 +74,9 @@ class BatchSource:
         self._persistent: _Persistent | None = None
         self._reported: set[str] = set()  # bad shards that were warned of
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_persistent": None}  # processes can't be copied
+
     def packed(self, packer: Packer) -> Generator[Packed]:
         """Training batches of one epoch, made ahead in workers and a thread, which end when this generator is closed.
 

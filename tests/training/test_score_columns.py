@@ -78,6 +78,8 @@ def test_batches_hold_the_columns_that_are_asked_for(tabled, tmp_path):
     ],
 )
 def test_columns_that_can_not_be_given_are_refused(tabled, columns, message):
+    with pytest.raises(TypeError, match=r"score_columns is 'width'; give a list, such as \['width'\]"):
+        tabled.but(score_columns="width").build()
     with pytest.raises(ValueError, match=message):
         tabled.but(score_columns=columns).build()
 
