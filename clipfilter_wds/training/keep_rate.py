@@ -96,6 +96,11 @@ class KeepRateWatch:
 
     def starved(self, what: str) -> StarvationError:
         """The error to raise, with what is known of the scores."""
+        if not self._seen and not self._hungry.num_samples:
+            return StarvationError(
+                f"nothing is kept: {what}. No sample was read: the shards are empty or can't be used, or what is "
+                "filtered is an iterator, which gives its batches only once"
+            )
         cure = "Lower the threshold, or check that shards, captions and model belong together"
         return StarvationError(
             f"nothing is kept: {what}. {self._seen_scores()} {self._hungry.lacking(self._layout) or cure}"

@@ -3,7 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
     from clipfilter_wds.models.scorer import ClipScorer
 
 _STATE_VERSION = 2
+#: Options that say how shards are read.
+_OF_READING = (
+    "num_workers",
+    "worker_timeout",
+    "score_batch_size",
+    "num_streams",
+    "on_crash",
+    "persistent_workers",
+    "multiprocessing_context",
+)
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
 _NUM_REMEMBERED = 4
 
@@ -52,7 +62,8 @@ class ClipFilterLoader:
         options: As :class:`LoaderConfig`.
 
     Raises:
-        ValueError: From :class:`LoaderConfig`; and when the scorer, or score table, does not fit the dataset.
+        ValueError: From :class:`LoaderConfig`; when the scorer, or score table, does not fit the dataset; and when an
+            option says how to read shards, and the dataset is another loader.
         TypeError: When there is no such option.
     """
 
@@ -99,6 +110,7 @@ class ClipFilterLoader:
         if not isinstance(dataset, ClipWebDataset):
             if table is not None or config.record is not None:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
+            _check_suits_any(config)
             return BatchSource(dataset, config, scorer)
         if table is not None:
             lookup = FolderLookup.of(
@@ -291,6 +303,21 @@ class ClipFilterLoader:
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},
         }
+
+
+def _check_suits_any(config: LoaderConfig) -> None:
+    """Refuse options that mean nothing where another loader reads."""
+    if config.end == "repeat":
+        raise ValueError(
+            "end is 'repeat', which reads the shards of a ClipWebDataset without end; around another loader, 'sync' "
+            "ends an epoch for all ranks when the first has no further batch"
+        )
+    set_ = [option.name for option in fields(config) if getattr(config, option.name) != option.default]
+    if idle := [f"{name}={getattr(config, name)!r}" for name in set_ if name in _OF_READING]:
+        raise ValueError(
+            f"{', '.join(idle)}: this is for a ClipWebDataset, which is read here; what is given reads and makes its "
+            "batches by itself, so set it there"
+        )
 
 
 def _is_code_of_lightning(frame: FrameType) -> bool:

@@ -268,6 +268,26 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
         loader.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 2, "num_streams": 4}, r"num_workers=2, num_streams=4: this is for a ClipWebDataset"),
+        ({"on_crash": "raise"}, r"on_crash='raise': this is for a ClipWebDataset, .* so set it there"),
+        ({"end": "repeat", "batches_per_epoch": 3}, "end is 'repeat', which reads the shards of a ClipWebDataset"),
+    ],
+)
+def test_around_another_loader_options_of_reading_are_refused(half, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClipFilterLoader(columns_of(half), load_scorer(half.clip), threshold=None, **options)
+
+
+def test_an_iterator_that_was_iterated_before_is_told_from_a_filter_that_keeps_nothing(half):
+    loader = ClipFilterLoader(iter(columns_of(half)), load_scorer(half.clip), threshold=None, batch_size=6)
+    assert len(flat([[batch["meta"]["key"] for batch in loader]])) == 48
+    with pytest.raises(StarvationError, match=r"No sample was read: .* an iterator, which gives its batches only once"):
+        next(iter(loader))
+
+
 @pytest.mark.parametrize("wrong", [2.5, "8", True, None])
 @pytest.mark.parametrize("name", ["batch_size", "num_workers"])
 def test_what_counts_is_a_whole_number(half, name, wrong):
