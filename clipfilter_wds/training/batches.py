@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
-from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.names import public_url
@@ -21,6 +22,7 @@ from clipfilter_wds.training.collate import collate
 from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
+from clipfilter_wds.training.user_code import collating, running
 from clipfilter_wds.types import DropReason, SampleRow, ShardIdentity, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
 from clipfilter_wds.workers.transport import slot_buffer
@@ -176,7 +178,7 @@ class StreamBatchBuilder:
         settings, transform = self._settings, self._settings.image_transform
         try:
             rgb, captions = decode_sample(sample, settings.layout, settings.view if transform is None else self._whole)
-            self._add_views(item, settings.view(rgb) if transform is None else transform(rgb.image), captions)
+            self._add_views(item, settings.view(rgb) if transform is None else self._image_view(item, rgb), captions)
         except UnusableError as unusable:
             return unusable.reason
         return None
@@ -190,17 +192,23 @@ class StreamBatchBuilder:
         if transform is not None and rgb.scale > 1:
             whole, _ = decode_sample(sample, settings.layout, self._whole)
         pair = settings.preprocess.prepare(rgb, captions, out)
-        self._add_views(item, pair.pixels if transform is None else transform(whole.image), captions)
+        self._add_views(item, pair.pixels if transform is None else self._image_view(item, whole), captions)
         return pair
+
+    def _image_view(self, item: StreamSample, rgb: RgbImage) -> Any:
+        """Training's own view of an image."""
+        assert self._settings.image_transform is not None
+        with running("image_transform", item.sample.key, item.url):
+            return self._settings.image_transform(rgb.image)
 
     def _add_views(self, item: StreamSample, image: Any, captions: list[str]) -> None:
         self._images.append(image)
         self._texts.append(captions[0] if len(captions) == 1 else captions)
-        self._others.append(self._settings.members.row_of(item.sample, item.url))
+        with running("sample_transform", item.sample.key, item.url):
+            self._others.append(self._settings.members.row_of(item.sample, item.url))
 
     def build(self, stream: int, after: StreamProgress) -> StreamBatch:
         """Make a batch of what was added of a stream, and begin the next one."""
-        transform = self._settings.text_transform
         prepared = _NOTHING_TO_SCORE if self._to_score is None else self._to_score.build()
         are_clips_views = self._settings.image_transform is None and len(prepared.pixel_values) == len(self._images)
         known = [item.known for item in self._items]
@@ -216,15 +224,35 @@ class StreamBatchBuilder:
             known_scores=np.array([entry.score if entry else 0.0 for entry in known], dtype=np.float32),
             prepared=prepared,
             has_views=np.array(self._has_views, dtype=bool),
-            images=None if are_clips_views else collate(self._images),
-            texts=self._texts if transform is None else collate([transform(text) for text in self._texts]),
-            others={**self._settings.members.collate(self._others), **self._score_columns()},
+            images=None if are_clips_views else self._collated_images(),
+            texts=self._text_views(),
+            others={**self._other_columns(), **self._score_columns()},
             failures=self.failures,
             ends=self.ends,
             identities={item.url: item.identity for item in self._items},
         )
         self._clear()
         return batch
+
+    def _collated_images(self) -> Any:
+        with collating("image_transform"):
+            return collate(self._images)
+
+    def _text_views(self) -> Any:
+        """What training gets of the captions, collated where it gets views of its own."""
+        transform, texts = self._settings.text_transform, []
+        if transform is None:
+            return self._texts
+        items = compress(self._items, self._has_views)
+        for item, text in zip(items, self._texts, strict=True):
+            with running("text_transform", item.sample.key, item.url):
+                texts.append(transform(text))
+        with collating("text_transform"):
+            return collate(texts)
+
+    def _other_columns(self) -> dict[str, Any]:
+        with collating("sample_transform"):
+            return self._settings.members.collate(self._others)
 
     def _score_columns(self) -> dict[str, Any]:
         pairs = zip(self._items, self._has_views, strict=True)

@@ -58,9 +58,11 @@ class MemberColumns:
         decoded = {name: decode_member(name, members[name]) if name in members else None for name in wanted}
         if self.transform is None:
             return decoded
-        row = dict(self.transform({"__key__": sample.key, "__url__": url, **decoded}))
+        row = self.transform({"__key__": sample.key, "__url__": url, **decoded})
+        if not isinstance(row, Mapping):
+            raise TypeError(f"sample_transform gave a {type(row).__name__}; it has to give a dict of columns")
         _check_names(row)
-        return row
+        return dict(row)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The columns of rows: lists of what the members hold; collated by torch where there is a transform.
