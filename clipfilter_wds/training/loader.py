@@ -8,7 +8,7 @@ from hashlib import sha256
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from clipfilter_wds.options import changed_options, check_options
+from clipfilter_wds.options import changed_options, check_options, check_whole_number
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.metadata import DTYPES
@@ -20,7 +20,7 @@ from clipfilter_wds.training.evaluation import evaluation_batches
 from clipfilter_wds.training.precomputed import FolderLookup, config_for
 from clipfilter_wds.training.record import Recorder, RecordLookup
 from clipfilter_wds.training.record_folder import RecordFolder
-from clipfilter_wds.training.resume import check_settings, check_streams, share_out
+from clipfilter_wds.training.resume import check_settings, check_streams, share_out, states_in
 from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.training.topology import Topology
@@ -159,7 +159,13 @@ class ClipFilterLoader:
         """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is.
 
         A position within this epoch, from :meth:`load_state_dict`, is kept.
+
+        Raises:
+            TypeError: When it is no whole number.
+            ValueError: When it is negative.
         """
+        check_whole_number("epoch", epoch, 0)
+        epoch = int(epoch)
         if self.config.end == "repeat":
             self._begin_at(replace(self._next, batches=0))
         elif epoch == self._next.epoch:
@@ -262,8 +268,9 @@ class ClipFilterLoader:
         Raises:
             ValueError: When the state is of another version, dataset or setting, with both values; and when it is not
                 this rank's, or some rank's is missing.
+            TypeError: When it is no state, and no list of states.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
+        states = states_in(state)
         for one in states:
             self._check_state(one)
         shared = share_out([LoaderState.from_json(one) for one in states], self._topology)

@@ -64,6 +64,12 @@ def test_after_a_break_comes_the_next_epoch(half):
     assert keys(loader) == [epochs[1]]
 
 
+@pytest.mark.parametrize(("epoch", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError), (None, TypeError)])
+def test_an_epoch_that_is_no_number_of_one_is_refused(half, epoch, error):
+    with pytest.raises(error, match=f"epoch is {epoch!r}; it must be"):
+        half.build().set_epoch(epoch)
+
+
 def test_set_epoch_after_a_break_is_the_beginning_that_the_state_says(half):
     recipe = half.but_dataset(shuffle=10)
     epochs = keys(recipe.build(), 2)
@@ -162,6 +168,12 @@ def test_repeat_never_ends_and_gives_batches_of_one_size(half, scores, num_worke
 def test_how_long_an_epoch_is_is_not_known_beforehand(half):
     with pytest.raises(TypeError, match="not known beforehand"):
         len(half.build())
+
+
+def test_an_epoch_of_which_drop_last_leaves_nothing_is_an_error(half):
+    with pytest.raises(StarvationError, match=r"batch_size is 25, no rank keeps as many .* \[24\]\), and"):
+        keys(half.build(batch_size=25, drop_last=True))
+    assert len(keys(half.build(batch_size=24, drop_last=True))[0]) == 1
 
 
 def test_an_incomplete_last_batch_is_no_left_over_of_a_lone_rank(half, caplog):
