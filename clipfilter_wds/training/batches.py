@@ -226,7 +226,7 @@ class StreamBatchBuilder:
             has_views=np.array(self._has_views, dtype=bool),
             images=None if are_clips_views else self._collated_images(),
             texts=self._text_views(),
-            others={**self._other_columns(), **self._score_columns()},
+            others=self._other_columns(),
             failures=self.failures,
             ends=self.ends,
             identities={item.url: item.identity for item in self._items},
@@ -252,7 +252,11 @@ class StreamBatchBuilder:
 
     def _other_columns(self) -> dict[str, Any]:
         with collating("sample_transform"):
-            return self._settings.members.collate(self._others)
+            columns = self._settings.members.collate(self._others)
+        of_tables = self._score_columns()
+        if twice := sorted(columns.keys() & of_tables.keys()):
+            raise ValueError(f"a batch has two columns {twice[0]!r}, of its members and of score_columns; rename one")
+        return {**columns, **of_tables}
 
     def _score_columns(self) -> dict[str, Any]:
         pairs = zip(self._items, self._has_views, strict=True)

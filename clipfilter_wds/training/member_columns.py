@@ -74,11 +74,12 @@ class MemberColumns:
             return {}
         if self.transform is None:
             return {name: [row[name] for row in rows] for name in rows[0]}
-        if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
-            raise ValueError(
-                f"sample_transform gave one sample the columns {sorted(rows[0])} and another {sorted(other)}; "
-                "it has to give all samples the same"
-            )
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise ValueError(
+                    f"sample_transform gave one sample the columns {sorted(rows[0])} and another {sorted(row)}; "
+                    "it has to give all samples the same"
+                )
         return {name: collate([row[name] for row in rows]) for name in rows[0]}
 
 

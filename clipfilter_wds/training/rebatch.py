@@ -104,6 +104,12 @@ def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may
     if isinstance(first, torch.Tensor):
         return _gathered_tensors(columns, rows, new, may_share=may_share)
     if isinstance(first, Mapping):
+        for column in columns:
+            if column.keys() != first.keys():
+                raise ValueError(
+                    f"one batch has the columns {sorted(map(str, first))} and another {sorted(map(str, column))}; all "
+                    "have to have the same"
+                )
         return {name: _gathered([column[name] for column in columns], rows, new, may_share=may_share) for name in first}
     if isinstance(first, np.ndarray):
         return np.concatenate([column[some] for column, some in zip(columns, rows, strict=True)])

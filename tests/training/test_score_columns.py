@@ -116,6 +116,12 @@ def test_a_column_that_some_tables_lack_or_that_no_batch_can_hold_is_refused(tab
         tabled.from_table(some).but(score_columns=["more"]).build()
 
 
+def test_a_column_of_tables_and_one_of_members_are_not_called_the_same(tabled):
+    recipe = tabled.but_dataset(sample_transform=lambda sample: {"width": 1}).but(score_columns=["width"])
+    with pytest.raises(ValueError, match="two columns 'width', of its members and of score_columns; rename one"):
+        next(iter(recipe.build()))
+
+
 def test_columns_take_score_tables(scored):
     with pytest.raises(ValueError, match="but there is no ScoreFolder that has them"):
         scored.but(score_columns=["width"]).build()

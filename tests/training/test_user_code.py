@@ -72,5 +72,14 @@ def test_what_can_not_be_collated_names_the_option_and_what_can(recipe, option, 
     assert f"where what {option} gave of several samples is made a batch: it needs tensors or arrays" in said
 
 
+def some_columns(members):
+    return {} if members["__key__"].endswith("1") else {"number": 1}
+
+
+def test_samples_of_different_columns_are_refused_with_all_names(recipe):
+    said = message(recipe, sample_transform=some_columns)
+    assert "gave one sample the columns ['number'] and another []; it has to give all samples the same" in said
+
+
 def test_a_sample_transform_that_gives_no_columns_says_so(recipe):
     assert "sample_transform gave a int; it has to give a dict" in message(recipe, sample_transform=gives_a_number)
