@@ -52,8 +52,9 @@ class ClipFilterDataModule(L.LightningDataModule):
         columns: Extensions of other members that batches get as columns (``[json, cls]``); see ``ClipWebDataset``.
         sample_transform: Other members of a sample, by extension -> columns.
         caption: Extension of the member that holds the caption (``txt``), or a field of the json member
-            (``json:caption``).
-        image: Extension of the member that holds the image, or several, best first; ``null`` for the usual ones.
+            (``json:caption``). Several, a list or separated by commas, are several captions of the same image.
+        image: Extension of the member that holds the image, or several, a list or separated by commas, best first;
+            ``null`` for the usual ones.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, with
             a warning. Without it, they are an error.
         shuffle: Shuffle training shards, and samples within windows of this many; 0 keeps the order.
@@ -85,8 +86,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         text_transform: Callable[[str], Any] | None = None,
         columns: list[str] | None = None,
         sample_transform: Callable[[dict[str, Any]], Any] | None = None,
-        caption: str = "txt",
-        image: str | None = None,
+        caption: str | list[str] = "txt",
+        image: str | list[str] | None = None,
         skip_missing_shards: bool = False,
         shuffle: int = 1000,
         seed: int = 0,
@@ -233,7 +234,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             sample_transform=self._sample_transform,
             shuffle=shuffle,
             seed=self.hparams["seed"],
-            layout=SampleLayout(caption=self.hparams["caption"], image=self.hparams["image"]),
+            layout=SampleLayout(caption=_joined(self.hparams["caption"]), image=_joined(self.hparams["image"])),
             skip_missing_shards=self.hparams["skip_missing_shards"],
             world=None if trainer is None else World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
@@ -248,6 +249,11 @@ def _config(name: str, kind: type[Config], given: Config | Mapping[str, Any]) ->
     if not isinstance(given, kind):
         raise TypeError(f"{name} is {given!r}; give a {kind.__name__}, or a dict of its options")
     return given
+
+
+def _joined(names: Any) -> Any:
+    """Names as a layout has several of them."""
+    return ",".join(names) if isinstance(names, list | tuple) else names
 
 
 def _as_texts(paths: Any) -> Any:

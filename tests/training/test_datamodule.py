@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
@@ -261,3 +262,12 @@ def test_an_option_that_cannot_be_used_is_refused_at_once():
         ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
     with pytest.raises(ValueError, match="'repeat' goes with it"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="repeat"))
+
+
+@pytest.mark.parametrize(
+    ("image", "caption"), [(["png", "jpg"], ["txt", "json:caption"]), ("png,jpg", "txt,json:caption")]
+)
+def test_members_may_be_named_by_a_list_or_with_commas(data, image, caption):
+    module = data_module({**data, "image": image, "caption": caption})
+    module.setup("fit")
+    assert module.train_dataloader().dataset.layout == SampleLayout(image="png,jpg", caption="txt,json:caption")
