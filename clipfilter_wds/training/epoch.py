@@ -88,7 +88,7 @@ class Epoch:
             unused: Whether this one had another.
 
         Raises:
-            StarvationError: When no rank kept anything, or enough for a batch that ``drop_last`` does not leave out.
+            StarvationError: When no rank kept anything.
         """
         whole = math.floor if self._drop_last else math.ceil
         ready = whole(self.num_ready / self._batch_size) + unused
@@ -97,11 +97,12 @@ class Epoch:
         self.num_left_over = sum(ready for ready, _, _ in told)
         if num_batches == 0 and not any(kept for _, kept, _ in told):
             raise self.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
-        if num_batches == 0 and not self.num_left_over:  # so would be the next ones, and a loop over epochs never end
-            raise StarvationError(
-                f"a whole epoch gives no batch: batch_size is {self._batch_size}, no rank keeps as many pairs (by rank:"
-                f" {[kept for _, kept, _ in told]}), and drop_last leaves smaller batches out. Lower batch_size, or "
-                "leave out drop_last"
+        if num_batches == 0 and not self.num_left_over and self.world.rank == 0:  # a loop over epochs may never end
+            _log.warning(
+                "the epoch gave no batch: batch_size is %d, no rank keeps as many pairs (by rank: %s), and drop_last "
+                "leaves smaller batches out. Lower batch_size, or leave out drop_last",
+                self._batch_size,
+                [kept for _, kept, _ in told],
             )
         if self.num_left_over and self.world.rank == 0:  # once, as every rank knows the totals
             _log.warning(
