@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class ClipFilterLoader:
     Raises:
         ValueError: From :class:`LoaderConfig`; when the scorer, or score table, does not fit the dataset; and when an
             option says how to read shards, and the dataset is another loader.
-        TypeError: When there is no such option.
+        TypeError: When there is no such option, or the scorer is a name.
     """
 
     def __init__(
@@ -75,6 +76,10 @@ class ClipFilterLoader:
         world: World | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(scorer, str | Path):
+            raise TypeError(
+                f"scorer is {str(scorer)!r}; give a ClipScorer of that model, or a ScoreFolder of score tables"
+            )
         self.dataset = dataset
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer

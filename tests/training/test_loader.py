@@ -337,6 +337,11 @@ def test_unusable_options_are_refused(half, options, message):
         half.build(**options)
 
 
+def test_a_model_by_its_name_is_no_scorer():
+    with pytest.raises(TypeError, match="scorer is 'demo-tiny'; give a ClipScorer of that model, or a ScoreFolder"):
+        ClipFilterLoader([], "demo-tiny")
+
+
 def test_a_misspelt_option_is_named_with_the_right_one(scorer):
     with pytest.raises(TypeError, match=r"^ClipFilterLoader has no option 'treshold'; did you mean 'threshold'"):
         ClipFilterLoader([], scorer, treshold=0.3)
