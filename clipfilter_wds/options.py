@@ -1,8 +1,9 @@
-"""Names the option that a misspelt one means."""
+"""Checks options: names the one that a misspelt one means, and takes numbers for what they are."""
 
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 
@@ -31,3 +32,21 @@ def changed_options(config: Any, always: Iterable[str] = ()) -> str:
         field.name for field in fields(config) if field.name in always or getattr(config, field.name) != field.default
     ]
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in shown)
+
+
+def plain(value: Any) -> Any:
+    """The number of a numpy scalar, or of a tensor of one, so that what is saved holds plain values only."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def check_whole_number(name: str, value: Any, at_least: int) -> None:
+    """Check an option that counts.
+
+    Raises:
+        TypeError: When it is no whole number.
+        ValueError: When it is too small.
+    """
+    if type(value) is bool or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    if value < at_least:
+        raise ValueError(f"{name} is {value}; it must be at least {at_least}")

@@ -4,23 +4,25 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 
 from clipfilter_wds.preprocess.batch import BatchBuilder, PreparedBatch
 from clipfilter_wds.preprocess.clip import ClipPreprocess, ImageOut, OpenPair
-from clipfilter_wds.preprocess.image import ImageView
+from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.preprocess.members import decode_sample, read_uid
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
+from clipfilter_wds.training.collate import collate
 from clipfilter_wds.training.member_columns import MemberColumns
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.stream import PartEnd, StreamProgress, StreamSample
+from clipfilter_wds.training.user_code import collating, running
 from clipfilter_wds.types import DropReason, SampleRow, ShardIdentity, UnusableError
 from clipfilter_wds.workers.crashes import WorkerTracker
 from clipfilter_wds.workers.transport import slot_buffer
@@ -176,7 +178,7 @@ class StreamBatchBuilder:
         settings, transform = self._settings, self._settings.image_transform
         try:
             rgb, captions = decode_sample(sample, settings.layout, settings.view if transform is None else self._whole)
-            self._add_views(item, settings.view(rgb) if transform is None else transform(rgb.image), captions)
+            self._add_views(item, settings.view(rgb) if transform is None else self._image_view(item, rgb), captions)
         except UnusableError as unusable:
             return unusable.reason
         return None
@@ -190,17 +192,23 @@ class StreamBatchBuilder:
         if transform is not None and rgb.scale > 1:
             whole, _ = decode_sample(sample, settings.layout, self._whole)
         pair = settings.preprocess.prepare(rgb, captions, out)
-        self._add_views(item, pair.pixels if transform is None else transform(whole.image), captions)
+        self._add_views(item, pair.pixels if transform is None else self._image_view(item, whole), captions)
         return pair
+
+    def _image_view(self, item: StreamSample, rgb: RgbImage) -> Any:
+        """Training's own view of an image."""
+        assert self._settings.image_transform is not None
+        with running("image_transform", item.sample.key, item.url):
+            return self._settings.image_transform(rgb.image)
 
     def _add_views(self, item: StreamSample, image: Any, captions: list[str]) -> None:
         self._images.append(image)
         self._texts.append(captions[0] if len(captions) == 1 else captions)
-        self._others.append(self._settings.members.row_of(item.sample, item.url))
+        with running("sample_transform", item.sample.key, item.url):
+            self._others.append(self._settings.members.row_of(item.sample, item.url))
 
     def build(self, stream: int, after: StreamProgress) -> StreamBatch:
         """Make a batch of what was added of a stream, and begin the next one."""
-        transform = self._settings.text_transform
         prepared = _NOTHING_TO_SCORE if self._to_score is None else self._to_score.build()
         are_clips_views = self._settings.image_transform is None and len(prepared.pixel_values) == len(self._images)
         known = [item.known for item in self._items]
@@ -216,15 +224,39 @@ class StreamBatchBuilder:
             known_scores=np.array([entry.score if entry else 0.0 for entry in known], dtype=np.float32),
             prepared=prepared,
             has_views=np.array(self._has_views, dtype=bool),
-            images=None if are_clips_views else _collate(self._images),
-            texts=self._texts if transform is None else _collate(list(map(transform, self._texts))),
-            others={**self._settings.members.collate(self._others), **self._score_columns()},
+            images=None if are_clips_views else self._collated_images(),
+            texts=self._text_views(),
+            others=self._other_columns(),
             failures=self.failures,
             ends=self.ends,
             identities={item.url: item.identity for item in self._items},
         )
         self._clear()
         return batch
+
+    def _collated_images(self) -> Any:
+        with collating("image_transform"):
+            return collate(self._images)
+
+    def _text_views(self) -> Any:
+        """What training gets of the captions, collated where it gets views of its own."""
+        transform, texts = self._settings.text_transform, []
+        if transform is None:
+            return self._texts
+        items = compress(self._items, self._has_views)
+        for item, text in zip(items, self._texts, strict=True):
+            with running("text_transform", item.sample.key, item.url):
+                texts.append(transform(text))
+        with collating("text_transform"):
+            return collate(texts)
+
+    def _other_columns(self) -> dict[str, Any]:
+        with collating("sample_transform"):
+            columns = self._settings.members.collate(self._others)
+        of_tables = self._score_columns()
+        if twice := sorted(columns.keys() & of_tables.keys()):
+            raise ValueError(f"a batch has two columns {twice[0]!r}, of its members and of score_columns; rename one")
+        return {**columns, **of_tables}
 
     def _score_columns(self) -> dict[str, Any]:
         pairs = zip(self._items, self._has_views, strict=True)
@@ -253,7 +285,3 @@ _NOTHING_TO_SCORE = PreparedBatch(
     pixel_values=torch.empty(0, 3, 0, 0, dtype=torch.uint8),
     input_ids=torch.empty(0, 0, dtype=torch.int64),
 )
-
-
-def _collate(views: list[Any]) -> Any:
-    return default_collate(views) if views else []

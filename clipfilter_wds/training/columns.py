@@ -9,6 +9,7 @@ import torch
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.finite import finite_scores
+from clipfilter_wds.training.collate import ColumnReader
 from clipfilter_wds.training.rebatch import take
 from clipfilter_wds.training.scoring import Scored, score_batches
 from clipfilter_wds.types import NO_REASON, DropReason
@@ -25,7 +26,8 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
 
     Raises:
         TypeError: When a batch is no dict, or its pixels are no uint8.
-        ValueError: When ``pixel_values``, ``input_ids`` or ``reason`` is missing, or an item is no batch.
+        ValueError: When ``pixel_values``, ``input_ids`` or ``reason`` is missing, columns have unequal numbers of rows,
+            or an item is no batch.
     """
 
     def inputs(batch: _Usable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +38,8 @@ def score_columns(recheck: "Recheck | None", batches: Iterable[Mapping[str, Any]
             input_ids = input_ids[..., : int(lengths.max())]
         return batch.columns["pixel_values"], input_ids
 
-    usable = map(_usable, batches)
+    reader = ColumnReader()
+    usable = (_usable(batch, reader) for batch in batches)
     for batch, cosines, _ in score_batches(recheck, usable, inputs, lambda batch, may_be_kept: batch):
         scores, reasons = finite_scores(np.full(len(cosines), NO_REASON, dtype=np.int8), cosines)
         places = np.flatnonzero(reasons == NO_REASON)
@@ -53,12 +56,13 @@ class _Usable(NamedTuple):
     unusable: dict[DropReason, int]
 
 
-def _usable(batch: Mapping[str, Any]) -> _Usable:
+def _usable(batch: Mapping[str, Any], reader: ColumnReader) -> _Usable:
     _check(batch)
     columns = dict(batch)
     reasons = list(map(str, columns.pop("reason")))
     columns["pixel_values"] = _as_uint8(torch.as_tensor(columns["pixel_values"]))
     columns["input_ids"] = torch.as_tensor(columns["input_ids"])
+    columns = reader.read(columns, len(reasons))
     if any(reasons):
         columns = take(columns, np.array([row for row, reason in enumerate(reasons) if not reason], dtype=np.int64))
     return _Usable(columns, dict(Counter(DropReason(reason) for reason in reasons if reason)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from clipfilter_wds.options import check_whole_number
 from clipfilter_wds.scores.kind import AutoThreshold
 from clipfilter_wds.scores.metadata import DTYPES, Embeddings
 from clipfilter_wds.workers.config import WorkerConfig
@@ -49,6 +50,7 @@ class LoaderConfig(WorkerConfig):
 
     Raises:
         ValueError: When an option can't be used.
+        TypeError: When one that counts is no whole number, or ``score_columns`` one text.
     """
 
     threshold: float | AutoThreshold | None = "auto"
@@ -69,9 +71,17 @@ class LoaderConfig(WorkerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("score_batch_size", "starvation_limit", "num_streams"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_whole_number("batch_size", self.batch_size, 1)  # here neither is left to what suits
+        check_whole_number("num_workers", self.num_workers, 0)
+        for name in ("score_batch_size", "num_streams", "batches_per_epoch"):
+            if getattr(self, name) is not None:
+                check_whole_number(name, getattr(self, name), 1)
+        if self.starvation_limit < 1:
+            raise ValueError(f"starvation_limit is {self.starvation_limit}; it must be at least 1")
+        if isinstance(self.score_columns, str):
+            raise TypeError(f"score_columns is {self.score_columns!r}; give a list, such as [{self.score_columns!r}]")
+        if self.record is not None and not str(self.record):
+            raise ValueError("record is an empty text; give the folder to record in")
         if self.on_crash not in ("skip", "raise"):
             raise ValueError(f"on_crash is {self.on_crash!r}; use 'skip' or 'raise'")
         if self.record_embeddings is not None and self.record_embeddings not in DTYPES:
@@ -84,8 +94,6 @@ class LoaderConfig(WorkerConfig):
             raise ValueError(f"end is {self.end!r}, which gives every sample; it does not go with drop_last")
         if self.persistent_workers and (self.num_workers == 0 or self.end != "sync"):
             raise ValueError("persistent_workers needs num_workers of at least 1, and end='sync'")
-        if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
-            raise ValueError(f"batches_per_epoch is {self.batches_per_epoch}; it must be at least 1")
         if (self.end == "repeat") != (self.batches_per_epoch is not None):
             raise ValueError(
                 f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"

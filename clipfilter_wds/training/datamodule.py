@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.models.scorer import ClipScorer
+from clipfilter_wds.options import check_options, plain
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import EvalEnd, LoaderConfig
@@ -51,8 +52,9 @@ class ClipFilterDataModule(L.LightningDataModule):
         columns: Extensions of other members that batches get as columns (``[json, cls]``); see ``ClipWebDataset``.
         sample_transform: Other members of a sample, by extension -> columns.
         caption: Extension of the member that holds the caption (``txt``), or a field of the json member
-            (``json:caption``).
-        image: Extension of the member that holds the image, or several, best first; ``null`` for the usual ones.
+            (``json:caption``). Several, a list or separated by commas, are several captions of the same image.
+        image: Extension of the member that holds the image, or several, a list or separated by commas, best first;
+            ``null`` for the usual ones.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, with
             a warning. Without it, they are an error.
         shuffle: Shuffle training shards, and samples within windows of this many; 0 keeps the order.
@@ -63,6 +65,7 @@ class ClipFilterDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: When an option can't be used.
+        TypeError: When ``scorer`` or ``loader`` holds no options, or one that there is not.
     """
 
     def __init__(
@@ -83,8 +86,8 @@ class ClipFilterDataModule(L.LightningDataModule):
         text_transform: Callable[[str], Any] | None = None,
         columns: list[str] | None = None,
         sample_transform: Callable[[dict[str, Any]], Any] | None = None,
-        caption: str = "txt",
-        image: str | None = None,
+        caption: str | list[str] = "txt",
+        image: str | list[str] | None = None,
         skip_missing_shards: bool = False,
         shuffle: int = 1000,
         seed: int = 0,
@@ -92,7 +95,13 @@ class ClipFilterDataModule(L.LightningDataModule):
         loader: LoaderConfig = LoaderConfig(),
     ) -> None:
         super().__init__()
-        self._scorer_config, self._loader_config = _config(ScorerConfig, scorer), _config(LoaderConfig, loader)
+        # Plain values, so that a checkpoint loads with ``weights_only``.
+        train, val, test, predict, scores = map(_as_texts, (train, val, test, predict, scores))
+        shuffle, seed = plain(shuffle), plain(seed)
+        self._scorer_config, self._loader_config = (
+            _config("scorer", ScorerConfig, scorer),
+            _config("loader", LoaderConfig, loader),
+        )
         if self._loader_config.is_evaluation:
             raise ValueError(f"loader.end is {self._loader_config.end!r}, which is for evaluation; give it as val_end")
         if val_end not in get_args(EvalEnd):
@@ -225,16 +234,33 @@ class ClipFilterDataModule(L.LightningDataModule):
             sample_transform=self._sample_transform,
             shuffle=shuffle,
             seed=self.hparams["seed"],
-            layout=SampleLayout(caption=self.hparams["caption"], image=self.hparams["image"]),
+            layout=SampleLayout(caption=_joined(self.hparams["caption"]), image=_joined(self.hparams["image"])),
             skip_missing_shards=self.hparams["skip_missing_shards"],
             world=None if trainer is None else World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
         return ClipFilterLoader(dataset, scorer if is_scored else None, **asdict(config))
 
 
-def _config(kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
+def _config(name: str, kind: type[Config], given: Config | Mapping[str, Any]) -> Config:
     """A config; made here where a checkpoint's hyperparameters are given."""
-    return kind(**given) if isinstance(given, Mapping) else given
+    if isinstance(given, Mapping):
+        check_options(kind.__name__, given, kind)
+        return kind(**given)
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} is {given!r}; give a {kind.__name__}, or a dict of its options")
+    return given
+
+
+def _joined(names: Any) -> Any:
+    """Names as a layout has several of them."""
+    return ",".join(names) if isinstance(names, list | tuple) else names
+
+
+def _as_texts(paths: Any) -> Any:
+    """Paths as texts, one or several."""
+    if isinstance(paths, Path):
+        return str(paths)
+    return [str(path) for path in paths] if isinstance(paths, list | tuple) else paths
 
 
 def _plain(config: ScorerConfig | LoaderConfig) -> dict[str, Any]:

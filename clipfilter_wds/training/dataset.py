@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clipfilter_wds.options import plain
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.shards.names import public_url
@@ -65,8 +66,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         world: This rank among all; None lets the loader find out, and is a world of one where there is no loader.
 
     Raises:
-        ValueError: When no shard matches, ``shuffle`` is negative, a column can't have that name, or training would get
-            views that the device is to make.
+        ValueError: When no shard matches, ``shuffle`` is no number of samples, a column can't have that name, or
+            training would get views that the device is to make.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         skip_missing_shards: bool = False,
         world: World | None = None,
     ) -> None:
-        if shuffle < 0:
+        shuffle, seed = plain(shuffle), plain(seed)
+        if shuffle is True or not isinstance(shuffle, int) or shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}; it is the number of samples that are shuffled together, or 0")
         if preprocess is not None and preprocess.view.resize_on_device and image_transform is None:
             raise ValueError(

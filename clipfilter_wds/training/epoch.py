@@ -97,6 +97,13 @@ class Epoch:
         self.num_left_over = sum(ready for ready, _, _ in told)
         if num_batches == 0 and not any(kept for _, kept, _ in told):
             raise self.starved(f"a whole epoch of {sum(seen for *_, seen in told):,} samples left none")
+        if num_batches == 0 and not self.num_left_over and self.world.rank == 0:  # a loop over epochs may never end
+            _log.warning(
+                "the epoch gave no batch: batch_size is %d, no rank keeps as many pairs (by rank: %s), and drop_last "
+                "leaves smaller batches out. Lower batch_size, or leave out drop_last",
+                self._batch_size,
+                [kept for _, kept, _ in told],
+            )
         if self.num_left_over and self.world.rank == 0:  # once, as every rank knows the totals
             _log.warning(
                 "the epoch ended after %d batches on every rank, when the first had no more; at least %d were ready "

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 _LATELY, _BEFORE = 32, 4
 #: The keep rate has collapsed when it is lately less than this share of what it was on average.
 _COLLAPSED = 0.2
+#: How many would have been kept lately at that average, at least; of fewer, chance makes less than that share.
+_EXPECTED = 20
 #: The members of samples are named when so large a share of what was dropped lacks an image or a caption.
 _LACKING = 0.9
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -65,13 +67,16 @@ class KeepRateWatch:
         Raises:
             StarvationError: When none of the last ``starvation_limit`` samples is kept.
         """
-        self._scores.append(scores)
+        if seen:
+            self._scores.append(scores)
         if kept:
             self._hungry = _Hungry()
         else:
             self._hungry.add(seen, unusable, ends)
         if self._hungry.num_samples >= self._starvation_limit:
             raise self.starved(f"the last {self._hungry.num_samples:,} samples left none")
+        if not seen:  # as where a stream ends
+            return
         self._lately.append((seen, kept))
         self._num_batches, self._seen, self._kept = self._num_batches + 1, self._seen + seen, self._kept + kept
         if not self._warned and self._num_batches > _LATELY * _BEFORE:
@@ -80,7 +85,7 @@ class KeepRateWatch:
     def _warn_of_collapse(self) -> None:
         seen, kept = (sum(counts) for counts in zip(*self._lately, strict=True))
         rate, usual = kept / max(seen, 1), self._kept / max(self._seen, 1)
-        if rate < _COLLAPSED * usual:
+        if rate < _COLLAPSED * usual and seen * usual >= _EXPECTED:
             self._warned = True
             _log.warning(
                 "the filter keeps %.2f %% of late, after %.2f %% on average; has the data changed? %s",
@@ -91,6 +96,11 @@ class KeepRateWatch:
 
     def starved(self, what: str) -> StarvationError:
         """The error to raise, with what is known of the scores."""
+        if not self._seen and not self._hungry.num_samples:
+            return StarvationError(
+                f"nothing is kept: {what}. No sample was read: the shards are empty or can't be used, or what is "
+                "filtered is an iterator, which gives its batches only once"
+            )
         cure = "Lower the threshold, or check that shards, captions and model belong together"
         return StarvationError(
             f"nothing is kept: {what}. {self._seen_scores()} {self._hungry.lacking(self._layout) or cure}"

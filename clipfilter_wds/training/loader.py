@@ -3,12 +3,13 @@
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from clipfilter_wds.options import changed_options, check_options
+from clipfilter_wds.options import changed_options, check_options, check_whole_number
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.metadata import DTYPES
@@ -20,7 +21,7 @@ from clipfilter_wds.training.evaluation import evaluation_batches
 from clipfilter_wds.training.precomputed import FolderLookup, config_for
 from clipfilter_wds.training.record import Recorder, RecordLookup
 from clipfilter_wds.training.record_folder import RecordFolder
-from clipfilter_wds.training.resume import check_settings, check_streams, share_out
+from clipfilter_wds.training.resume import check_settings, check_streams, share_out, states_in
 from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.training.topology import Topology
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
     from clipfilter_wds.models.scorer import ClipScorer
 
 _STATE_VERSION = 2
+#: Options that say how shards are read.
+_OF_READING = (
+    "num_workers",
+    "worker_timeout",
+    "score_batch_size",
+    "num_streams",
+    "on_crash",
+    "persistent_workers",
+    "multiprocessing_context",
+)
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
 _NUM_REMEMBERED = 4
 
@@ -52,8 +63,9 @@ class ClipFilterLoader:
         options: As :class:`LoaderConfig`.
 
     Raises:
-        ValueError: From :class:`LoaderConfig`; and when the scorer, or score table, does not fit the dataset.
-        TypeError: When there is no such option.
+        ValueError: From :class:`LoaderConfig`; when the scorer, or score table, does not fit the dataset; and when an
+            option says how to read shards, and the dataset is another loader.
+        TypeError: When there is no such option, or the scorer is a name.
     """
 
     def __init__(
@@ -64,6 +76,10 @@ class ClipFilterLoader:
         world: World | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(scorer, str | Path):
+            raise TypeError(
+                f"scorer is {str(scorer)!r}; give a ClipScorer of that model, or a ScoreFolder of score tables"
+            )
         self.dataset = dataset
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
@@ -87,6 +103,10 @@ class ClipFilterLoader:
         options = changed_options(self.config, always=("threshold", "batch_size"))
         return f"ClipFilterLoader({dataset}, {scores!r}, {options}, stats={self.stats})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all but what belongs to this process, or to an iteration that is not over."""
+        return {**self.__dict__, "_agreement": None, "_epoch": None}
+
     def _open_source(self) -> BatchSource:
         """What gives scored batches, with the scores that are known beforehand."""
         dataset, scorer, table, config = self.dataset, self.scorer, self.table, self.config
@@ -95,6 +115,7 @@ class ClipFilterLoader:
         if not isinstance(dataset, ClipWebDataset):
             if table is not None or config.record is not None:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
+            _check_suits_any(config)
             return BatchSource(dataset, config, scorer)
         if table is not None:
             lookup = FolderLookup.of(
@@ -120,9 +141,11 @@ class ClipFilterLoader:
     @property
     def _topology(self) -> Topology:
         """Which streams this rank reads, as far as the ranks are known by now."""
+        return self._topology_in(self.world or World.current())
+
+    def _topology_in(self, world: World) -> Topology:
         if not isinstance(self.dataset, ClipWebDataset):
             return Topology(rank=0, world_size=1, num_workers=1, num_streams=1)
-        world = self.world or World.current()
         return self.dataset.topology(world, max(1, self.config.num_workers), self.config.num_streams)
 
     def _start_of(self, epoch: int, stats: FilterStats | None = None) -> LoaderState:
@@ -141,7 +164,13 @@ class ClipFilterLoader:
         """Begin the next iteration at the start of this epoch; with ``end="repeat"``, where the stream is.
 
         A position within this epoch, from :meth:`load_state_dict`, is kept.
+
+        Raises:
+            TypeError: When it is no whole number.
+            ValueError: When it is negative.
         """
+        check_whole_number("epoch", epoch, 0)
+        epoch = int(epoch)
         if self.config.end == "repeat":
             self._begin_at(replace(self._next, batches=0))
         elif epoch == self._next.epoch:
@@ -198,8 +227,10 @@ class ClipFilterLoader:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
             return replace(self._remembered[-1], batches=0)
-        step = 0 if self.config.is_evaluation else 1  # which is the same every time
-        return self._start_of(epoch.begun_at.epoch + step, epoch.progress.stats)
+        number = epoch.begun_at.epoch + (0 if self.config.is_evaluation else 1)  # which is the same every time
+        # The ranks are those of this one. At the program's end, when nothing can be imported, nobody can look them up.
+        progress = Progress.start(self._topology_in(epoch.world), number, epoch.progress.stats)
+        return LoaderState(progress=progress, epoch=number)
 
     def close(self) -> None:
         """End persistent workers. The next iteration starts others."""
@@ -242,8 +273,9 @@ class ClipFilterLoader:
         Raises:
             ValueError: When the state is of another version, dataset or setting, with both values; and when it is not
                 this rank's, or some rank's is missing.
+            TypeError: When it is no state, and no list of states.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
+        states = states_in(state)
         for one in states:
             self._check_state(one)
         shared = share_out([LoaderState.from_json(one) for one in states], self._topology)
@@ -283,6 +315,21 @@ class ClipFilterLoader:
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},
         }
+
+
+def _check_suits_any(config: LoaderConfig) -> None:
+    """Refuse options that mean nothing where another loader reads."""
+    if config.end == "repeat":
+        raise ValueError(
+            "end is 'repeat', which reads the shards of a ClipWebDataset without end; around another loader, 'sync' "
+            "ends an epoch for all ranks when the first has no further batch"
+        )
+    set_ = [option.name for option in fields(config) if getattr(config, option.name) != option.default]
+    if idle := [f"{name}={getattr(config, name)!r}" for name in set_ if name in _OF_READING]:
+        raise ValueError(
+            f"{', '.join(idle)}: this is for a ClipWebDataset, which is read here; what is given reads and makes its "
+            "batches by itself, so set it there"
+        )
 
 
 def _is_code_of_lightning(frame: FrameType) -> bool:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import default_collate
-
 from clipfilter_wds.preprocess.members import decode_member
+from clipfilter_wds.training.collate import collate
 from clipfilter_wds.types import Sample
 
 #: Members by extension, with ``__key__`` and ``__url__`` -> columns of a row.
@@ -35,6 +34,8 @@ class MemberColumns:
     def __post_init__(self) -> None:
         if isinstance(self.columns, str):
             raise TypeError(f"columns is {self.columns!r}; give a list of extensions, such as [{self.columns!r}]")
+        if self.columns is not None:
+            object.__setattr__(self, "columns", tuple(self.columns))  # looked at more than once
         for name in self.columns or ():
             if not name or name != name.lower().lstrip("."):
                 raise ValueError(f"a column is {name!r}; extensions are in lower case and begin with no dot")
@@ -57,9 +58,11 @@ class MemberColumns:
         decoded = {name: decode_member(name, members[name]) if name in members else None for name in wanted}
         if self.transform is None:
             return decoded
-        row = dict(self.transform({"__key__": sample.key, "__url__": url, **decoded}))
+        row = self.transform({"__key__": sample.key, "__url__": url, **decoded})
+        if not isinstance(row, Mapping):
+            raise TypeError(f"sample_transform gave a {type(row).__name__}; it has to give a dict of columns")
         _check_names(row)
-        return row
+        return dict(row)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The columns of rows: lists of what the members hold; collated by torch where there is a transform.
@@ -71,12 +74,13 @@ class MemberColumns:
             return {}
         if self.transform is None:
             return {name: [row[name] for row in rows] for name in rows[0]}
-        if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
-            raise ValueError(
-                f"sample_transform gave one sample the columns {sorted(rows[0])} and another {sorted(other)}; "
-                "it has to give all samples the same"
-            )
-        return {name: default_collate([row[name] for row in rows]) for name in rows[0]}
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise ValueError(
+                    f"sample_transform gave one sample the columns {sorted(rows[0])} and another {sorted(row)}; "
+                    "it has to give all samples the same"
+                )
+        return {name: collate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _check_names(names: Mapping[str, Any] | Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from clipfilter_wds.types import DropReason
 
 
 class ClipFilterMonitor(L.Callback):
-    """Logs how the filter does, through the trainer's loggers, every ``log_every_n_steps`` of the trainer.
+    """Logs how the filter does, through the trainer's loggers, where these log: every ``log_every_n_steps`` steps.
 
     ``clipfilter/keep_rate``, ``clipfilter/score_mean`` (of the kept), ``clipfilter/dropped/<reason>`` (counts since
     training began), ``clipfilter/samples_per_second`` (scored), ``clipfilter/wait_share`` (of the time, in which
@@ -48,7 +48,7 @@ class ClipFilterMonitor(L.Callback):
     ) -> None:
         """Log, now and then."""
         self._batch_ended = time.perf_counter()
-        if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by a connector
+        if not _is_logged(trainer):
             return
         stats = _filter_loader(trainer).stats
         scores = batch["score"] if isinstance(batch, Mapping) and "score" in batch else torch.empty(0)
@@ -75,6 +75,14 @@ class ClipFilterMonitor(L.Callback):
         paused = time.perf_counter() - self._validation_began
         self._batch_ended += paused
         self._window_began += paused
+
+
+def _is_logged(trainer: L.Trainer) -> bool:
+    """Whether the trainer's loggers are given what is logged after this batch; steps count on over the epochs."""
+    fit_loop: Any = trainer.fit_loop  # whose progress Lightning types too widely
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    is_step = not fit_loop._should_accumulate()
+    return bool(every) and is_step and (fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
 def _filter_loader(trainer: L.Trainer) -> ClipFilterLoader:

@@ -8,6 +8,7 @@ import torch
 
 from clipfilter_wds.models.batch_size import default_batch_size
 from clipfilter_wds.models.recheck import Recheck
+from clipfilter_wds.options import check_whole_number
 from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
 from clipfilter_wds.training.columns import INPUTS, is_sample, score_columns
 from clipfilter_wds.training.keep_rate import KeepRateWatch
@@ -64,9 +65,10 @@ class clip_filter:  # noqa: N801  # a stage of a pipeline, in lower case as webd
             COSINES.check_threshold(threshold)
         if columns is not None and (missing := set(INPUTS) - set(columns)):
             raise ValueError(f"columns are {list(columns)}; a filter also needs {' and '.join(sorted(missing))}")
-        for name, value in (("batch_size", batch_size), ("starvation_limit", starvation_limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if batch_size is not None:
+            check_whole_number("batch_size", batch_size, 1)
+        if starvation_limit < 1:
+            raise ValueError(f"starvation_limit is {starvation_limit}; it must be at least 1")
         self.stats = FilterStats()
         self._scorer, self._threshold, self._columns = scorer, threshold, columns
         self._batch_size = batch_size or default_batch_size(scorer.device, scorer.fast.width)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from clipfilter_wds.training.collate import is_of_texts, tuple_like
 from clipfilter_wds.training.recycler import Recycler
 
 #: Shape and type -> a tensor.
@@ -103,20 +104,22 @@ def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may
     if isinstance(first, torch.Tensor):
         return _gathered_tensors(columns, rows, new, may_share=may_share)
     if isinstance(first, Mapping):
+        for column in columns:
+            if column.keys() != first.keys():
+                raise ValueError(
+                    f"one batch has the columns {sorted(map(str, first))} and another {sorted(map(str, column))}; all "
+                    "have to have the same"
+                )
         return {name: _gathered([column[name] for column in columns], rows, new, may_share=may_share) for name in first}
     if isinstance(first, np.ndarray):
         return np.concatenate([column[some] for column, some in zip(columns, rows, strict=True)])
-    if isinstance(first, tuple) and not _is_of_texts(first):
-        return tuple(_gathered(list(parts), rows, new, may_share=may_share) for parts in zip(*columns, strict=True))
+    if isinstance(first, tuple) and not any(map(is_of_texts, columns)):
+        parts = zip(*columns, strict=True)
+        return tuple_like(first, (_gathered(list(part), rows, new, may_share=may_share) for part in parts))
     if isinstance(first, Sequence) and not isinstance(first, (str, bytes)):
         return [column[row] for column, some in zip(columns, rows, strict=True) for row in some.tolist()]
     kind = type(first).__name__
     raise TypeError(f"a column of a batch is a {kind}; use tensors, arrays, lists, or dicts and tuples of these")
-
-
-def _is_of_texts(column: tuple[Any, ...]) -> bool:
-    """Whether a tuple is a column, as torch collates the texts of tuples, and no tuple of columns."""
-    return not column or isinstance(column[0], str | bytes)
 
 
 def _gathered_tensors(

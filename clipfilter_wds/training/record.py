@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Self
 
 import numpy as np
 
@@ -119,6 +120,10 @@ class Recorder:
                 held.add(rows.take(np.flatnonzero(of_shard)), scores[is_usable], of_usable)
             full = [url for url, held in self._held.items() if held.num_rows >= _MAX_HELD_ROWS]
             self._write(full, batch.ends)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[RecordFolder]]:
+        """A copy holds nothing back; the first one writes what it does."""
+        return type(self), (self._record,)
 
     def flush(self) -> None:
         """Write all that is held back."""

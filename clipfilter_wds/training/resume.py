@@ -13,6 +13,24 @@ from clipfilter_wds.types import FilterStats
 _log = logging.getLogger(__name__)
 
 
+def states_in(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One state, or several, as a list.
+
+    Raises:
+        TypeError: When one is no state of a loader.
+    """
+    states = [given] if isinstance(given, Mapping) or not isinstance(given, Sequence) else list(given)
+    for state in states:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a state is a {type(state).__name__}; it has to be what a loader's state_dict() gave")
+        if not {"version", "settings"} <= state.keys():
+            raise TypeError(
+                f"this is no state of a loader: it holds {sorted(map(str, state))}. Give what the loader's state_dict()"
+                " gave, taken out of what it was saved in"
+            )
+    return states
+
+
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Refuse a state that was saved with other settings.
 

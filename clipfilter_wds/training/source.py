@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,11 @@ class BatchSource:
         #: Whether batches stay in the workers' memory until the model has a copy of them.
         self._lends = scorer is not None and scorer.copies_inputs
         self._quarantine = Quarantine(0) if config.on_crash == "raise" else Quarantine()
-        self._persistent: tuple[Progress, WorkerLoader] | None = None
+        self._persistent: _Persistent | None = None
         self._reported: set[str] = set()  # bad shards that were warned of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_persistent": None}  # processes can't be copied
 
     def packed(self, packer: Packer) -> Generator[Packed]:
         """Training batches of one epoch, made ahead in workers and a thread, which end when this generator is closed.
@@ -97,9 +101,14 @@ class BatchSource:
         if self._scorer is not None:
             self._scorer.warm_up(self.score_batch_size)  # here, in the main thread
 
+        batches: Any = None
+
         def start(tracker: CrashTracker) -> Prefetcher[Any, Packed]:
+            nonlocal batches
+            if self._keeps(batches):
+                self._persistent = None  # one of these workers has died
             batches = self._batches(dataset, packer.place, tracker)
-            return Prefetcher(batches, pack, keep=config.persistent_workers)
+            return Prefetcher(batches, pack, keep=self._keeps(batches))
 
         try:
             yield from restarting(
@@ -110,10 +119,17 @@ class BatchSource:
                 quarantine=self._quarantine,
             )
         except WorkerDiedError:
-            self._persistent = None
+            if self._keeps(batches):
+                self._persistent = None
             raise
         finally:
+            if self._persistent is not None and self._keeps(batches):
+                self._persistent.is_in_use = False
             self.flush_record()
+
+    def _keeps(self, batches: Any) -> bool:
+        """Whether these are the persistent workers."""
+        return self._persistent is not None and self._persistent.workers is batches
 
     def _pack(
         self, packer: Packer, score: Callable[[Iterable[Any]], Iterator[Scored]], batches: Iterable[Any]
@@ -131,7 +147,7 @@ class BatchSource:
     def close(self) -> None:
         """End persistent workers."""
         if self._persistent is not None:
-            self._persistent[1].close()
+            self._persistent.workers.close()
             self._persistent = None
 
     def flush_record(self) -> None:
@@ -149,11 +165,14 @@ class BatchSource:
         return Recheck(self._scorer, self._config.resolved_threshold, embeddings=dtype)
 
     def _batches(self, dataset: ClipWebDataset, begin: LoaderState, tracker: CrashTracker) -> Iterable[Any]:
-        """Unscored batches, from persistent workers if they continue there, else from new ones."""
-        config = self._config
-        progress = begin.progress
-        if self._persistent is not None and progress.is_same_place(self._persistent[0]):
-            batches: Iterable[Any] = self._persistent[1]
+        """Unscored batches, from persistent workers if they continue there, else from new ones.
+
+        New ones end with the iteration where another one, which is not over, has the persistent workers.
+        """
+        config, progress, persistent = self._config, begin.progress, self._persistent
+        is_free = persistent is None or not persistent.is_in_use
+        if persistent is not None and is_free and progress.is_same_place(persistent.next):
+            batches: Iterable[Any] = persistent.workers
         else:
             stream = StreamWorker(
                 dataset,
@@ -173,13 +192,13 @@ class BatchSource:
                 num_workers=config.num_workers,
                 lend=self._lends,
                 batch_bytes=stream.settings.batch_bytes,
-                persistent_workers=config.persistent_workers,
+                persistent_workers=config.persistent_workers and is_free,
                 multiprocessing_context=config.multiprocessing_context,
                 tracker=tracker,
             )
-        if isinstance(batches, WorkerLoader) and config.persistent_workers:
+        if isinstance(batches, WorkerLoader) and config.persistent_workers and is_free:
             # Iterated again, workers give the next epoch from its beginning, and nothing else.
-            self._persistent = Progress.start(progress.topology, begin.epoch + 1), batches
+            self._persistent = _Persistent(next=Progress.start(progress.topology, begin.epoch + 1), workers=batches)
         return batches
 
     def _warn_of(self, failures: Iterable[tuple[str, str]]) -> None:
@@ -188,6 +207,15 @@ class BatchSource:
             if url not in self._reported:
                 self._reported.add(url)
                 _log.warning("a shard is left out: %s: %s", printable(public_url(url)), printable(why))
+
+
+@dataclass
+class _Persistent:
+    """Workers that stay, where they continue, and whether an iteration that is not over has them."""
+
+    next: Progress
+    workers: WorkerLoader
+    is_in_use: bool = True
 
 
 def _score_batch_size(scorer: "ClipScorer | None") -> int:

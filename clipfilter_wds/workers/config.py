@@ -1,6 +1,8 @@
-"""Checks the options of everything that decodes in worker processes. Imports nothing of the package."""
+"""Checks the options of everything that decodes in worker processes. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from clipfilter_wds.options import check_whole_number, plain
 
 #: Seconds that a worker may spend on one sample.
 DEFAULT_WORKER_TIMEOUT = 120.0
@@ -20,6 +22,7 @@ class WorkerConfig:
 
     Raises:
         ValueError: When an option can't be used.
+        TypeError: When one that counts is no whole number.
     """
 
     batch_size: int | None = None
@@ -27,9 +30,11 @@ class WorkerConfig:
     worker_timeout: float = DEFAULT_WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}; it must be at least 0")
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        if self.batch_size is not None:
+            check_whole_number("batch_size", self.batch_size, 1)
+        if self.num_workers is not None:
+            check_whole_number("num_workers", self.num_workers, 0)
         if not 0.0 <= self.worker_timeout < float("inf"):
             raise ValueError(f"worker_timeout is {self.worker_timeout:g}; it is a number of seconds, or 0 for no limit")

@@ -4,10 +4,12 @@ import threading
 import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from clipfilter_wds.models.config import ScorerConfig
+from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.keep_rate import StarvationError
@@ -236,9 +238,12 @@ def test_persistent_workers_give_the_same_batches(data):
 
 
 def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_module_again(data, shards, tmp_path):
-    fit({**data, "record": tmp_path / "record"}, {"max_epochs": 1}, callbacks=[SaveEverywhere(tmp_path)])
+    numbers = {"threshold": np.float32(data["threshold"]), "seed": np.int64(1), "shuffle": torch.tensor(3)}
+    options = {**data, **numbers, "val": [shards / "0.tar"], "record": tmp_path / "record"}
+    fit(options, {"max_epochs": 1}, callbacks=[SaveEverywhere(tmp_path)])
     hparams = torch.load(tmp_path / "epoch0.ckpt", weights_only=True)["datamodule_hyper_parameters"]
     assert hparams["train"] == f"{shards}/*.tar"
+    assert (hparams["val"], hparams["seed"], hparams["shuffle"]) == ([f"{shards}/0.tar"], 1, 3)
     assert hparams["scorer"]["model"] == data["model"]
     assert hparams["loader"]["record"] == str(tmp_path / "record")
     assert ClipFilterDataModule(**hparams).hparams == hparams
@@ -247,9 +252,22 @@ def test_hyperparameters_in_a_checkpoint_are_plain_values_that_make_the_data_mod
 def test_an_option_that_cannot_be_used_is_refused_at_once():
     with pytest.raises(ValueError, match=r"loader\.end is 'each', which is for evaluation; give it as val_end"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="each"))
+    with pytest.raises(TypeError, match=r"scorer is 'demo-tiny'; give a ScorerConfig, or a dict of its options"):
+        ClipFilterDataModule("a.tar", scorer="demo-tiny")
+    with pytest.raises(TypeError, match=r"LoaderConfig has no option 'treshold'; did you mean 'threshold'"):
+        ClipFilterDataModule("a.tar", loader={"treshold": 0.28})
     with pytest.raises(ValueError, match="val_end is 'sync'; use 'each' or 'pad'"):
         ClipFilterDataModule("a.tar", val_end="sync")
     with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):
         ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
     with pytest.raises(ValueError, match="'repeat' goes with it"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="repeat"))
+
+
+@pytest.mark.parametrize(
+    ("image", "caption"), [(["png", "jpg"], ["txt", "json:caption"]), ("png,jpg", "txt,json:caption")]
+)
+def test_members_may_be_named_by_a_list_or_with_commas(data, image, caption):
+    module = data_module({**data, "image": image, "caption": caption})
+    module.setup("fit")
+    assert module.train_dataloader().dataset.layout == SampleLayout(image="png,jpg", caption="txt,json:caption")

@@ -1,6 +1,10 @@
+import copy
 import logging
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -60,6 +64,12 @@ def test_after_a_break_comes_the_next_epoch(half):
     assert keys(loader) == [epochs[1]]
 
 
+@pytest.mark.parametrize(("epoch", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError), (None, TypeError)])
+def test_an_epoch_that_is_no_number_of_one_is_refused(half, epoch, error):
+    with pytest.raises(error, match=f"epoch is {epoch!r}; it must be"):
+        half.build().set_epoch(epoch)
+
+
 def test_set_epoch_after_a_break_is_the_beginning_that_the_state_says(half):
     recipe = half.but_dataset(shuffle=10)
     epochs = keys(recipe.build(), 2)
@@ -83,6 +93,47 @@ def test_persistent_workers_stay_and_give_the_same_epochs(half, shuffle):
         assert epochs[0] == epochs[1]
         workers.append({child.pid for child in psutil.Process().children() if child.name() == "pt_data_worker"})
     assert workers[0] == workers[-1] != set()
+
+
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_an_iteration_that_is_not_over_takes_nothing_from_the_next_ones(half, persistent_workers):
+    epochs = keys(half.build(), 3)
+    loader = half.build(num_workers=1, persistent_workers=persistent_workers)
+    kept_open = iter(loader)  # as in a notebook
+    first = [next(kept_open)["__key__"]]
+    assert keys(loader, 2) == epochs[1:]
+    assert [*first, *(batch["__key__"] for batch in kept_open)] == epochs[0]
+    loader.close()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}, {"record": "record"}], ids=str)
+def test_a_copy_of_a_loader_in_use_begins_where_that_would(half, tmp_path, monkeypatch, options, copied):
+    monkeypatch.chdir(tmp_path)
+    epochs = keys(half.build(), 3)
+    loader = half.build(**options)
+    assert keys(loader) == epochs[:1]
+    batches = iter(loader)
+    assert next(batches)["__key__"] == epochs[1][0]
+    copy_ = copied(loader)
+    assert copy_.stats.seen > 48
+    assert copy_.state_dict() == loader.state_dict()
+    assert keys(copy_) == epochs[2:]
+    assert [batch["__key__"] for batch in batches] == epochs[1][1:]
+    loader.close()
+    copy_.close()
+
+
+def test_a_program_that_ends_with_an_open_iteration_says_nothing(half):
+    script = f"""
+from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
+scorer = ClipScorer({str(half.clip)!r}, device="cpu")
+loader = ClipFilterLoader(ClipWebDataset({half.shards!r}, scorer.preprocess), scorer, threshold=None, batch_size=5)
+batches = iter(loader)
+next(batches)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_another_seed_is_another_order(half):
@@ -117,6 +168,17 @@ def test_repeat_never_ends_and_gives_batches_of_one_size(half, scores, num_worke
 def test_how_long_an_epoch_is_is_not_known_beforehand(half):
     with pytest.raises(TypeError, match="not known beforehand"):
         len(half.build())
+
+
+def test_an_epoch_of_which_drop_last_leaves_nothing_is_warned_of(half, caplog):
+    with caplog.at_level(logging.WARNING, logger="clipfilter_wds"):
+        assert len(keys(half.build(batch_size=24, drop_last=True))[0]) == 1
+        assert not caplog.records
+        assert keys(half.build(batch_size=25, drop_last=True)) == [[]]
+    said = (
+        "the epoch gave no batch: batch_size is 25, no rank keeps as many pairs (by rank: [24]), and drop_last leaves"
+    )
+    assert said in caplog.text
 
 
 def test_an_incomplete_last_batch_is_no_left_over_of_a_lone_rank(half, caplog):

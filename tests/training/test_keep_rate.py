@@ -91,4 +91,17 @@ def test_a_low_but_steady_keep_rate_is_no_news(caplog):
     with caplog.at_level(logging.WARNING):
         for kept in rng.binomial(64, 0.2, size=2000):
             watch.add(SCORES, seen=64, kept=int(kept))
+        watch = KeepRateWatch(0.25, 100_000, SampleLayout())
+        for kept in rng.binomial(64, 0.003, size=2000):
+            watch.add(SCORES, seen=64, kept=int(kept))
+    assert not caplog.records
+
+
+def test_the_ends_of_many_streams_are_no_collapse(caplog):
+    watch = KeepRateWatch(0.25, 100_000, SampleLayout())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(200):
+            watch.add(SCORES, seen=21, kept=10)
+        for _ in range(40):
+            watch.add(SCORES[:0], seen=0, kept=0)
     assert not caplog.records

@@ -21,9 +21,11 @@ from tests.support.restore import (
     Recipe,
     expected_keys,
     flat,
+    image_number,
     keys,
     load_scorer,
     numbered_pair,
+    text_number,
     threshold_that_keeps,
     write_numbered,
 )
@@ -121,6 +123,26 @@ def test_a_shard_that_workers_share_is_warned_of_once(all_samples, tmp_path, cap
     with caplog.at_level(logging.WARNING, logger="clipfilter_wds"):
         assert len(flat(keys(recipe.build(num_workers=4)))) == 24
     assert sum("left out" in record.getMessage() for record in caplog.records) == 1
+
+
+def several_views(image):
+    number = image_number(image)
+    return [number, number]
+
+
+def number_as_digits(caption):
+    return [int(digit) for digit in f"{text_number(caption):05d}"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_views_of_several_parts_stay_with_their_samples(half, num_workers):
+    views = {"image_transform": several_views, "text_transform": number_as_digits}
+    loader = half.but_dataset(**views).build(num_workers=num_workers)
+    for batch in loader:  # of 5 rows, and of 5 digits
+        numbers = [int(key) for key in batch["__key__"]]
+        assert [view.tolist() for view in batch["image"]] == [numbers] * 2
+        digits = torch.stack(batch["text"], dim=1).tolist()
+        assert [int("".join(map(str, row))) for row in digits] == numbers
 
 
 # --- alarms ---
@@ -223,6 +245,17 @@ def test_any_iterable_of_batches_is_filtered_with_all_its_columns(half, scores):
     assert loader.stats.kept == 48
 
 
+def test_columns_in_lists_and_columns_of_another_length_are_no_rows(half):
+    batches = [{**batch, "crops": [batch["number"], -batch["number"]]} for batch in columns_of(half)]
+    for batch in ClipFilterLoader(batches, load_scorer(half.clip), threshold=half.loader["threshold"], batch_size=5):
+        assert [(sign * crop).tolist() for sign, crop in zip((1, -1), batch["crops"], strict=True)] == [
+            batch["number"].tolist()
+        ] * 2
+    short = [{**batch, "number": batch["number"][:3]} for batch in columns_of(half)]
+    with pytest.raises(ValueError, match="a batch of 6 samples has a column 'number' of 3 rows"):
+        keys(ClipFilterLoader(short, load_scorer(half.clip), threshold=None))
+
+
 def test_a_batch_without_the_columns_to_score_is_refused_by_name(half):
     loader = ClipFilterLoader([{"pixel_values": torch.zeros(1), "text": ["x"]}], load_scorer(half.clip))
     with pytest.raises(ValueError, match=r"has the columns \['pixel_values', 'text'\], but no input_ids"):
@@ -238,6 +271,56 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_workers": 2, "num_streams": 4}, r"num_workers=2, num_streams=4: this is for a ClipWebDataset"),
+        ({"on_crash": "raise"}, r"on_crash='raise': this is for a ClipWebDataset, .* so set it there"),
+        ({"end": "repeat", "batches_per_epoch": 3}, "end is 'repeat', which reads the shards of a ClipWebDataset"),
+    ],
+)
+def test_around_another_loader_options_of_reading_are_refused(half, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClipFilterLoader(columns_of(half), load_scorer(half.clip), threshold=None, **options)
+
+
+def test_an_iterator_that_was_iterated_before_is_told_from_a_filter_that_keeps_nothing(half):
+    loader = ClipFilterLoader(iter(columns_of(half)), load_scorer(half.clip), threshold=None, batch_size=6)
+    assert len(flat([[batch["meta"]["key"] for batch in loader]])) == 48
+    with pytest.raises(StarvationError, match=r"No sample was read: .* an iterator, which gives its batches only once"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("wrong", [2.5, "8", True, None])
+@pytest.mark.parametrize("name", ["batch_size", "num_workers"])
+def test_what_counts_is_a_whole_number(half, name, wrong):
+    with pytest.raises(TypeError, match=f"{name} is {wrong!r}; it must be a whole number"):
+        half.build(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [2.5, "8", True])
+@pytest.mark.parametrize("name", ["score_batch_size", "num_streams", "batches_per_epoch"])
+def test_what_counts_is_a_whole_number_or_left_out(half, name, wrong):
+    with pytest.raises(TypeError, match=f"{name} is {wrong!r}; it must be a whole number"):
+        half.build(**{name: wrong, "end": "repeat" if name == "batches_per_epoch" else "sync"})
+
+
+def test_numbers_of_numpy_and_torch_are_taken_and_saved_as_plain_ones(half, tmp_path):
+    numbers = {"threshold": np.float32(0.1), "batch_size": np.int64(4), "num_streams": torch.tensor(2)}
+    loader = half.but_dataset(shuffle=np.int64(3), seed=np.int32(1)).build(**numbers)
+    assert {type(getattr(loader.config, name)) for name in numbers} == {float, int}
+    state = json.loads(json.dumps(loader.state_dict()))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state
+
+
+@pytest.mark.parametrize("shuffle", [True, 2.5, "10", None, -1])
+def test_shuffle_is_a_number_of_samples(half, shuffle):
+    with pytest.raises(ValueError, match=f"shuffle is {shuffle}; it is the number of samples"):
+        half.but_dataset(shuffle=shuffle).build()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"record": ""}, "record is an empty text; give the folder"),
         ({"threshold": 25}, "threshold is 25; a cosine lies in"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"score_batch_size": 0}, "score_batch_size is 0"),
@@ -252,6 +335,11 @@ def test_a_loader_of_any_iterable_cant_be_resumed_and_says_so(half):
 def test_unusable_options_are_refused(half, options, message):
     with pytest.raises(ValueError, match=message):
         half.build(**options)
+
+
+def test_a_model_by_its_name_is_no_scorer():
+    with pytest.raises(TypeError, match="scorer is 'demo-tiny'; give a ClipScorer of that model, or a ScoreFolder"):
+        ClipFilterLoader([], "demo-tiny")
 
 
 def test_a_misspelt_option_is_named_with_the_right_one(scorer):

@@ -98,6 +98,10 @@ def test_columns_stay_with_their_samples_through_workers_and_packing(recipe, num
     assert keys == [key for batch in recipe.build(num_workers=num_workers) for key in batch["__key__"]]
 
 
+def test_columns_may_be_given_by_an_iterator(recipe):
+    check_columns(recipe.but_dataset(columns=iter(COLUMNS["columns"])).build(), num_samples=48)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_columns_stay_with_their_samples_when_a_loader_resumes_on_any_number_of_workers(recipe, num_workers):
     recipe = recipe.but_dataset(**COLUMNS)

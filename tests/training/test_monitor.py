@@ -14,9 +14,12 @@ class Log(L.pytorch.loggers.logger.DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.metrics: dict[str, float] = {}
+        self.steps: list[int] = []
 
     def log_metrics(self, metrics, step=None):
         self.metrics.update(metrics)
+        if "clipfilter/keep_rate" in metrics:
+            self.steps.append(step)
 
 
 class Scores(Recorder):
@@ -66,6 +69,23 @@ def test_values_are_those_of_all_ranks(data):
     assert logged["clipfilter/keep_rate"] == pytest.approx(stats.keep_rate)
     assert logged["clipfilter/dropped/below_threshold"] == stats.dropped["below_threshold"]
     assert 0 <= logged["clipfilter/wait_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"log_every_n_steps": 5}, [4, 9]),  # an epoch has fewer batches
+        ({"log_every_n_steps": 2, "accumulate_grad_batches": 2}, [1, 3, 5]),
+        ({"log_every_n_steps": 0}, []),
+    ],
+    ids=str,
+)
+def test_it_logs_at_the_steps_at_which_the_trainer_does(data, options, steps):
+    log = Log()
+    limits = {"max_epochs": 3, "limit_train_batches": 4}
+    trainer = new_trainer(logger=log, callbacks=[ClipFilterMonitor()], **limits, **options)
+    trainer.fit(Recorder(), datamodule=data_module({**data, "val": None}))
+    assert log.steps == steps
 
 
 def test_without_a_filter_it_says_where_one_belongs():

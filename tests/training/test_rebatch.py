@@ -100,7 +100,16 @@ def test_a_column_without_rows_is_refused_by_its_type(column):
         take({"column": column}, np.array([0]))
 
 
+def test_pieces_of_different_columns_are_refused_with_all_names():
+    rebatcher = Rebatcher(2)
+    rebatcher.push({"a": [1], "b": [1]}, np.array([0]))
+    rebatcher.push({"a": [2]}, np.array([0]))
+    with pytest.raises(ValueError, match=r"one batch has the columns \['a', 'b'\] and another \['a'\]"):
+        rebatcher.pop()
+
+
 def test_a_named_tuple_keeps_its_columns():
     views = namedtuple("views", "left right")
     taken = take(views(torch.arange(4), list("abcd")), np.array([2, 3]))
-    assert (taken[0].tolist(), taken[1]) == ([2, 3], ["c", "d"])
+    assert (taken.left.tolist(), taken.right) == ([2, 3], ["c", "d"])
+    assert take((), np.array([2, 3])) == ()

@@ -78,6 +78,8 @@ def test_batches_hold_the_columns_that_are_asked_for(tabled, tmp_path):
     ],
 )
 def test_columns_that_can_not_be_given_are_refused(tabled, columns, message):
+    with pytest.raises(TypeError, match=r"score_columns is 'width'; give a list, such as \['width'\]"):
+        tabled.but(score_columns="width").build()
     with pytest.raises(ValueError, match=message):
         tabled.but(score_columns=columns).build()
 
@@ -112,6 +114,12 @@ def test_a_column_that_some_tables_lack_or_that_no_batch_can_hold_is_refused(tab
     last.write_bytes(bytes_of_last)
     with pytest.raises(ValueError, match=rf"no column 'more'; the score table '.*{last.name}' has key, index"):
         tabled.from_table(some).but(score_columns=["more"]).build()
+
+
+def test_a_column_of_tables_and_one_of_members_are_not_called_the_same(tabled):
+    recipe = tabled.but_dataset(sample_transform=lambda sample: {"width": 1}).but(score_columns=["width"])
+    with pytest.raises(ValueError, match="two columns 'width', of its members and of score_columns; rename one"):
+        next(iter(recipe.build()))
 
 
 def test_columns_take_score_tables(scored):

@@ -35,6 +35,12 @@ def test_resumes_after_every_batch_with_one_worker(half):
     check_restores_after_every_batch(half.but(num_workers=1, batch_size=9).but_dataset(shuffle=10), num_epochs=2)
 
 
+@pytest.mark.parametrize("given", [{}, [{}], {"loader": {}}, [1], 5, None, "state.pt"], ids=str)
+def test_what_is_no_state_is_told_from_one(half, given):
+    with pytest.raises(TypeError, match=r"state_dict\(\) gave"):
+        half.build().load_state_dict(given)
+
+
 @pytest.mark.parametrize("num_workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
