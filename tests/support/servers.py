@@ -155,17 +155,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def now_and_then(seed: int, **shares: float) -> Fault:
-    """Each fault in a share of the requests, at random; never thrice in a row for a file, as a server that is flaky.
+    """Each fault in a share of the requests, at random; never thrice for a file until its content came through.
 
     For a file, since several processes ask at once: of all requests in their order, one of them may get all the faults.
+    Its content, since to look for a file and then read it is one attempt of two requests.
     """
-    rng, lock, in_a_row = random.Random(seed), threading.Lock(), Counter[str]()
+    rng, lock, faults = random.Random(seed), threading.Lock(), Counter[str]()
 
     def fault(method: str, path: str) -> str | None:
         with lock:
             choice = rng.choices([*shares, None], [*shares.values(), 1 - sum(shares.values())])[0]
-            choice = None if in_a_row[path] == 2 else choice
-            in_a_row[path] = in_a_row[path] + 1 if choice else 0
+            choice = None if faults[path] == 2 else choice
+            if choice:
+                faults[path] += 1
+            elif method != "HEAD":
+                faults[path] = 0
         return choice
 
     return fault
