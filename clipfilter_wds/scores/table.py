@@ -101,9 +101,11 @@ class ShardScores:
 
         Raises:
             ValueError: When the file is no score table of this version.
+            OSError: When the storage fails.
         """
+        data = _content(path)
         with _naming_file(path):
-            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            table = pq.read_table(pa.BufferReader(data))
             return cls(table=table, metadata=ScoreMetadata.from_schema(table.schema.metadata))
 
     @property
@@ -177,9 +179,10 @@ def read_metadata(path: AnyPath) -> ScoreMetadata:
 
     Raises:
         ValueError: When the file is no score table of this version.
+        OSError: When the storage fails.
     """
+    source = path if isinstance(path, Path) and path.is_file() else pa.BufferReader(_content(path))
     with _naming_file(path):
-        source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
         return ScoreMetadata.from_schema(pq.read_metadata(source).metadata)
 
 
@@ -205,15 +208,24 @@ def check_table(path: AnyPath, url: str) -> ShardIdentity:
     return check_identity(url, read_metadata(path).identity, path)
 
 
+def _content(path: AnyPath) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no score table {str(path)!r}") from error
+    except PermissionError as error:
+        raise ValueError(f"can't read the score table {str(path)!r}: {error.strerror}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{str(path)!r} is a folder, not a score table") from error
+
+
 @contextmanager
 def _naming_file(path: AnyPath) -> Iterator[None]:
-    """Say which file is no score table, in whatever way reading it fails."""
+    """Say which file is no score table, in whatever way its content shows it."""
     try:
         yield
     except VersionError as error:
         raise ValueError(f"{str(path)!r} {error}") from None
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no score table {str(path)!r}") from error
     except PermissionError as error:
         raise ValueError(f"can't read the score table {str(path)!r}: {error.strerror}") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

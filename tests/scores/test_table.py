@@ -180,6 +180,15 @@ def test_a_table_that_may_not_be_read_is_not_taken_for_something_else(tmp_path, 
         read(path)
 
 
+@pytest.mark.parametrize("read", [ShardScores.read, read_metadata])
+def test_a_folder_and_a_table_that_is_gone_are_told_apart_from_damaged_ones(tmp_path, read):
+    (tmp_path / "0.parquet").mkdir()
+    with pytest.raises(ValueError, match=r"0\.parquet' is a folder, not a score table$"):
+        read(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=r"there is no score table '.*1\.parquet'$"):
+        read(tmp_path / "1.parquet")
+
+
 def test_a_table_of_another_version_is_refused_with_both_versions(tmp_path):
     metadata = {"version": 99, "shard": "", "num_bytes": 0, "torn": False, "fingerprint": {}}
     path = tmp_path / "0.parquet"

@@ -102,6 +102,16 @@ def test_score_tables_go_to_object_storage_too(storage, clip_folder, tmp_path):
     assert outcome(download(tmp_path / "downloaded")) == outcome(tmp_path / "out")
 
 
+def test_a_table_that_the_storage_does_not_give_is_not_called_damaged(storage, clip_folder, tmp_path):
+    assert run(clip_folder, "s3://bucket/in/*.tar", "s3://bucket/out", command="score")[0] == 0
+    storage.reset(lambda method, path: "cut" if method == "GET" and path.endswith("00001.parquet") else None)
+    code, said = run(clip_folder, "s3://bucket/in/*.tar", "s3://bucket/out", command="score")
+    assert code == 1
+    assert "can't read 's3://bucket/out/00001.parquet'" in said
+    assert "start the same command again to resume" in said
+    assert "delete" not in said
+
+
 def test_no_credential_of_a_url_is_ever_written_or_said(storage, clip_folder, tmp_path):
     web = storage.address.replace("http://", "http://someone:SECRET@")
     shards = f"{web}/bucket/in/0000{{0..1}}.tar?token=SECRET,{web}/bucket/in/missing.tar?token=SECRET"
