@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -39,6 +40,16 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
+def check_number(name: str, value: Any) -> None:
+    """Check an option that measures.
+
+    Raises:
+        TypeError: When it is no number, such as text from a file of settings.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
 def check_whole_number(name: str, value: Any, at_least: int) -> None:
     """Check an option that counts.
 
@@ -50,3 +61,13 @@ def check_whole_number(name: str, value: Any, at_least: int) -> None:
         raise TypeError(f"{name} is {value!r}; it must be a whole number")
     if value < at_least:
         raise ValueError(f"{name} is {value}; it must be at least {at_least}")
+
+
+def refuse_name(option: str, value: Any, instead: str) -> None:
+    """Refuse the name of something where the thing itself is asked for.
+
+    Raises:
+        TypeError: Saying what to give instead.
+    """
+    if isinstance(value, str | PathLike):
+        raise TypeError(f"{option} is {str(value)!r}; give {instead}")

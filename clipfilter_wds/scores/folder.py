@@ -160,6 +160,8 @@ def _table_folder(folder: str | Path) -> Path:
         raise ValueError(
             f"score tables are read from this machine; copy {without_secrets(str(folder))!r} to a local folder first"
         )
+    if not str(folder).strip():  # as of a variable that is not set; a path would take it for the current folder
+        raise ValueError("scores is empty; name the folder of score tables")
     folder = Path(folder).expanduser()
     return folder / "_scores" if (folder / "_scores").is_dir() else folder
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from clipfilter_wds.options import check_number
+
 #: What a model gives. The fingerprint's entry ``score`` names the kind; tables without the entry hold cosines.
 COSINE = "cosine"
 
@@ -62,11 +64,8 @@ class ScoreKind:
             TypeError: When it is no number, such as text from a file of settings.
         """
         low, high = (-np.inf if self.low is None else self.low), (np.inf if self.high is None else self.high)
-        try:
-            is_possible = low <= threshold <= high
-        except TypeError:
-            raise TypeError(f"threshold is {threshold!r}; it must be a number") from None
-        if is_possible:
+        check_number("threshold", threshold)
+        if low <= threshold <= high:
             return threshold
         if not self.is_cosine:
             raise ValueError(f"threshold is {threshold:g}; a score of kind {self.name!r} lies in [{low:g}, {high:g}]")

@@ -20,6 +20,9 @@ from clipfilter_wds.storage.url import ParsedUrl, is_there, parse_url
 
 #: What stands before ``::`` and is no source of its own, but says how to read the one behind it.
 _CHAIN = re.compile(r"[A-Za-z][\w+-]*")
+#: A range of numbers in braces. All its names are held in memory; the largest collections have some hundred thousand.
+_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)[}.]")
+_MAX_NUMBERS = 10_000_000
 _NUM_REQUESTS = 32
 #: Shards that are missing, of which a warning gives the names.
 _MAX_NAMED = 10
@@ -230,6 +233,9 @@ def _check_can_be_read(url: str) -> None:
 def _expand_braces(pattern: str) -> list[str]:
     if not {"{", "}"} & set(pattern):
         return [pattern]
+    for first, last in _NUMBERS.findall(pattern):
+        if (num := abs(int(last) - int(first)) + 1) > _MAX_NUMBERS:
+            raise ValueError(f"{without_secrets(pattern)!r} stands for {num:,} shards; is {last} what was meant?")
     try:
         # A backslash is a character like any other.
         expanded = list(braceexpand(pattern, escape=False))

@@ -1,7 +1,7 @@
 """Checks the options of a training loader. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +14,17 @@ TrainEnd = Literal["sync", "repeat"]
 EvalEnd = Literal["each", "pad"]
 End = Literal[TrainEnd, EvalEnd]
 OnCrash = Literal["skip", "raise"]
+
+#: Options that say how shards are read.
+_OF_READING = (
+    "num_workers",
+    "worker_timeout",
+    "score_batch_size",
+    "num_streams",
+    "on_crash",
+    "persistent_workers",
+    "multiprocessing_context",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +61,8 @@ class LoaderConfig(WorkerConfig):
 
     Raises:
         ValueError: When an option can't be used.
-        TypeError: When one that counts is no whole number, or ``score_columns`` one text.
+        TypeError: When one that counts is no whole number, one that is True or False neither, or ``score_columns`` one
+            text.
     """
 
     threshold: float | AutoThreshold | None = "auto"
@@ -76,8 +88,10 @@ class LoaderConfig(WorkerConfig):
         for name in ("score_batch_size", "num_streams", "batches_per_epoch"):
             if getattr(self, name) is not None:
                 check_whole_number(name, getattr(self, name), 1)
-        if self.starvation_limit < 1:
-            raise ValueError(f"starvation_limit is {self.starvation_limit}; it must be at least 1")
+        check_whole_number("starvation_limit", self.starvation_limit, 1)
+        for name in ("drop_last", "persistent_workers"):
+            if not isinstance(getattr(self, name), bool):  # a text such as "no" would count as True
+                raise TypeError(f"{name} is {getattr(self, name)!r}; use True or False")
         if isinstance(self.score_columns, str):
             raise TypeError(f"score_columns is {self.score_columns!r}; give a list, such as [{self.score_columns!r}]")
         if self.record is not None and not str(self.record):
@@ -109,3 +123,21 @@ class LoaderConfig(WorkerConfig):
     def is_evaluation(self) -> bool:
         """Whether each sample comes once, whatever that means for the number of batches of each rank."""
         return self.end in get_args(EvalEnd)
+
+    def check_suits_other_loaders(self) -> None:
+        """Refuse options that mean nothing where another loader reads.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        if self.end == "repeat":
+            raise ValueError(
+                "end is 'repeat', which reads the shards of a ClipWebDataset without end; around another loader, "
+                "'sync' ends an epoch for all ranks when the first has no further batch"
+            )
+        set_ = [option.name for option in fields(self) if getattr(self, option.name) != option.default]
+        if idle := [f"{name}={getattr(self, name)!r}" for name in set_ if name in _OF_READING]:
+            raise ValueError(
+                f"{', '.join(idle)}: this is for a ClipWebDataset, which is read here; what is given reads and makes "
+                "its batches by itself, so set it there"
+            )

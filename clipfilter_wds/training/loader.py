@@ -3,13 +3,12 @@
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from clipfilter_wds.options import changed_options, check_options, check_whole_number
+from clipfilter_wds.options import changed_options, check_options, check_whole_number, refuse_name
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.metadata import DTYPES
@@ -32,16 +31,6 @@ if TYPE_CHECKING:
     from clipfilter_wds.models.scorer import ClipScorer
 
 _STATE_VERSION = 2
-#: Options that say how shards are read.
-_OF_READING = (
-    "num_workers",
-    "worker_timeout",
-    "score_batch_size",
-    "num_streams",
-    "on_crash",
-    "persistent_workers",
-    "multiprocessing_context",
-)
 #: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
 _NUM_REMEMBERED = 4
 
@@ -76,10 +65,7 @@ class ClipFilterLoader:
         world: World | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(scorer, str | Path):
-            raise TypeError(
-                f"scorer is {str(scorer)!r}; give a ClipScorer of that model, or a ScoreFolder of score tables"
-            )
+        refuse_name("scorer", scorer, "a ClipScorer of that model, or a ScoreFolder of score tables")
         self.dataset = dataset
         self.table = scorer if isinstance(scorer, ScoreFolder) else None
         self.scorer = None if isinstance(scorer, ScoreFolder) else scorer
@@ -115,7 +101,7 @@ class ClipFilterLoader:
         if not isinstance(dataset, ClipWebDataset):
             if table is not None or config.record is not None:
                 raise ValueError("scores are kept by shard: a score table, or record, goes with a ClipWebDataset only")
-            _check_suits_any(config)
+            config.check_suits_other_loaders()
             return BatchSource(dataset, config, scorer)
         if table is not None:
             lookup = FolderLookup.of(
@@ -315,21 +301,6 @@ class ClipFilterLoader:
             **self.dataset.layout.fingerprint,
             **{name: value for name, value in fingerprint.items() if name != "model"},
         }
-
-
-def _check_suits_any(config: LoaderConfig) -> None:
-    """Refuse options that mean nothing where another loader reads."""
-    if config.end == "repeat":
-        raise ValueError(
-            "end is 'repeat', which reads the shards of a ClipWebDataset without end; around another loader, 'sync' "
-            "ends an epoch for all ranks when the first has no further batch"
-        )
-    set_ = [option.name for option in fields(config) if getattr(config, option.name) != option.default]
-    if idle := [f"{name}={getattr(config, name)!r}" for name in set_ if name in _OF_READING]:
-        raise ValueError(
-            f"{', '.join(idle)}: this is for a ClipWebDataset, which is read here; what is given reads and makes its "
-            "batches by itself, so set it there"
-        )
 
 
 def _is_code_of_lightning(frame: FrameType) -> bool:

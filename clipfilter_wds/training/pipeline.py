@@ -8,8 +8,8 @@ import torch
 
 from clipfilter_wds.models.batch_size import default_batch_size
 from clipfilter_wds.models.recheck import Recheck
-from clipfilter_wds.options import check_whole_number
-from clipfilter_wds.scores.kind import COSINES, DEFAULT_THRESHOLD
+from clipfilter_wds.options import check_whole_number, plain, refuse_name
+from clipfilter_wds.scores.kind import COSINES, AutoThreshold
 from clipfilter_wds.training.columns import INPUTS, is_sample, score_columns
 from clipfilter_wds.training.keep_rate import KeepRateWatch
 from clipfilter_wds.training.rebatch import take
@@ -37,8 +37,8 @@ class clip_filter:  # noqa: N801  # a stage of a pipeline, in lower case as webd
 
     Args:
         scorer: The model.
-        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; None keeps all pairs and
-            only adds their scores.
+        threshold: Keep a pair when its cosine similarity, clipped to [0, 1], is at least this; ``auto`` is 0.25. None
+            keeps all pairs and only adds their scores.
         columns: The names of a tuple's columns, where batches or samples are tuples. What it gives are tuples of the
             same columns, with the score where the reason was.
         batch_size: How many single samples are scored together; by default as many as suit the model on its device, 64
@@ -50,25 +50,25 @@ class clip_filter:  # noqa: N801  # a stage of a pipeline, in lower case as webd
 
     Raises:
         ValueError: When an option can't be used.
+        TypeError: When one is no number, or the scorer is a name.
     """
 
     def __init__(
         self,
         scorer: "ClipScorer",
         *,
-        threshold: float | None = DEFAULT_THRESHOLD,
+        threshold: float | AutoThreshold | None = "auto",
         columns: Sequence[str] | None = None,
         batch_size: int | None = None,
         starvation_limit: int = 100_000,
     ) -> None:
-        if threshold is not None:
-            COSINES.check_threshold(threshold)
+        refuse_name("scorer", scorer, "a ClipScorer of that model")
+        threshold = COSINES.resolve_threshold(plain(threshold))
         if columns is not None and (missing := set(INPUTS) - set(columns)):
             raise ValueError(f"columns are {list(columns)}; a filter also needs {' and '.join(sorted(missing))}")
         if batch_size is not None:
             check_whole_number("batch_size", batch_size, 1)
-        if starvation_limit < 1:
-            raise ValueError(f"starvation_limit is {starvation_limit}; it must be at least 1")
+        check_whole_number("starvation_limit", starvation_limit, 1)
         self.stats = FilterStats()
         self._scorer, self._threshold, self._columns = scorer, threshold, columns
         self._batch_size = batch_size or default_batch_size(scorer.device, scorer.fast.width)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from clipfilter_wds.options import check_whole_number, plain
+from clipfilter_wds.options import check_number, check_whole_number, plain
 
 #: Seconds that a worker may spend on one sample.
 DEFAULT_WORKER_TIMEOUT = 120.0
@@ -22,7 +22,7 @@ class WorkerConfig:
 
     Raises:
         ValueError: When an option can't be used.
-        TypeError: When one that counts is no whole number.
+        TypeError: When one that counts is no whole number, or one is no number.
     """
 
     batch_size: int | None = None
@@ -36,5 +36,6 @@ class WorkerConfig:
             check_whole_number("batch_size", self.batch_size, 1)
         if self.num_workers is not None:
             check_whole_number("num_workers", self.num_workers, 0)
+        check_number("worker_timeout", self.worker_timeout)
         if not 0.0 <= self.worker_timeout < float("inf"):
             raise ValueError(f"worker_timeout is {self.worker_timeout:g}; it is a number of seconds, or 0 for no limit")

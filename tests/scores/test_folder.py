@@ -64,6 +64,8 @@ def test_a_folder_that_is_not_on_this_machine_is_refused_with_the_cure(find):
 def test_a_folder_without_tables_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no score table in .*clipfilter-wds score"):
         ScoreFolder(tmp_path)
+    with pytest.raises(ValueError, match="scores is empty; name the folder of score tables"):
+        ScoreFolder("")
     with pytest.raises(ValueError, match=r"there is no folder '.*/none'"):
         ScoreFolder(tmp_path / "none")
     write_tables(tmp_path, ["/data/0.tar"])

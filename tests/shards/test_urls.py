@@ -170,6 +170,7 @@ def test_a_list_file_may_name_files_whose_names_are_no_text(folder):
         ("{000..", "is not a brace range like {00000..00999}"),
         ("{000..003.tar", "is not a brace range like {00000..00999}"),
         ("000}.tar", "is not a brace range like {00000..00999}"),
+        ("{0..1000000000}.tar", "stands for 1,000,000,001 shards; is 1000000000 what was meant?"),
         ("{a,{b,c}.tar", "is not a brace range like {00000..00999}"),
         ("@missing.txt", "can't read the list of shards 'missing.txt': No such file"),
         ("@sub", "can't read the list of shards 'sub': Is a directory"),

@@ -337,6 +337,21 @@ def test_unusable_options_are_refused(half, options, message):
         half.build(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_last": "no"}, "drop_last is 'no'; use True or False"),
+        ({"persistent_workers": 1}, "persistent_workers is 1; use True or False"),
+        ({"threshold": True}, "threshold is True; it must be a number"),
+        ({"worker_timeout": None}, "worker_timeout is None; it must be a number"),
+        ({"starvation_limit": 1e5}, "starvation_limit is 100000.0; it must be a whole number"),
+    ],
+)
+def test_options_of_another_type_are_refused(half, options, message):
+    with pytest.raises(TypeError, match=message):
+        half.build(**options)
+
+
 def test_a_model_by_its_name_is_no_scorer():
     with pytest.raises(TypeError, match="scorer is 'demo-tiny'; give a ClipScorer of that model, or a ScoreFolder"):
         ClipFilterLoader([], "demo-tiny")

@@ -239,6 +239,12 @@ def test_options_that_can_not_be_used_are_refused(scorer, options, error):
         clip_filter(scorer, **options)
 
 
+def test_the_usual_threshold_may_be_named_and_a_model_may_not(scorer):
+    assert repr(clip_filter(scorer, threshold="auto")) == repr(clip_filter(scorer, threshold=0.25))
+    with pytest.raises(TypeError, match=r"scorer is 'demo-tiny'; give a ClipScorer of that model$"):
+        clip_filter("demo-tiny")
+
+
 def test_it_says_what_it_is_in_one_line(scorer, samples):
     stage = clip_filter(scorer, threshold=THRESHOLD)
     list(stage([scorer.preprocess.pair(samples[0]["jpg"], "a caption"), scorer.preprocess.pair(None, "a caption")]))
