@@ -76,6 +76,7 @@ def _run_lines(lines: list[str], folder: Path) -> int:
         ("webdataset", "webdataset"),
         ("PyTorch, and any other iterable", "torch"),
         ("Hugging Face datasets", "datasets"),
+        ("Hugging Face Trainer", "accelerate"),
         ("torchdata", "torchdata.nodes"),
         ("Megatron Energon", "megatron.energon"),  # not among the test's packages, since it brings a dozen others
     ],
