@@ -115,7 +115,7 @@ def test_bytes_of_any_type_stay_in_parquet(call, tmp_path):
         assert "only parquet holds bytes" in err
 
 
-@pytest.mark.parametrize("target", ["out.parquet", "out.csv"])
+@pytest.mark.parametrize("target", [pytest.param("out.parquet", marks=pytest.mark.slow), "out.csv"])
 def test_a_damaged_table_fails_in_one_line_that_names_it(clip_folder, tmp_path, target):
     names = [f"{number}.jpg" for number in range(200)]
     pq.write_table(pa.table({"image": names, "caption": [None] * 200}), tmp_path / "in.parquet", compression="none")
