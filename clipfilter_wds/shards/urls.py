@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from clipfilter_wds.console import printable
+from clipfilter_wds.shards.braces import expand_braces
 from clipfilter_wds.shards.names import has_tar_suffix, identity, is_pipe
 from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.storage.filesystem import filesystem
@@ -20,9 +19,6 @@ from clipfilter_wds.storage.url import ParsedUrl, is_there, parse_url
 
 #: What stands before ``::`` and is no source of its own, but says how to read the one behind it.
 _CHAIN = re.compile(r"[A-Za-z][\w+-]*")
-#: A range of numbers in braces. All its names are held in memory; the largest collections have some hundred thousand.
-_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)[}.]")
-_MAX_NUMBERS = 10_000_000
 _NUM_REQUESTS = 32
 #: Shards that are missing, of which a warning gives the names.
 _MAX_NAMED = 10
@@ -143,7 +139,7 @@ class _Expander:
         elif pattern.startswith("@") and _is_named(pattern[1:]):
             yield from self._expand_list(pattern)
         else:
-            for take_apart in (_split_at_commas, _split_sources, _expand_braces):
+            for take_apart in (_split_at_commas, _split_sources, expand_braces):
                 if (parts := take_apart(pattern)) != [pattern]:
                     for part in parts:
                         yield from self.expand(part)
@@ -228,22 +224,6 @@ def _check_can_be_read(url: str) -> None:
         parsed = ParsedUrl(caches="".join(f"{name}::" for name in chain), scheme="file", source=path)
     parsed.check()
     filesystem(url)  # raises where its package is missing
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    if not {"{", "}"} & set(pattern):
-        return [pattern]
-    for first, last in _NUMBERS.findall(pattern):
-        if (num := abs(int(last) - int(first)) + 1) > _MAX_NUMBERS:
-            raise ValueError(f"{without_secrets(pattern)!r} stands for {num:,} shards; is {last} what was meant?")
-    try:
-        # A backslash is a character like any other.
-        expanded = list(braceexpand(pattern, escape=False))
-    except ValueError as error:
-        raise ValueError(f"{without_secrets(pattern)!r} is not a brace range like {{00000..00999}}: {error}") from None
-    if expanded != [pattern] and any(map(is_pipe, expanded)):
-        raise ValueError(f"no shard matches {pattern!r}: a shell command can't stand in braces")
-    return expanded
 
 
 def _split_at_commas(pattern: str) -> list[str]:

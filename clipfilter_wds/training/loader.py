@@ -4,7 +4,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from clipfilter_wds.options import changed_options, check_options, check_whole_n
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.metadata import DTYPES
-from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.training.config import LoaderConfig
 from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.epoch import Epoch, training_batches
@@ -20,7 +18,7 @@ from clipfilter_wds.training.evaluation import evaluation_batches
 from clipfilter_wds.training.precomputed import FolderLookup, config_for
 from clipfilter_wds.training.record import Recorder, RecordLookup
 from clipfilter_wds.training.record_folder import RecordFolder
-from clipfilter_wds.training.resume import check_settings, check_streams, share_out, states_in
+from clipfilter_wds.training.resume import check_settings, check_streams, settings_of, share_out, states_in
 from clipfilter_wds.training.source import BatchSource
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.training.topology import Topology
@@ -285,22 +283,9 @@ class ClipFilterLoader:
             raise ValueError("only a loader of a ClipWebDataset can be resumed")
         if self.config.is_evaluation:
             raise ValueError(f"end is {self.config.end!r}; only training, with 'sync' or 'repeat', can be resumed")
-        config = self.config
-        names = "\n".join(public_url(url) for url in self.dataset.urls)
         scores = self.table or self.scorer
         fingerprint = scores.fingerprint if scores is not None else {}
-        return {
-            "dataset": f"{len(self.dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
-            "shuffle": self.dataset.shuffle,
-            "seed": self.dataset.seed,
-            "threshold": config.threshold,
-            "batch_size": config.batch_size,
-            "score_batch_size": self._source.score_batch_size,
-            "end": config.end,
-            "num_streams": config.num_streams,
-            **self.dataset.layout.fingerprint,
-            **{name: value for name, value in fingerprint.items() if name != "model"},
-        }
+        return settings_of(self.dataset, self.config, self._source.score_batch_size, fingerprint)
 
 
 def _is_code_of_lightning(frame: FrameType) -> bool:

@@ -3,9 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
-from clipfilter_wds.training.config import End
+from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.shards.names import public_url
+from clipfilter_wds.training.config import End, LoaderConfig
+from clipfilter_wds.training.dataset import ClipWebDataset
 from clipfilter_wds.training.state import LoaderState, Progress
 from clipfilter_wds.training.topology import Topology
 from clipfilter_wds.types import FilterStats
@@ -29,6 +33,25 @@ def states_in(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Ma
                 " gave, taken out of what it was saved in"
             )
     return states
+
+
+def settings_of(
+    dataset: ClipWebDataset, config: LoaderConfig, score_batch_size: int, fingerprint: Fingerprint
+) -> dict[str, Any]:
+    """All that the order of the kept samples depends on, but for ranks and workers."""
+    names = "\n".join(public_url(url) for url in dataset.urls)
+    return {
+        "dataset": f"{len(dataset.urls)} shards, {sha256(names.encode()).hexdigest()[:12]}",
+        "shuffle": dataset.shuffle,
+        "seed": dataset.seed,
+        "threshold": config.threshold,
+        "batch_size": config.batch_size,
+        "score_batch_size": score_batch_size,
+        "end": config.end,
+        "num_streams": config.num_streams,
+        **dataset.layout.fingerprint,
+        **{name: value for name, value in fingerprint.items() if name != "model"},
+    }
 
 
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

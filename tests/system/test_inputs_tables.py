@@ -183,41 +183,38 @@ def blank(tables):
         assert tables.reason("a.jpg", caption) == "blank_caption"
 
 
+def check_passed_over(tables, name: str, text: str, num_lines: int, says: str) -> str:
+    """All that is shown of a table, of which some lines are passed over."""
+    tables.text(name, text)
+    code, shown = tables.run(name, f"out{Path(name).suffix}")
+    assert code == 0
+    assert re.search(rf"lines passed over +{num_lines}\b", shown)
+    assert says in shown
+    return shown
+
+
 @line("a line of JSON that holds no object")
 def bad_json(tables):
-    tables.text("in.jsonl", '{"image": "a.jpg", "caption": "a"}\n{"image": \n[]\n')
-    code, shown = tables.run("in.jsonl", "out.jsonl")
-    assert code == 0
-    assert re.search(r"lines passed over +2\b", shown)
-    assert "line 2:" in shown
+    text = '{"image": "a.jpg", "caption": "a"}\n{"image": \n[]\n'
+    check_passed_over(tables, "in.jsonl", text, 2, "line 2:")
 
 
 @line("a row with more cells than the header")
 def long_row(tables):
-    tables.text("in.csv", "image,caption\na.jpg,a\na.jpg,a,b\n")
-    code, shown = tables.run("in.csv", "out.csv")
-    assert code == 0
-    assert re.search(r"lines passed over +1\b", shown)
-    assert "line 3: it has 3 cells" in shown
+    check_passed_over(tables, "in.csv", "image,caption\na.jpg,a\na.jpg,a,b\n", 1, "line 3: it has 3 cells")
 
 
 @line("a quote that is never closed, with all lines behind it")
 def open_quote(tables):
-    tables.text("in.csv", 'image,caption\na.jpg,a\na.jpg,"b\na.jpg,c\na.jpg,d\n')
-    code, shown = tables.run("in.csv", "out.csv")
-    assert code == 0
+    text = 'image,caption\na.jpg,a\na.jpg,"b\na.jpg,c\na.jpg,d\n'
+    shown = check_passed_over(tables, "in.csv", text, 3, "lines 3 to 5: its quote is never closed")
     assert re.search(r"seen +1\b", shown)
-    assert re.search(r"lines passed over +3\b", shown)
-    assert "lines 3 to 5: its quote is never closed" in shown
 
 
 @line("a line of a CSV of more than 16,777,216 characters")
 def long_line(tables):
-    tables.text("in.csv", f"image,caption\na.jpg,a\na.jpg,{'b' * 17_000_000}\n")
-    code, shown = tables.run("in.csv", "out.csv")
-    assert code == 0
-    assert re.search(r"lines passed over +1\b", shown)
-    assert "line 3: it is longer" in shown
+    text = f"image,caption\na.jpg,a\na.jpg,{'b' * 17_000_000}\n"
+    check_passed_over(tables, "in.csv", text, 1, "line 3: it is longer")
 
 
 @line("a row with fewer cells")
