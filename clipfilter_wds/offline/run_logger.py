@@ -1,6 +1,7 @@
 """Logs how a run goes, with a logger of Lightning."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,11 +111,8 @@ def _make(log_to: LogTo, folder: Path, run: str) -> "Logger":
         case "wandb":
             return loggers.WandbLogger(project=_PROJECT, name=run, save_dir=folder)
         case "mlflow":
-            import mlflow
-
-            # By itself, Lightning would keep runs as plain files, which newer mlflow refuses.
-            database = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
-            tracking = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else database
+            # Newer mlflow refuses to keep runs as plain files.
+            tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
             return loggers.MLFlowLogger(_PROJECT, run_name=run, tracking_uri=tracking)
 
 
