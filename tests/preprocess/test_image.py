@@ -48,6 +48,8 @@ def check_view(image: Image.Image, view: ImageView) -> None:
     assert found.dtype == torch.uint8
     assert found.is_contiguous()
     assert torch.equal(found, reference_view(image, view).to(torch.uint8))
+    interleaved = torch.zeros(*view.crop, 4, dtype=torch.uint8).permute(2, 0, 1)
+    assert torch.equal(view(RgbImage.of(image), interleaved), found)
 
 
 # --- pixels ---
@@ -107,8 +109,9 @@ def test_pixels_equal_those_of_the_image_processor_at_any_size(width, height, re
     check_view(photo(2, (width, height)), ImageView(resize=resize, crop=(crop_height, crop_width), resampler=by))
 
 
-def test_pixels_equal_those_of_the_image_processor_at_the_size_of_real_models():
-    check_view(photo(3, (512, 384)), ImageView(resize=224, crop=(224, 224)))
+@pytest.mark.parametrize("size", [(512, 384), (512, 512), (256, 256), (224, 224), (64, 64)], ids=str)
+def test_pixels_equal_those_of_the_image_processor_at_the_size_of_real_models(size):
+    check_view(photo(3, size), ImageView(resize=224, crop=(224, 224)))
 
 
 @pytest.mark.parametrize("resampler", ["torchvision", "pillow"])
