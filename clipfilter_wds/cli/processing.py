@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
+from clipfilter_wds.cli.quick_imports import quick_imports
 from clipfilter_wds.models.config import ScorerConfig
-from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.offline.engines.config import EngineConfig
@@ -15,6 +16,9 @@ from clipfilter_wds.offline.progress import run_with_progress
 from clipfilter_wds.offline.run_logger import LogTo, RunLogger
 from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.world import World
+
+if TYPE_CHECKING:
+    from clipfilter_wds.models.scorer import ClipScorer
 
 #: Whoever starts the ranks ends them all when one of them dies.
 _NO_TIMEOUT = float("inf")
@@ -33,7 +37,7 @@ def process(
 
     Another rank's failures are in rank zero's summary; an exit code would make torchrun stop all the others.
     """
-    load = partial(ClipScorer, **asdict(scorer))
+    load = partial(_load, scorer)
     settings = {**asdict(config), **asdict(scorer)}
     start_log = None if log_to is None else partial(RunLogger, log_to, config.folder, settings)
     run = partial(run_with_progress, config, load, start_log=start_log, quiet=quiet, reports=reports)
@@ -51,6 +55,12 @@ def process(
     world = World.from_env()
     world.claim_gpu()
     return bool(run(world=world, rank_timeout=engine.rank_timeout).failed) and world.rank == 0
+
+
+def _load(config: ScorerConfig) -> "ClipScorer":
+    with quick_imports():  # for two seconds, which a run that has score tables does without
+        from clipfilter_wds.models.scorer import ClipScorer
+    return ClipScorer(**asdict(config))
 
 
 def _run_share(run: Callable[..., Tally], world: World, board: Board) -> bool:

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from clipfilter_wds.models.recheck import BatchScores
-from clipfilter_wds.offline.blocks import Block
 from clipfilter_wds.preprocess.json_columns import JsonValue
 from clipfilter_wds.preprocess.rows import SampleRows
 from clipfilter_wds.scores.embeddings import ShardEmbeddings
@@ -17,6 +15,10 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.split import ShardPart
 from clipfilter_wds.types import ShardEnd, ShardError
+
+if TYPE_CHECKING:
+    from clipfilter_wds.models.recheck import BatchScores
+    from clipfilter_wds.offline.blocks import Block
 
 
 class ScoredBlock(NamedTuple):
@@ -29,7 +31,7 @@ class ScoredBlock(NamedTuple):
     error: str | None
 
     @classmethod
-    def of(cls, block: Block) -> Self:
+    def of(cls, block: "Block") -> Self:
         """Leave the pixels behind."""
         return cls(block.part, block.prepared.rows, block.columns, block.end, block.error)
 
@@ -76,11 +78,11 @@ class PendingShard:
     part: ShardPart
     rows: list[SampleRows] = field(default_factory=list)
     columns: list[tuple[JsonValue, ...]] = field(default_factory=list)
-    scores: list[BatchScores] = field(default_factory=list)
+    scores: "list[BatchScores]" = field(default_factory=list)
     ends: list[ShardEnd] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, block: ScoredBlock, scores: BatchScores) -> None:
+    def add(self, block: ScoredBlock, scores: "BatchScores") -> None:
         """Take in a block with its scores."""
         self.rows.append(block.rows)
         self.columns += block.columns

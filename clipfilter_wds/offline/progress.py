@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from clipfilter_wds.console import Row, count_rows, plain, print_summary
-from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.advice import advice
 from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
@@ -20,6 +20,9 @@ from clipfilter_wds.offline.run_logger import RunLogger
 from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.world import World
 
+if TYPE_CHECKING:
+    from clipfilter_wds.models.scorer import ClipScorer
+
 _MAX_SHOWN_FAILURES = 10
 _MAX_SHOWN_MISSING = 5
 _MAX_SHOWN_TORN = 5
@@ -27,7 +30,7 @@ _MAX_SHOWN_TORN = 5
 
 def run_with_progress(
     config: ScoreConfig,
-    load_scorer: Callable[[], ClipScorer],
+    load_scorer: "Callable[[], ClipScorer]",
     *,
     engine: Engine | None = None,
     world: World | None = None,

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.asked import check_asked
 from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.batch_size import resumed_batch_size
@@ -19,7 +19,7 @@ from clipfilter_wds.offline.overwrite import remove_others
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.plan import plan_copying, plan_scoring, warn_of_absent_groups
 from clipfilter_wds.offline.score_task import ScoreTask
-from clipfilter_wds.offline.scoring import ScoringOptions
+from clipfilter_wds.offline.scoring_options import ScoringOptions
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
@@ -29,10 +29,13 @@ from clipfilter_wds.storage.publish import publish_json, remove_leftovers
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.world import World
 
+if TYPE_CHECKING:
+    from clipfilter_wds.models.scorer import ClipScorer
+
 
 def process_shards(
     config: ScoreConfig,
-    scorer: ClipScorer | Engine | None = None,
+    scorer: "ClipScorer | Engine | None" = None,
     *,
     world: World | None = None,
     rank_timeout: float = DEFAULT_RANK_TIMEOUT,
@@ -63,7 +66,7 @@ def process_shards(
 
 
 def process_share(
-    config: ScoreConfig, scorer: ClipScorer | Engine | None, ranks: Ranks, on_progress: OnProgress
+    config: ScoreConfig, scorer: "ClipScorer | Engine | None", ranks: Ranks, on_progress: OnProgress
 ) -> Tally:
     """As :func:`process_shards`, for one who has made ``ranks`` before loading the model."""
     world = ranks.world
@@ -71,7 +74,7 @@ def process_share(
         raise ValueError("dry_run is True, so nothing can be written; describe_run says what would be")
     if config.overwrite and world.world_size > 1:
         raise ValueError("overwrite is for one process; run the command once without ranks, or choose another folder")
-    engine = LocalEngine(scorer, world.local_world_size) if scorer is None or isinstance(scorer, ClipScorer) else scorer
+    engine = _engine(scorer, world)
     scores = ScoreFolder(config.scores) if isinstance(config, RewriteConfig) and config.scores is not None else None
     if isinstance(config, RewriteConfig) and scores is not None:
         scores.refuse_trial()
@@ -102,6 +105,15 @@ def process_share(
     if world.rank == 0:
         _write_summary(config, tally, run.fingerprint)
     return tally
+
+
+def _engine(scorer: "ClipScorer | Engine | None", world: World) -> Engine:
+    if scorer is not None:  # whoever has a model has loaded what it needs
+        from clipfilter_wds.models.scorer import ClipScorer
+
+        if not isinstance(scorer, ClipScorer):
+            return scorer
+    return LocalEngine(scorer, world.local_world_size)
 
 
 def _score(config: ScoreConfig, run: "_Run") -> Tally:

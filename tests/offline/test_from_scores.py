@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from clipfilter_wds.cli import processing
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.scores.table import ShardScores
 from tests.support.outputs import bits, check_accounting, run
+from tests.support.pace import FOREVER
 from tests.support.score_tables import derive
 from tests.support.toys import pair, tar_members, write_shard, write_tar
 
@@ -121,12 +123,23 @@ def test_kept_members_are_copied_with_the_headers_that_they_have(scorer, tmp_pat
     assert copied == (tmp_path / "fresh/0.tar").read_bytes() == (tmp_path / "in/0.tar").read_bytes()
 
 
-def test_needs_no_model_and_opens_no_image(shards, scores, scorer, monkeypatch, tmp_path):
-    def load(**options):
-        pytest.fail("a model is loaded")
+MODULES_OF_A_REWRITE = """
+import sys
+from clipfilter_wds.cli import main
 
-    monkeypatch.setattr(processing, "ClipScorer", load)
-    assert run(scorer, f"{shards}/*.tar", tmp_path / "out", scores=scores)["seen"] == 90
+shards, scores, output = sys.argv[1:]
+try:
+    main(["rewrite", shards, "--scores", scores, "--output", output, "--threshold", "0.25", "--quiet"])
+finally:
+    print(*{"PIL", "torchvision", "transformers", "ray"} & set(sys.modules))
+"""
+
+
+def test_no_model_and_no_library_of_models_or_images_is_loaded(shards, scores, tmp_path):
+    command = [sys.executable, "-c", MODULES_OF_A_REWRITE, f"{shards}/*.tar", scores, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=FOREVER)
+    assert done.stdout.split() == []
+    assert check_accounting(tmp_path / "out")["seen"] == 90
 
 
 def test_shards_without_a_table_and_shards_that_changed_fail_alone(shards, scores, tmp_path):

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.score_task import ScoreTask
-from clipfilter_wds.offline.scoring import ScoringOptions
+from clipfilter_wds.offline.scoring_options import ScoringOptions
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError

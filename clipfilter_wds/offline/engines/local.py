@@ -5,21 +5,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
-from clipfilter_wds.models.recheck import Recheck
-from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.engines.engine import Outcomes
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.score_task import ScoreTask
-from clipfilter_wds.offline.scoring import ScoringOptions, measured_recheck, score_shards
+from clipfilter_wds.offline.scoring_options import ScoringOptions
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import default_num_workers, num_cpus
 from clipfilter_wds.workers.pool import iterating, worker_loader
 from clipfilter_wds.workers.tasks import TaskProcesses
+
+if TYPE_CHECKING:
+    from clipfilter_wds.models.recheck import Recheck
+    from clipfilter_wds.models.scorer import ClipScorer
 
 #: Scored shards that may wait for a process that writes them before scoring waits for them.
 _MAX_WAITING_SHARDS = 2
@@ -36,12 +39,12 @@ class LocalEngine:
         share: How many processes like this one share the machine's CPUs.
     """
 
-    def __init__(self, scorer: ClipScorer | None, share: int = 1) -> None:
+    def __init__(self, scorer: "ClipScorer | None", share: int = 1) -> None:
         self._scorer, self._share = scorer, share
         self._measured: tuple[object, Recheck] | None = None
 
     @property
-    def scorer(self) -> ClipScorer:
+    def scorer(self) -> "ClipScorer":
         """The model.
 
         Raises:
@@ -57,6 +60,8 @@ class LocalEngine:
 
     def score(self, tasks: Sequence[ScoreTask], options: ScoringOptions, on_scored: Callable[[int], None]) -> Outcomes:
         """See ``Engine``. Other processes commit while this one scores, so that neither waits for the other."""
+        from clipfilter_wds.offline.scoring import score_shards
+
         if options.num_workers is None:
             num_workers = max(1, default_num_workers(self.scorer.device) // self._share)
             options = replace(options, num_workers=num_workers)
@@ -76,8 +81,10 @@ class LocalEngine:
             while waiting:
                 yield _outcome(writers, *waiting.popleft())
 
-    def _measured_recheck(self, options: ScoringOptions) -> Recheck:
+    def _measured_recheck(self, options: ScoringOptions) -> "Recheck":
         """The same one as long as it would be measured alike."""
+        from clipfilter_wds.offline.scoring import measured_recheck
+
         measured_with = options.threshold, options.measured_on, options.layout, options.embeddings
         if self._measured is None or self._measured[0] != measured_with:
             self._measured = measured_with, measured_recheck(self.scorer, options)

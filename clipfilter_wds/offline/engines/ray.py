@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.commit import read_marks
 from clipfilter_wds.offline.engines.engine import Outcome, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
@@ -14,11 +13,14 @@ from clipfilter_wds.offline.engines.ray_cluster import num_assigned_cpus
 from clipfilter_wds.offline.engines.ray_pool import RayPool, TaskFailure
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.score_task import ScoreTask
-from clipfilter_wds.offline.scoring import ScoringOptions
+from clipfilter_wds.offline.scoring_options import ScoringOptions
 from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import num_cpus
+
+if TYPE_CHECKING:
+    from clipfilter_wds.models.scorer import ClipScorer
 
 #: Shards that an actor does with the same workers, each written while the next is scored, at most; and how many tasks
 #: are made of a run's shards at least, so that all actors have work until its end.
@@ -43,7 +45,7 @@ class RayEngine:
 
     def __init__(
         self,
-        load: Callable[[], ClipScorer],
+        load: "Callable[[], ClipScorer]",
         *,
         address: str | None = None,
         cpus_per_task: int | None = None,
@@ -106,7 +108,7 @@ class RayEngine:
 class _Actor:
     """What an actor keeps: the model, and what it measured of it."""
 
-    def __init__(self, load: Callable[[], ClipScorer]) -> None:
+    def __init__(self, load: "Callable[[], ClipScorer]") -> None:
         self.scorer = load()
         self._engine = LocalEngine(self.scorer, share=max(1, num_cpus() // num_assigned_cpus()))
 
