@@ -49,7 +49,7 @@ def open_clip_folder(tmp_path_factory):
     return make_open_clip(tmp_path_factory.mktemp("models") / "open_clip")
 
 
-@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+@pytest.mark.parametrize("kind", ["clip", pytest.param("open_clip", marks=pytest.mark.slow)])
 def test_a_model_that_is_whole_in_the_cache_is_loaded_without_asking(kind, clip_folder, request, tmp_path):
     folder = clip_folder if kind == "clip" else request.getfixturevalue("open_clip_folder")
     name = "org/tiny" if kind == "clip" else "open_clip:org/tiny"

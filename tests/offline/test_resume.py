@@ -118,7 +118,7 @@ def wait_for_end(family: Path) -> None:
             psutil.Process(pid).wait(FOREVER)
 
 
-@pytest.mark.parametrize("point", ["tar", "mark"])
+@pytest.mark.parametrize("point", ["tar", pytest.param("mark", marks=pytest.mark.slow)])
 def test_a_killed_run_scores_nothing_again_whose_table_is_there(config, folder, bf16, whole, point):
     process = context.Process(target=run_and_die, args=(config, folder, point))
     process.start()

@@ -280,7 +280,7 @@ def saved_by_two(resumable, tmp_path_factory):
     return folder / "batch1.ckpt"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_validation_meets_every_sample_once_on_any_number_of_ranks(resumable, saved_by_two, tmp_path, world_size):
     shards = [[0], list(range(100, 117)), list(range(200, 205))]
     numbers = [number for shard in shards for number in shard]
