@@ -108,8 +108,8 @@ def _is_exact(setting: str) -> bool:
 def _is_exact_on_cpu(setting: str) -> bool:
     """Multiply, under this setting, numbers with more digits than TF32 or bfloat16 have. Are they still there?
 
-    Large matrices, since torch multiplies small ones in float32 all the same; and in two ways, each of which has a limit
-    of its own.
+    Large matrices, since torch multiplies small ones in float32 all the same; and in two ways, each with a limit of its
+    own.
     """
     numbers, identity = torch.full((512, 512), 1 + 2.0**-20), torch.eye(512)
     products = (functional.linear(numbers, identity), torch.bmm(numbers[None], identity[None])[0])
