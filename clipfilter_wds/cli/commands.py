@@ -209,6 +209,7 @@ class Command:
             page=self.page,
             configs=configs,
             positional=self.positional,
+            owners=_commands_with,
         )
 
 
@@ -267,3 +268,12 @@ COMMANDS = {
         ),
     )
 }
+
+
+def _commands_with(option: str) -> list[str]:
+    """The names of the commands that have an option."""
+    return [
+        command.name
+        for command in COMMANDS.values()
+        if any(known.name == option for options in command.parser.groups.values() for known in options)
+    ]
