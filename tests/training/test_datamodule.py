@@ -260,7 +260,7 @@ def test_an_option_that_cannot_be_used_is_refused_at_once():
         ClipFilterDataModule("a.tar", val_end="sync")
     with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):
         ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
-    with pytest.raises(ValueError, match="'repeat' goes with it"):
+    with pytest.raises(ValueError, match="batches_per_epoch says how many batches an epoch has"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="repeat"))
 
 
