@@ -242,7 +242,7 @@ COMMANDS = {
         Command(
             report,
             ["scores --output report.html --shards 'data/*.tar'", "scores -o report.html --threshold 0.3"],
-            "docs/selection.md",
+            "docs/threshold.md",
             "scores",
             _BEGINS_ANEW,
         ),
@@ -262,7 +262,7 @@ COMMANDS = {
                 "photos.csv --output kept.csv --score_key clip_score",
                 "photos.csv --output kept.parquet --image_key path --caption_key alt_text",
             ],
-            "docs/inputs.md",
+            "docs/dataflow.md",
             "input",
             _BEGINS_ANEW,
         ),

@@ -86,6 +86,8 @@ def check_page(output: str | Path, *, of: str | Path, writes: bool = True) -> No
         raise ValueError(
             f"a report is made from score tables of this machine; {without_secrets(str(of))!r} is not here"
         )
+    if str(output).endswith("/"):
+        raise ValueError(f"output {without_secrets(str(output))!r} is a folder; name a file")
     path = any_path(output)
     if writes:
         check_writable(path, as_file=True)
