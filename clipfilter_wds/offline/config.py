@@ -17,7 +17,7 @@ from clipfilter_wds.scores.where import Where
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
-from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
+from clipfilter_wds.storage.paths import AnyPath, RemotePath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
 
@@ -210,6 +210,8 @@ class RewriteConfig(ScoreConfig):
                 raise ValueError(
                     f"{name} are saved when shards are scored, and scores names what was scored before; give one"
                 )
+        if self.scores is not None:
+            _check_not_scores(self.folder, any_path(self.scores))
         super().__post_init__()
 
     @cached_property
@@ -265,6 +267,14 @@ class RewriteConfig(ScoreConfig):
         """What the summary says of the options."""
         scores = None if self.scores is None else str(self.scores)
         return {**self.choice.settings, "samples_per_shard": self.samples_per_shard, "scores": scores}
+
+
+def _check_not_scores(folder: AnyPath, scores: AnyPath) -> None:
+    """Refuse to write beside the tables of ``score``, whose summary would be replaced; a rewrite's lie in a folder."""
+    if isinstance(scores, RemotePath) or (scores / "_scores").is_dir():
+        return
+    if folder_identity(folder) == folder_identity(scores):
+        raise ValueError(f"output {str(folder)!r} is the folder of the scores, which have a summary; choose another")
 
 
 def _check_apart(names: dict[str, str], folder: AnyPath) -> None:
