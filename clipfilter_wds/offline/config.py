@@ -44,11 +44,11 @@ class ScoreConfig(WorkerConfig):
             ``json:punsafe,json:LANGUAGE=text``. Each is a number, unless =integer, =text or =bool says otherwise.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
-        limit: Try it on the first so many samples: shards behind them are left out, and what is behind them in the last
-            shard is dropped as ``not_in_subset``. Such an output is never resumed or used as that of a full run.
+        limit: Try it on the first N samples: shards behind them are left out, and what is behind them in the last shard
+            is dropped as ``not_in_subset``. A full run never resumes or uses such an output.
         overwrite: Delete what a run with other settings, or of another shard with the same name, has left in the
             output, instead of refusing to write there. What the same settings have written stays, and is resumed.
-        dry_run: Say what would be read, kept by scores that were made before, and written; write nothing.
+        dry_run: Write nothing, and say what would be read, written and, by scores that were made before, kept.
 
     Raises:
         ValueError: When an option can't be used.
