@@ -161,6 +161,9 @@ class CommandParser:
                 unnamed.append(arg)
         if unnamed:
             self._name(unnamed, named)
+        for name in self._comma_lists & named.keys():
+            if len(texts := named[name]) > 1:
+                raise ValueError(f"--{name} is given {len(texts)} times; give it once, as {','.join(texts)}")
         return {name: texts if self._options[name].is_list else texts[-1] for name, texts in named.items()}
 
     def _take_option(self, arg: str, rest: deque[str]) -> tuple[Option, str]:

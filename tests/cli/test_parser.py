@@ -191,6 +191,12 @@ def test_an_option_of_other_commands_is_known_as_theirs(fails, args, says):
     assert fails(*args.split()) == says
 
 
+def test_a_list_with_commas_is_given_once_so_that_none_of_it_is_lost(fails):
+    for option, one, other in (("columns", "json:a", "json:b=text"), ("caption", "txt", "json:caption")):
+        says = f"--{option} is given 2 times; give it once, as {one},{other}"
+        assert fails("score", "data/0.tar", "--output", "o", f"--{option}", one, f"--{option}={other}") == says
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_output_is_not_the_current_folder(fails, command):
     source = ["x"] if COMMANDS[command].positional else []
