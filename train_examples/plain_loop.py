@@ -1,4 +1,4 @@
-"""Train on filtered pairs in a plain PyTorch loop, stop whenever you like, and go on exactly there.
+"""Train on filtered pairs in a plain PyTorch loop, stop whenever you like, and resume exactly there.
 
 python train_examples/plain_loop.py                          # drawn scenes, a small CLIP, some seconds on a CPU
 python train_examples/plain_loop.py --steps 200 --resume plain_loop.pt
@@ -40,7 +40,7 @@ def main(
         learning_rate: Of AdamW.
         checkpoint: File that is written now and then, and at the end.
         save_every: Steps between two checkpoints.
-        resume: Checkpoint to go on from.
+        resume: Checkpoint to resume from.
     """
     torch.manual_seed(0)
     # The filter: shards -> samples -> scores -> the pairs that are kept, in batches of constant size.

@@ -209,6 +209,7 @@ class Command:
             page=self.page,
             configs=configs,
             positional=self.positional,
+            owners=_commands_with,
         )
 
 
@@ -241,7 +242,7 @@ COMMANDS = {
         Command(
             report,
             ["scores --output report.html --shards 'data/*.tar'", "scores -o report.html --threshold 0.3"],
-            "docs/selection.md",
+            "docs/threshold.md",
             "scores",
             _BEGINS_ANEW,
         ),
@@ -261,9 +262,18 @@ COMMANDS = {
                 "photos.csv --output kept.csv --score_key clip_score",
                 "photos.csv --output kept.parquet --image_key path --caption_key alt_text",
             ],
-            "docs/inputs.md",
+            "docs/dataflow.md",
             "input",
             _BEGINS_ANEW,
         ),
     )
 }
+
+
+def _commands_with(option: str) -> list[str]:
+    """The names of the commands that have an option."""
+    return [
+        command.name
+        for command in COMMANDS.values()
+        if any(known.name == option for options in command.parser.groups.values() for known in options)
+    ]

@@ -100,21 +100,21 @@ class Option:
     def add_to(self, group: Any) -> None:
         """Make it known to a parser: its type, and its help in a group."""
         settings: dict[str, Any] = {"help": self._described().replace("%", "%%")}
+        letters = [letter for letter, name in LETTERS.items() if name == self.name]
         if self.is_flag:
-            group.add_argument(f"--{self.name}", action=ActionYesNo, **settings)
+            action = group.add_argument(f"--{self.name}", action=ActionYesNo, **settings)
+            action.option_strings = [*letters, *action.option_strings]  # ActionYesNo takes none; for the help alone
             return
         settings["type"] = reduce(or_, self._types)  # for a list's type, jsonargparse would add an option --name+
         if self.is_positional:
             group.add_argument(self.name, nargs="?", metavar=f"{self.usage} or --{self.name}", **settings)
         else:
-            letters = [letter for letter, name in LETTERS.items() if name == self.name]
-            if self.metavar is not None:
-                settings["metavar"] = self.metavar
+            settings["metavar"] = self.metavar or f"{{{','.join(get_args(self._types[0]))}}}"
             group.add_argument(*letters, f"--{self.name}", **settings)
 
     def _described(self) -> str:
         """Its help, with the default where there is one to tell."""
-        if self.default in (MISSING, None, False):
+        if any(self.default is nothing for nothing in (MISSING, None, False)):  # 0 is one to tell
             return self.help
         shown = (
             "on" if self.default is True else f"{self.default:g}" if isinstance(self.default, float) else self.default

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class CommandParser:
         page: The page of the documentation that is about it.
         configs: The dataclasses whose fields are the options; each is a group in the help.
         positional: The option whose ``--name`` may be left out.
+        owners: Which commands have the option of that name.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class CommandParser:
         page: str,
         configs: Sequence[type],
         positional: str | None = None,
+        owners: Callable[[str], Sequence[str]] = lambda _: (),
     ) -> None:
         self.groups = {config: options_of(config, positional) for config in configs}
         self._in_yaml = {option.name: option for options in self.groups.values() for option in options}
         self._options = self._in_yaml | {_CONFIG.name: _CONFIG}
         self._comma_lists = {name for config in configs for name in getattr(config, "comma_lists", ())}
         self._positional = positional
+        self._owners = owners
         required = [option.usage for option in self._options.values() if option.is_required]
         self._parser = ArgumentParser(
             prog=prog,
@@ -121,15 +124,19 @@ class CommandParser:
             values = yaml.safe_load(text) or {}
             twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError) as error:
+            why = getattr(error, "strerror", None) or error
+            if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+                mark = error.problem_mark
+                why = f"{error.problem}, in line {mark.line + 1}, column {mark.column + 1}"
             hint = _hint_on_quotes(Path(file).expanduser()) if isinstance(error, yaml.YAMLError) else ""
-            raise ValueError(f"can't read --config {file}: {getattr(error, 'strerror', None) or error}{hint}") from None
+            raise ValueError(f"can't read --config {file}: {why}{hint}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {file} holds no options; write them as `batch_size: 64`, one per line")
         if twice is not None:
             raise ValueError(f"{twice} is given twice in {file}; keep one of them")
         checked = {}
         for key, value in values.items():
-            option = _find(str(key), self._in_yaml, f" in {file}")
+            option = self._find(str(key), self._in_yaml, f" in {file}")
             if option.name in self._comma_lists:
                 value = _as_text(value)
             if isinstance(value, dict):
@@ -154,6 +161,9 @@ class CommandParser:
                 unnamed.append(arg)
         if unnamed:
             self._name(unnamed, named)
+        for name in self._comma_lists & named.keys():
+            if len(texts := named[name]) > 1:
+                raise ValueError(f"--{name} is given {len(texts)} times; give it once, as {','.join(texts)}")
         return {name: texts if self._options[name].is_list else texts[-1] for name, texts in named.items()}
 
     def _take_option(self, arg: str, rest: deque[str]) -> tuple[Option, str]:
@@ -162,7 +172,7 @@ class CommandParser:
         negated = self._options.get(_key(label).removeprefix("no_"))
         if negated and negated.is_flag and _key(label) == f"no_{negated.name}" and not has_text:
             return negated, "false"
-        option = _find(LETTERS.get(label, label), self._options)
+        option = self._find(LETTERS.get(label, label), self._options)
         if has_text:
             return option, text
         if option.is_flag:
@@ -170,6 +180,17 @@ class CommandParser:
         if not rest or rest[0].startswith("--"):
             raise ValueError(f"{option.label} has no value; it must be {option.expected}")
         return option, rest.popleft()
+
+    def _find(self, label: str, options: dict[str, Option], where: str = "") -> Option:
+        """The option that a YAML key or a ``--name`` means, with underscores or hyphens."""
+        name = _key(label)
+        if option := options.get(name):
+            return option
+        if others := self._owners(name):
+            hint = f"; it belongs to {', '.join(others)}"
+        else:
+            hint = did_you_mean(name, options, "--{}" if label.startswith("-") else "{}")
+        raise ValueError(f"unknown option {label}{where}{hint}")
 
     def _name(self, unnamed: list[str], named: dict[str, list[str]]) -> None:
         """Give the positional option its texts."""
@@ -216,14 +237,6 @@ def _hint_on_quotes(file: Path) -> str:
         if found := _UNQUOTED.match(line):
             return f"; line {number}: texts that begin with @, * or {{ need quotes, as in {found[1]}'{found[2]}'"
     return ""
-
-
-def _find(label: str, options: dict[str, Option], where: str = "") -> Option:
-    """The option that a YAML key or a ``--name`` means, with underscores or hyphens."""
-    if option := options.get(_key(label)):
-        return option
-    shown = "--{}" if label.startswith("-") else "{}"
-    raise ValueError(f"unknown option {label}{where}{did_you_mean(_key(label), options, shown)}")
 
 
 def _key(label: str) -> str:

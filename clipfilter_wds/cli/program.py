@@ -78,7 +78,8 @@ def _run(command: Command, args: Sequence[str]) -> int:
 
         if not isinstance(error, (OSError, WorkerError)):
             raise
-        return _complain(f"{error}. {command.when_stopped}", SOME_FAILED)
+        end = "" if str(error).endswith((".", "?")) else "."
+        return _complain(f"{error}{end} {command.when_stopped}", SOME_FAILED)
 
 
 def _complain(message: str, code: int) -> int:

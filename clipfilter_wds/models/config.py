@@ -26,8 +26,8 @@ class ScorerConfig:
         reduce: Where an image has several captions, which of their similarities counts: the largest (max), the mean or
             the smallest (min).
         flip: Score the mirrored image too and take the mean, so that text painted into a picture counts for less.
-        fast_decode: Decode large JPEGs at a fraction of their size, but not below what the model takes: several times
-            as fast, with slightly different pixels and so slightly different scores.
+        fast_decode: Decode large JPEGs at a fraction of their size, but not below what the model takes: faster
+            (2.2 times at 2,048 pixels), with slightly different pixels and so slightly different scores.
         resize_on_device: For a GPU with few CPU cores: have it resize images of up to 512 x 512 pixels, which spares
             the cores that decode. The pixels, and so the scores, of most models are the same; of open_clip's they may
             differ a little.

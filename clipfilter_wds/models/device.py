@@ -14,7 +14,7 @@ def resolve_device(device: str) -> torch.device:
     """The torch device that ``device`` names; ``auto`` is CUDA where there is one.
 
     Raises:
-        ValueError: When it names a device that this machine does not have.
+        ValueError: When it names a device that this machine does not have, or that torch can't compute on.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,6 +24,12 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:1") from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if resolved.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=resolved).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"device is {device!r}, which can't be used here: {why}; use auto, cpu or cuda") from None
     return resolved
 
 

@@ -130,7 +130,13 @@ class ClipScorer(nn.Module):
                 self.fast.warm_up(batch_size)
 
     def views(self, images: Images) -> Tensor:
-        """uint8 ``[N, 3, H, W]`` on :attr:`device`, without waiting for what a GPU still has to do."""
+        """uint8 ``[N, 3, H, W]`` on :attr:`device`, without waiting for what a GPU still has to do.
+
+        Raises:
+            TypeError: When they are floats, such as those that ``CLIPProcessor`` has normalised already.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            raise TypeError(f"pixel_values are {images.dtype}; pass on the uint8 that scorer.preprocess gives")
         return views_on_device(images, self.device)
 
     @torch.inference_mode()
@@ -147,6 +153,7 @@ class ClipScorer(nn.Module):
             float32 ``[N]`` in [-1, 1] up to rounding, on :attr:`device`; not clipped.
 
         Raises:
+            TypeError: When ``pixel_values`` are floats.
             BatchTooLargeError: When they take more memory than the device has free.
         """
         encoder = self.exact if exact else self.fast

@@ -17,7 +17,7 @@ from clipfilter_wds.scores.where import Where
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
-from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
+from clipfilter_wds.storage.paths import AnyPath, RemotePath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
 
@@ -44,11 +44,11 @@ class ScoreConfig(WorkerConfig):
             ``json:punsafe,json:LANGUAGE=text``. Each is a number, unless =integer, =text or =bool says otherwise.
         skip_missing_shards: Leave out shards that are named and not there, such as those that a brace range spans, and
             say which. Without it, they are an error.
-        limit: Try it on the first so many samples: shards behind them are left out, and what is behind them in the last
-            shard is dropped as ``not_in_subset``. Such an output is never resumed or used as that of a full run.
+        limit: Try it on the first N samples: shards behind them are left out, and what is behind them in the last shard
+            is dropped as ``not_in_subset``. A full run never resumes or uses such an output.
         overwrite: Delete what a run with other settings, or of another shard with the same name, has left in the
             output, instead of refusing to write there. What the same settings have written stays, and is resumed.
-        dry_run: Say what would be read, kept by scores that were made before, and written; write nothing.
+        dry_run: Write nothing, and say what would be read, written and, by scores that were made before, kept.
 
     Raises:
         ValueError: When an option can't be used.
@@ -210,6 +210,8 @@ class RewriteConfig(ScoreConfig):
                 raise ValueError(
                     f"{name} are saved when shards are scored, and scores names what was scored before; give one"
                 )
+        if self.scores is not None:
+            _check_not_scores(self.folder, any_path(self.scores))
         super().__post_init__()
 
     @cached_property
@@ -265,6 +267,14 @@ class RewriteConfig(ScoreConfig):
         """What the summary says of the options."""
         scores = None if self.scores is None else str(self.scores)
         return {**self.choice.settings, "samples_per_shard": self.samples_per_shard, "scores": scores}
+
+
+def _check_not_scores(folder: AnyPath, scores: AnyPath) -> None:
+    """Refuse to write beside the tables of ``score``, whose summary would be replaced; a rewrite's lie in a folder."""
+    if isinstance(scores, RemotePath) or (scores / "_scores").is_dir():
+        return
+    if folder_identity(folder) == folder_identity(scores):
+        raise ValueError(f"output {str(folder)!r} is the folder of the scores, which have a summary; choose another")
 
 
 def _check_apart(names: dict[str, str], folder: AnyPath) -> None:

@@ -21,6 +21,7 @@ from clipfilter_wds.offline.plan import plan_copying, plan_scoring, warn_of_abse
 from clipfilter_wds.offline.score_task import ScoreTask
 from clipfilter_wds.offline.scoring_options import ScoringOptions
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
+from clipfilter_wds.options import refuse_name
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.shards.names import public_url
@@ -58,8 +59,10 @@ def process_shards(
 
     Raises:
         ValueError: When the output folder was begun with other settings, or the score tables can't be used.
+        TypeError: When ``scorer`` is a name.
         OSError: When the output can't be written, or the other ranks don't finish.
     """
+    refuse_name("scorer", scorer, "a ClipScorer of that model")
     ranks = Ranks(folder=config.folder, world=world or World(), timeout=rank_timeout)
     with show_run(config, ranks.world.rank == 0, on_progress) if progress else nullcontext(on_progress) as on_both:
         return process_share(config, scorer, ranks, on_both)

@@ -25,14 +25,14 @@ class ReportConfig:
     Attributes:
         scores: The output folder of ``score``, or of a ``rewrite`` that scored. For a ``rewrite --scores``, the folder
             of those scores, with its output as ``run``.
-        output: HTML file to write; one that exists is replaced, and a file of another type never. It holds all that it
+        output: HTML file to write. A web page that exists is replaced, any other file never. The page holds all that it
             shows, and loads nothing from elsewhere.
-        shards: The shards that were scored, for captions and pictures, wherever they are now; by default the report
-            has none, and of those that are not there neither. May be given several times.
+        shards: The shards that were scored, for captions and pictures, wherever they are now. Of shards that are not
+            named, or not there, the report shows neither. May be given several times.
         run: The output folder of the ``rewrite`` to show, where it chose by ``scores`` that were made before
             (``rewrite --scores``).
-        compare: Another folder of scores of the same shards, no more and no fewer, to show how many samples it decides
-            otherwise where as many are kept, and which differ most in rank.
+        compare: Folder of other scores of just the same shards, to show how many samples these decide otherwise when
+            they keep as many, and which differ most in rank.
         threshold: Where the slider starts; by default at the run's own threshold, or where its fraction was cut. For
             scores that are no cosines and have neither, in their middle.
         thumbnails: How many samples to show, at most 200.
@@ -64,8 +64,8 @@ class RunReportConfig:
     """Report about the run.
 
     Attributes:
-        report: HTML file to write that shows what was kept and dropped; by default none is written. One that exists is
-            replaced, and a file of another type never.
+        report: HTML file to write that shows what was kept and dropped; by default none is written. A web page that
+            exists is replaced, any other file never.
     """
 
     report: str | Path | None = None
@@ -86,6 +86,8 @@ def check_page(output: str | Path, *, of: str | Path, writes: bool = True) -> No
         raise ValueError(
             f"a report is made from score tables of this machine; {without_secrets(str(of))!r} is not here"
         )
+    if str(output).endswith("/"):
+        raise ValueError(f"output {without_secrets(str(output))!r} is a folder; name a file")
     path = any_path(output)
     if writes:
         check_writable(path, as_file=True)

@@ -26,8 +26,8 @@ class ScoreFolder:
     """The score tables of a folder, one per shard, looked up by shard; each is read when it is asked for.
 
     A shard's table is the one that was made from its URL; where the shards have moved, the one whose name in the folder
-    (``00000``, ``a/00000``) is the longest that the shard's path ends with. Either way the shard must have the size
-    that was recorded.
+    (``00000``, ``a/00000``) is the longest that the shard's path ends with. Either way the shard must be the one
+    that was scored.
 
     Args:
         folder: What ``clipfilter-wds score`` or ``rewrite`` wrote: a folder of tables, or one that holds ``_scores``.
@@ -85,7 +85,7 @@ class ScoreFolder:
         """The scores of a shard.
 
         Raises:
-            ShardError: When there are none, or the shard has another size than the one that was scored.
+            ShardError: When there are none, or the shard is not the one that was scored.
             ValueError: When the table is damaged.
         """
         path = self.path(url)

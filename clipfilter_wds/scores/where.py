@@ -58,7 +58,8 @@ class Where:
         try:
             return ast.parse(self.text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ValueError(f"where {self.text!r} is no condition: {error}; {_USABLE}") from None
+            why = error.msg if isinstance(error, SyntaxError) else error
+            raise ValueError(f"where {self.text!r} is no condition: {why}; {_USABLE}") from None
 
     def check(self, schema: "pa.Schema") -> None:
         """See that tables with this schema can be selected from.

@@ -18,10 +18,12 @@ _KINDS = (
     (b"PAR1", "a parquet file", "clipfilter-wds table filters parquet files"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
     (b"<", "a page of HTML or XML, such as an error message", _NOT_LOADED),
-    (b"{", "JSON, such as an error message", _NOT_LOADED),
+    (b"{", "JSON", f"clipfilter-wds table filters .jsonl files; if it is an error message, {_NOT_LOADED}"),
 )
 #: A first line that names a shard.
 _LIST = re.compile(rb"[^\0-\x1f]+\.(tar|tgz|tzst|tar\.(gz|zst|zstd))\s*(\n|$)", re.IGNORECASE)
+#: A first line that may be the header of a table.
+_HEADER = re.compile(rb"\w[\w \"]*([,;|\t][\w \"]+)+\r?\n")
 
 
 def describe_file(start: bytes) -> str | None:
@@ -29,4 +31,6 @@ def describe_file(start: bytes) -> str | None:
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if _LIST.match(start):
         return "a list of shards; write @ before its name"
+    if _HEADER.match(start):
+        return "a text file; clipfilter-wds table filters .csv and .tsv files"
     return next((f"{what}; {cure}" for magic, what, cure in _KINDS if start.startswith(magic)), None)

@@ -47,8 +47,9 @@ class FoundShards:
 
     def __post_init__(self) -> None:
         if not self.urls:
-            example = without_secrets(self.missing[0])
-            raise ValueError(f"no shard matches: none of {len(self.missing)} is there, such as {example!r}")
+            num, example = len(self.missing), without_secrets(self.missing[0])
+            which = f": none of {num} is there, such as {example!r}" if num > 1 else f" {example!r}: it is not there"
+            raise ValueError(f"no shard matches{which}")
 
 
 def expand_shards(

@@ -7,6 +7,7 @@ from rich.console import Console
 from clipfilter_wds.console import Row, Shown, count_rows, pace, plain, print_summary
 from clipfilter_wds.tables.formats.json_lines import BadLines
 from clipfilter_wds.tables.tally import PairTally
+from clipfilter_wds.types import DropReason
 
 
 def shown(tally: PairTally, share: float, *, decides: bool = True) -> Shown:
@@ -22,8 +23,10 @@ def shown(tally: PairTally, share: float, *, decides: bool = True) -> Shown:
     )
 
 
-def print_pair_summary(console: Console, output: Path, tally: PairTally, bad_lines: BadLines) -> None:
-    """Print the closing table, and what could not be scored or read."""
+def print_pair_summary(
+    console: Console, output: Path, tally: PairTally, bad_lines: BadLines, threshold: float | None
+) -> None:
+    """Print the closing table, what could not be scored or read, and where nothing is kept why."""
     counts = tally.counts
     rows = count_rows(counts.seen, counts.kept, counts.dropped.items())
     more: list[Row] = [
@@ -34,7 +37,8 @@ def print_pair_summary(console: Console, output: Path, tally: PairTally, bad_lin
     notes += [f"scored 0.0 as {line}" for line in tally.describe_unusable()]
     if bad_lines.count:
         notes.append(f"passed over {bad_lines}")
-    notes.append(f"the kept rows are in {output}")
+    is_empty = counts.seen > 0 and counts.kept == 0
+    notes.append(_nothing_kept(tally, threshold) if is_empty else f"the kept rows are in {output}")
     print_summary(
         console,
         rows + [row for row in more if row[1]],
@@ -42,6 +46,16 @@ def print_pair_summary(console: Console, output: Path, tally: PairTally, bad_lin
         samples_per_second=_samples_per_second(tally),
         notes=map(plain, notes),
     )
+
+
+def _nothing_kept(tally: PairTally, threshold: float | None) -> str:
+    dropped = tally.counts.dropped
+    by_count = sorted(dropped.items(), key=lambda item: -item[1])
+    line = f"none of {tally.counts.seen:,} rows is kept: " + ", ".join(f"{n:,} {reason}" for reason, n in by_count)
+    if by_count[0][0] is not DropReason.BELOW_THRESHOLD or threshold is None:
+        return line
+    scored = "`--threshold 0 --score_key clip_score` writes all rows with their scores"
+    return f"{line}. The threshold is {threshold:g}; {scored}"
 
 
 def _samples_per_second(tally: PairTally) -> float:

@@ -55,7 +55,7 @@ def process_table(config: TableConfig, load_scorer: Callable[[], ClipScorer], *,
             scorer = load_scorer()
         with show_progress(console) as show:
             tally = _TableRun(config, wanted, scorer, show).write(reader)
-    print_pair_summary(Console(quiet=quiet), config.target, tally, reader.bad_lines)
+    print_pair_summary(Console(quiet=quiet), config.target, tally, reader.bad_lines, config.choice.threshold)
     return tally
 
 

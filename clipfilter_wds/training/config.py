@@ -108,10 +108,10 @@ class LoaderConfig(WorkerConfig):
             raise ValueError(f"end is {self.end!r}, which gives every sample; it does not go with drop_last")
         if self.persistent_workers and (self.num_workers == 0 or self.end != "sync"):
             raise ValueError("persistent_workers needs num_workers of at least 1, and end='sync'")
-        if (self.end == "repeat") != (self.batches_per_epoch is not None):
-            raise ValueError(
-                f"end is {self.end!r} and batches_per_epoch {self.batches_per_epoch}; 'repeat' goes with it"
-            )
+        if self.end == "repeat" and self.batches_per_epoch is None:
+            raise ValueError("end is 'repeat', which never ends; batches_per_epoch says how many batches an epoch has")
+        if self.end != "repeat" and self.batches_per_epoch is not None:
+            raise ValueError(f"batches_per_epoch is for end 'repeat', and end is {self.end!r}")
 
     @property
     def resolved_threshold(self) -> float | None:

@@ -247,7 +247,8 @@ def _config(name: str, kind: type[Config], given: Config | Mapping[str, Any]) ->
         check_options(kind.__name__, given, kind)
         return kind(**given)
     if not isinstance(given, kind):
-        raise TypeError(f"{name} is {given!r}; give a {kind.__name__}, or a dict of its options")
+        shown = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+        raise TypeError(f"{name} is {shown}; give a {kind.__name__}, or a dict of its options")
     return given
 
 

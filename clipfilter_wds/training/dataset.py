@@ -68,6 +68,7 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
     Raises:
         ValueError: When no shard matches, ``shuffle`` is no number of samples, a column can't have that name, or
             training would get views that the device is to make.
+        TypeError: When ``preprocess`` is something else, such as the scorer.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class ClipWebDataset(IterableDataset[StreamBatch]):
         shuffle, seed = plain(shuffle), plain(seed)
         if shuffle is True or not isinstance(shuffle, int) or shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}; it is the number of samples that are shuffled together, or 0")
+        if not (preprocess is None or isinstance(preprocess, ClipPreprocess)):
+            raise TypeError(f"preprocess is of type {type(preprocess).__name__}; give a scorer's `preprocess`")
         if preprocess is not None and preprocess.view.resize_on_device and image_transform is None:
             raise ValueError(
                 "without an image_transform training gets CLIP's views, and with resize_on_device workers make none; "

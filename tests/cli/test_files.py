@@ -104,6 +104,9 @@ class TestYaml:
         assert "can't read --config binary.yaml: " in fails("rewrite", "--config", "binary.yaml")
         Path("broken.yaml").write_text("a: [\n")
         assert re.match(r"can't read --config broken.yaml: .* line 2", fails("rewrite", "--config", "broken.yaml"))
+        Path("page.yaml").write_text("a: b: c\n")
+        why = "mapping values are not allowed here, in line 1, column 5"
+        assert fails("rewrite", "--config", "page.yaml") == f"can't read --config page.yaml: {why}"
 
     @pytest.mark.parametrize(
         ("line", "cure"),

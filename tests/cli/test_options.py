@@ -69,12 +69,15 @@ def test_help_shows_types_and_defaults_as_a_person_reads_them(show):
         "  -o PATH, --output PATH",
         "  --flip, --no_flip     Score the mirrored image too",
         "  --engine {local,ray}  local processes the shards",
+        "  --embeddings {fp16,fp32}\n",
+        "  -q, --quiet, --no_quiet\n",
         "  clipfilter-wds rewrite 'data/{00000..00099}.tar' --output kept --threshold 0.28",
     ):
         assert f"\n{line}" in f"\n{text}"
     assert re.search(r"\(default:\s+openai/clip-vit-base-patch32\)", text)
     assert re.search(r"--worker_timeout NUMBER\s[^-]*\(default: 120\)", text)
     assert "(default: 0.25)" in show("table")
+    assert re.search(r"--seed N\s[^-]*\(default: 0\)", show("rescore"))
     page = text.rpartition("\ndocumentation: ")[2].strip()
     assert Path(page) == Path(__file__).parents[2] / "docs" / "selection.md"
     assert not re.search(r"null|None|type:|Union|``|:class:|--\w+\+", text)

@@ -178,6 +178,25 @@ def test_an_error_names_option_found_and_expected(fails, args, says):
     assert fails("rewrite", "data/0.tar", "--output", "o", *args) == says
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("score data/0.tar --threshold 0.3", "unknown option --threshold; it belongs to rewrite, report, table"),
+        ("score data/0.tar --keep-fraction=0.3", "unknown option --keep-fraction; it belongs to rewrite, table"),
+        ("table in.csv --caption json:caption", "unknown option --caption; it belongs to rewrite, score"),
+        ("score --config one.yaml", "unknown option threshold in one.yaml; it belongs to rewrite, report, table"),
+    ],
+)
+def test_an_option_of_other_commands_is_known_as_theirs(fails, args, says):
+    assert fails(*args.split()) == says
+
+
+def test_a_list_with_commas_is_given_once_so_that_none_of_it_is_lost(fails):
+    for option, one, other in (("columns", "json:a", "json:b=text"), ("caption", "txt", "json:caption")):
+        says = f"--{option} is given 2 times; give it once, as {one},{other}"
+        assert fails("score", "data/0.tar", "--output", "o", f"--{option}", one, f"--{option}={other}") == says
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_empty_output_is_not_the_current_folder(fails, command):
     source = ["x"] if COMMANDS[command].positional else []

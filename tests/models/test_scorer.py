@@ -111,6 +111,11 @@ def test_a_score_does_not_depend_on_the_batch_around_it(scorer):
     torch.testing.assert_close(scorer(pixels, tokens.input_ids), torch.cat(alone), rtol=0, atol=1e-6)
 
 
+def test_pixels_that_were_normalised_before_are_refused(scorer):
+    with pytest.raises(TypeError, match=r"pixel_values are torch\.float32; pass on the uint8 that scorer\.preprocess"):
+        scorer(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8, dtype=torch.int64))
+
+
 def test_an_empty_batch_has_no_scores(scorer):
     pixels, tokens = scorer.preprocess.collate([])
     assert scorer(pixels, tokens.input_ids).shape == (0,)

@@ -53,6 +53,14 @@ def told(shards, scorer, scores):
     return told
 
 
+def test_nothing_is_written_beside_the_scores(command, told, scores):
+    before, summary = bits(scores), (scores / "summary.json").read_bytes()
+    code, said = told(command, scores / ".." / scores.name)
+    assert code == 2
+    assert "is the folder of the scores, which have a summary; choose another" in said
+    assert (bits(scores), (scores / "summary.json").read_bytes()) == (before, summary)
+
+
 @pytest.mark.parametrize(
     ("options", "differ"),
     [
@@ -244,9 +252,9 @@ def test_a_fraction_of_scores_of_another_kind_is_that_of_the_cosines_they_were_m
     shards, scores, losses, tmp_path
 ):
     from_scores(shards, tmp_path / "cosines", scores, keep_fraction=0.4)
-    from_scores(shards, tmp_path / "losses", losses, keep_fraction=0.4)
+    from_scores(shards, tmp_path / "by_losses", losses, keep_fraction=0.4)
     for name in ("00000.tar", "00001.tar", "00002.tar"):
-        assert (tmp_path / "losses" / name).read_bytes() == (tmp_path / "cosines" / name).read_bytes()
+        assert (tmp_path / "by_losses" / name).read_bytes() == (tmp_path / "cosines" / name).read_bytes()
 
 
 def test_a_condition_on_the_columns_chooses_among_all(scorer, shards, scores, tmp_path):

@@ -96,6 +96,7 @@ def test_only_what_is_named_can_be_missing(folder, memory):
     for shards, says in (
         ([*there, f"{folder}/x*.tar"], "no shard matches"),
         (f"{folder}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
+        (f"{folder}/00001.tar", "no shard matches '.*00001.tar': it is not there"),
         (f"{memory}/0000{{1..2}}.tar", "no shard matches: none of 2 is there, such as '.*00001.tar'"),
         ([*there, str(folder.parent)], "is a folder"),
     ):

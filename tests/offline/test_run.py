@@ -55,6 +55,12 @@ def test_progress_is_shown_where_it_is_asked_for(scorer, shards, tmp_path, capsy
     assert told[-1] == 3
 
 
+def test_a_model_is_given_itself_and_not_its_name(shards, tmp_path):
+    with pytest.raises(TypeError, match="scorer is 'demo-tiny'; give a ClipScorer of that model"):
+        process_shards(ScoreConfig(shards=shards, output=tmp_path / "out"), "demo-tiny")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_describes_the_output_is_what_other_tools_read(scorer, shards, tmp_path):
     run(scorer, f"{shards}/*.tar", tmp_path / "out")
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_bytes())

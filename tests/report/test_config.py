@@ -18,6 +18,7 @@ def test_unusable_arguments_are_refused(run, tmp_path, command):
         ((run.shards, "--output", tmp_path / "r.html"), "there is no score table"),
         (("memory://scores", "--output", tmp_path / "r.html"), "tables of this machine"),
         ((run.output, "--output", tmp_path), "is a folder; name a file"),
+        ((run.output, "--output", f"{tmp_path}/pages/"), "is a folder; name a file"),
         ((run.output, "--output", tmp_path / "r.html", "--threshold", "25"), "Did you mean 0.25?"),
         ((run.output, "--output", tmp_path / "r.html", "--thumbnails", "900"), "0..200"),
         ((run.output, "--output", tmp_path / "r.html", "--shards", tmp_path / "no.tar"), "no shard matches"),

@@ -78,6 +78,11 @@ def test_nothing_else_is_taken(text):
         Where(text)
 
 
+def test_what_is_no_condition_is_no_line_of_a_file():
+    with pytest.raises(ValueError, match=r"where 'width >' is no condition: invalid syntax; use columns"):
+        Where("width >")
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("width % 2 == 0", "width % 2"), ("~width", "~width"), ("f(width) > 1", r"f\(width\)"), ("a[0]", r"a\[0\]")],

@@ -43,7 +43,10 @@ def parquet() -> bytes:
         (lambda tar: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS; .* git lfs pull"),
         (lambda tar: b"\n<!DOCTYPE html><html><body>404</body></html>", "HTML or XML.*; .* download the shard again"),
         (lambda tar: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "HTML or XML"),
-        (lambda tar: b'{"error": "rate limit"}' + bytes(1000), "JSON, such as an error message"),
+        (lambda tar: b'{"error": "rate limit"}' + bytes(1000), "JSON; .* if it is an error message, .* download"),
+        (lambda tar: b'{"image": "a.jpg", "caption": "a"}\n', "JSON; clipfilter-wds table filters .jsonl files"),
+        (lambda tar: b"url,caption\na.jpg,a\n", "a text file; clipfilter-wds table filters .csv and .tsv files"),
+        (lambda tar: b"\xef\xbb\xbfalt text\turl\r\na\tb\r\n", "a text file; clipfilter-wds table filters .csv"),
     ],
 )
 def test_a_shard_that_is_something_else_fails_with_what_it_is_and_what_to_do(scorer, tmp_path, make, says):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import clipfilter_wds
 from clipfilter_wds.demo.shards import write_demo_shards
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
@@ -136,6 +137,11 @@ def test_yaml_commands_and_links_of_a_page_are_right(page):
         assert (ROOT / (script or config)).is_file()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists()
+
+
+def test_the_page_of_the_python_interface_has_every_public_name():
+    named = re.findall(r"^::: clipfilter_wds\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(clipfilter_wds.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

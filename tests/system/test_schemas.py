@@ -7,7 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clipfilter_wds.offline.config import RewriteConfig
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.rescoring.config import RescoreConfig
+from clipfilter_wds.offline.rescoring.run import rescore_shards
 from clipfilter_wds.offline.run import process_shards
 from clipfilter_wds.types import DropReason
 from tests.support.pages import DOCS, cells_of, section_of
@@ -37,6 +39,9 @@ def written(scorer, tmp_path_factory) -> Path:
     for name, shard, options in (*runs, ("torn", "torn.tar", {})):
         config = RewriteConfig(shards=str(folder / shard), output=folder / name, num_workers=0, **options)
         process_shards(config, scorer)
+    embedded = ScoreConfig(shards=str(folder / "0.tar"), output=folder / "embedded", num_workers=0, embeddings="fp16")
+    process_shards(embedded, scorer)
+    rescore_shards(RescoreConfig(scores=folder / "embedded", method="neg_clip_loss", output=folder / "rescored"))
     return folder
 
 
@@ -56,6 +61,12 @@ def test_marks(written):
     others = entries(written / "lacking/1_stats.json") | entries(written / "torn/torn_stats.json")
     assert names("Marks") | {"sources", "suffixes"} == copied | packed | others
     assert packed - copied == {"sources", "suffixes"}
+
+
+def test_sources_of_a_packed_mark(written):
+    [mark] = (json.loads(path.read_text()) for path in (written / "packed").glob("*_stats.json"))
+    [told] = re.findall(r"a list of objects with\s(.*?);", PAGE, flags=re.DOTALL)
+    assert re.findall(r"`(\w+)`", told) == list(mark["sources"][0])
 
 
 def test_summary(written):

@@ -61,7 +61,11 @@ class TestKeptRows:
 
     def test_nothing_kept_leaves_a_table_that_can_be_read(self, call, folder, tmp_path):
         for suffix in SUFFIXES:
-            assert call(folder / f"pairs.{suffix}", "--output", tmp_path / f"kept.{suffix}", threshold=1)[0] == 0
+            code, out, _ = call(folder / f"pairs.{suffix}", "--output", tmp_path / f"kept.{suffix}", threshold=1)
+            assert code == 0
+            says = f"none of {NUM_ROWS} rows is kept: {NUM_ROWS - 2} below_threshold, 1 .*, 1 .*. The threshold is 1; "
+            assert re.search(f"{says}`--threshold 0 --score_key clip_score` writes all", " ".join(out.split()))
+            assert "the kept rows are in" not in out
             assert read_records(tmp_path / f"kept.{suffix}") == []
         header = (folder / "pairs.csv").read_bytes().splitlines(keepends=True)[0]
         assert (tmp_path / "kept.csv").read_bytes() == header

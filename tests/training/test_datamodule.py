@@ -254,13 +254,15 @@ def test_an_option_that_cannot_be_used_is_refused_at_once():
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="each"))
     with pytest.raises(TypeError, match=r"scorer is 'demo-tiny'; give a ScorerConfig, or a dict of its options"):
         ClipFilterDataModule("a.tar", scorer="demo-tiny")
+    with pytest.raises(TypeError, match=r"scorer is a Linear; give a ScorerConfig, or a dict of its options"):
+        ClipFilterDataModule("a.tar", scorer=torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"LoaderConfig has no option 'treshold'; did you mean 'threshold'"):
         ClipFilterDataModule("a.tar", loader={"treshold": 0.28})
     with pytest.raises(ValueError, match="val_end is 'sync'; use 'each' or 'pad'"):
         ClipFilterDataModule("a.tar", val_end="sync")
     with pytest.raises(ValueError, match="reduce is 'median'; use max, mean or min"):
         ClipFilterDataModule("a.tar", scorer=ScorerConfig(reduce="median"))
-    with pytest.raises(ValueError, match="'repeat' goes with it"):
+    with pytest.raises(ValueError, match="batches_per_epoch says how many batches an epoch has"):
         ClipFilterDataModule("a.tar", loader=LoaderConfig(end="repeat"))
 
 

@@ -46,6 +46,11 @@ def test_one_decode_makes_the_view_for_clip_and_the_view_for_training(scorer, sh
     assert torch.cat([batch.views["image"] for batch in read if len(batch.rows)]).tolist() == ALL_NUMBERS
 
 
+def test_the_scorer_is_not_taken_for_its_preprocess(scorer, shards):
+    with pytest.raises(TypeError, match="preprocess is of type ClipScorer; give a scorer's `preprocess`"):
+        ClipWebDataset(shards, scorer)
+
+
 def test_an_image_transform_does_not_change_what_clip_sees(scorer, shards):
     plain = batches(ClipWebDataset(shards, scorer.preprocess))
 

@@ -117,7 +117,7 @@ def test_it_cannot_be_resumed_and_says_so(recipe):
     [
         ({"drop_last": True}, "end is 'each', which gives every sample; it does not go with drop_last"),
         ({"num_workers": 1, "persistent_workers": True}, "persistent_workers needs"),
-        ({"batches_per_epoch": 3}, "'repeat' goes with it"),
+        ({"batches_per_epoch": 3}, "batches_per_epoch is for end 'repeat', and end is 'each'"),
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused(recipe, options, message):

@@ -47,8 +47,8 @@ def test_shuffle_is_a_number_of_samples(half, shuffle):
         ({"num_workers": -1}, "num_workers is -1"),
         ({"starvation_limit": 0}, "starvation_limit is 0"),
         ({"end": "stop"}, "end is 'stop'; use 'sync' or 'repeat' to train, 'each' or 'pad' to"),
-        ({"end": "repeat"}, "'repeat' goes with it"),
-        ({"batches_per_epoch": 3}, "'repeat' goes with it"),
+        ({"end": "repeat"}, "'repeat', which never ends; batches_per_epoch says how many batches an epoch has"),
+        ({"batches_per_epoch": 3}, "batches_per_epoch is for end 'repeat', and end is 'sync'"),
         ({"end": "repeat", "batches_per_epoch": 0}, "batches_per_epoch is 0"),
     ],
 )

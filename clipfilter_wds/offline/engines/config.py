@@ -13,7 +13,7 @@ class EngineConfig:
     Attributes:
         engine: ``local`` processes the shards on this machine, or under torchrun or srun a rank's share of them;
             ``ray`` on a Ray cluster. The output is the same.
-        ray_address: Of a running Ray cluster (``auto``: the one of this machine); by default Ray is started here.
+        ray_address: Address of a running Ray cluster, auto for this machine's; by default Ray is started here.
         devices: How many devices of this machine share the run, a process for each: auto for all GPUs, or a number.
             Without GPUs, so many processes share the CPUs. ``num_workers`` is that of each process.
         cpus_per_task: CPUs of each Ray actor; by default the GPUs share them equally, and without GPUs it is 1.

@@ -198,7 +198,7 @@ class TestCommand:
         said = capsys.readouterr().err
         assert "5 of 7 shards have no outcome" in said
         assert "00001.tar" in said
-        assert "rank 1, 2, 3 of 4; is it running?" in said
+        assert "rank 1, 2, 3 of 4; is it running? What was finished is whole" in said
         assert "start the same command again to resume" in said
         assert not (tmp_path / "out" / "summary.json").exists()
 
