@@ -187,7 +187,8 @@ class ExactEncoder(Encoder):
         """Capture what every float32 batch is computed by, where there are graphs."""
         rows, tokenize = self.batch_rows, self._tokenize
         self.encode_image(torch.zeros(rows, 3, *self._view_size, dtype=torch.uint8))
-        for length in {*range(_EXACT_TOKENS, tokenize.max_length, _EXACT_TOKENS), tokenize.max_length}:
+        shorter = () if tokenize.pads_to_max else range(_EXACT_TOKENS, tokenize.max_length, _EXACT_TOKENS)
+        for length in (*shorter, tokenize.max_length):
             self._encode([torch.zeros(rows, length, dtype=torch.int64, device=self.device)], self._texts, no_check)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
