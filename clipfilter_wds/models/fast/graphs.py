@@ -3,8 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ _NUM_WARM_UPS = 2
 #: The GPU's, or those of another release of torch, whose graphs are "in beta and may change".
 _FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
 
-#: torch allows one capture at a time in a process.
-_CAPTURING = threading.Lock()
+#: torch allows one capture at a time in a process, and older torch no replay beside it.
+_TURN = threading.RLock()
 
 
 class Captured(NamedTuple):
@@ -123,7 +123,6 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device, self._has_failed = torch.device(device.type, index), False
-        self._lock = threading.RLock()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
 
@@ -134,7 +133,7 @@ class CudaGraphs:
 
     def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
         """See :class:`Graphs`."""
-        with _CAPTURING, self.turn():
+        with self.turn():
             try:
                 return self._capture(compute)
             except _FAILURES as error:
@@ -148,7 +147,7 @@ class CudaGraphs:
     def turn(self) -> Iterator[None]:
         """See :class:`Graphs`: what a stream launches here begins when what others launched here has ended."""
         stream = torch.cuda.current_stream(self.device)
-        with self._lock:
+        with _TURN:
             stream.wait_event(self._done)
             try:
                 yield
@@ -164,19 +163,28 @@ class CudaGraphs:
             for _ in range(_NUM_WARM_UPS):
                 compute()
             self._stream.wait_stream(current)
-            # The outer context gives the current stream back where the capture fails; torch's own does not. Other
+            # Not in inference mode, since the first capture makes what a capture in training writes to in older torch.
+            # The next context gives the current stream back where the capture fails; torch's own does not. Other
             # threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
             with (
+                torch.inference_mode(False),
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                torch.inference_mode(),
             ):
                 output = compute()
         current.wait_stream(self._stream)
         return Captured(graph.replay, output)
 
     def _recover(self) -> None:
-        """Capture something that can't fail: until then, older torch takes the failed capture for unfinished."""
+        """Have torch know that the failed capture has ended, which before 2.12 it does not where the GPU ended it."""
+        # Else no memory that was used on several streams would be used again, and empty_cache() would fail.
+        names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # since 2.8, and before
+        end: Any = next(filter(None, (getattr(torch._C, name, None) for name in names)), None)
+        with suppress(*_FAILURES):  # it has ended
+            end(self.device.index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # page-locked memory is still taken for the failed one's
         try:
-            self._capture(lambda: torch.zeros(1, device=self.device))
+            self._capture(lambda: torch.zeros(1, device=self.device))  # so that random numbers are not, either
         except _FAILURES:
             _LOG.debug("the GPU could not capture anything", exc_info=True)
