@@ -24,6 +24,11 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f"device is {device!r}; use auto, cpu, cuda or cuda:1") from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if resolved.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, device=resolved).item()
+        except Exception as error:  # what torch raises for what it was not built with is anything
+            raise ValueError(f"torch can't compute on {device!r} here; use auto, cpu, cuda or cuda:1") from error
     return resolved
 
 
