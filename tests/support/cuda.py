@@ -21,12 +21,13 @@ class FakeCuda:
         captured_to: The memory pools that are being captured to, by the allocator's account.
         holds_random: Whether random numbers are taken for a capture's.
         began_in_inference_mode: Of each capture, whether it did.
+        num_pools: How many memory pools were made.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.captured_to: set[tuple[int, int]] = set()
         self.holds_random, self.began_in_inference_mode = False, []
-        self._num_pools, self._host_captured_to = 0, set()  # of page-locked memory there is an account, too
+        self.num_pools, self._host_captured_to = 0, set()  # of page-locked memory there is an account, too
         for name in ("Stream", "Event", "current_stream"):
             patch.setattr(torch.cuda, name, MagicMock())
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -36,8 +37,8 @@ class FakeCuda:
         patch.setattr(torch._C, "_cuda_endAllocateToPool", self._end, raising=False)
 
     def _new_pool(self) -> tuple[int, int]:
-        self._num_pools += 1
-        return (0, self._num_pools)
+        self.num_pools += 1
+        return (0, self.num_pools)
 
     @contextmanager
     def _graph(self, _graph: object, pool: tuple[int, int], *_: object, **__: object) -> Iterator[None]:

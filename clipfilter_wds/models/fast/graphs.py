@@ -84,6 +84,9 @@ class GraphedFunction:
             captured.replay()
             return captured.output[: len(rows)].clone()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": {}}  # a copy reads weights elsewhere
+
     def clear(self) -> None:
         """Forget what was captured, since weights have moved."""
         self._captured.clear()
@@ -125,6 +128,9 @@ class CudaGraphs:
         self.device, self._has_failed = torch.device(device.type, index), False
         self._pool = torch.cuda.graph_pool_handle()
         self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
+
+    def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[torch.device]]:
+        return type(self), (self.device,)  # streams and memory pools can't be copied
 
     @property
     def can_capture(self) -> bool:

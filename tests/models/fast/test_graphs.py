@@ -1,4 +1,6 @@
+import copy
 import logging
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,6 +144,29 @@ def test_nothing_is_replayed_while_another_model_is_captured(cuda):
     assert is_replayed.wait(60)
     for thread in threads:
         thread.join()
+
+
+def pickled(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_function_captures_anew(copied):
+    function = GraphedFunction(torch.square, CpuGraphs(), row_count)
+    rows = torch.arange(6.0).view(2, 3)
+    function(rows)
+    copy_ = copied(function)
+    assert torch.equal(copy_(rows), rows.square())
+    assert copy_._graphs.num_captures == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_graphs_has_memory_of_its_own(cuda, copied):
+    graphs = CudaGraphs(torch.device("cpu", 0))
+    copy_ = copied(graphs)
+    assert copy_.device == graphs.device
+    assert copy_.capture(lambda: torch.ones(1)) is not None
+    assert cuda.num_pools == 2
 
 
 @pytest.fixture
