@@ -100,7 +100,8 @@ class Encoder(nn.Module):
     def forward(self, pixel_values: Tensor, input_ids: Tensor, *, check: Check = no_check) -> tuple[Tensor, Tensor]:
         """Embed N images and their M captions, int64 ``[N, L]`` or ``[N, K, L]``: float32 ``[N, D]`` and ``[M, D]``."""
         if not len(pixel_values):
-            return torch.empty(0, 0, device=self.device), torch.empty(0, 0, device=self.device)
+            nothing = torch.empty(0, 0, dtype=torch.float32, device=self.device)
+            return nothing, nothing
         images = self.encode_image(pixel_values, check=check)
         return images, self.encode_text(captions_of(input_ids), check=check)
 
@@ -253,4 +254,4 @@ def _normalized(features: Tensor) -> Tensor:
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

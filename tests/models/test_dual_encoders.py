@@ -83,6 +83,20 @@ def test_low_precision_is_near(family):
     assert 0 < (exact - near).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_a_training_script_changes_no_bit(family, dtype):
+    scorer, _ = family
+    opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
+    pixel_values, tokens = scorer.preprocess.collate(opened)
+    torch.set_default_dtype(dtype)
+    try:
+        again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
+        found = again(pixel_values, tokens.input_ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, scorer(pixel_values, tokens.input_ids))
+
+
 def test_the_fingerprint_names_the_family_and_how_captions_are_padded(family):
     scorer, _ = family
     fingerprint = json.loads(json.dumps(scorer.fingerprint))

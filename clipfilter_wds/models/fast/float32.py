@@ -107,7 +107,7 @@ def _is_exact(setting: str) -> bool:
 @cache
 def _is_exact_on_cpu(setting: str) -> bool:
     """Multiply, under this setting, numbers with more digits than TF32 or bfloat16 have. Are they still there?"""
-    numbers = torch.full((64, 64), 1 + 2.0**-20)
+    numbers = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32)
     return torch.equal(functional.linear(numbers, torch.eye(64)), numbers)
 
 
