@@ -67,7 +67,7 @@ def fetching(
 
         return finished
     tensors, rest = finish()
-    hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
     for host, tensor in zip(hosts, tensors, strict=True):
         host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # others, such as workers that decode, can use the core meanwhile

@@ -254,4 +254,4 @@ def _normalized(features: Tensor) -> Tensor:
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
@@ -36,7 +37,7 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         if revision is not None:
             raise ModelError(f"revision {revision!r} is for a model of a hub, and {name!r} is none; leave revision out")
     try:
-        with _without_bars():
+        with _without_bars(), torch.device("cpu"):  # whatever the script's default is
             return load(ModelSource(name=name, place=place, revision=revision))
     except (ModelError, MemoryError):
         raise

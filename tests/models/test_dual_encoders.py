@@ -97,6 +97,14 @@ def test_the_default_dtype_of_a_training_script_changes_no_bit(family, dtype):
     assert torch.equal(found, scorer(pixel_values, tokens.input_ids))
 
 
+def test_a_model_is_loaded_on_the_cpu_whatever_the_default_device_of_a_training_script(family):
+    scorer, _ = family
+    with torch.device("meta"):
+        again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
+    assert again.fingerprint == scorer.fingerprint
+    assert again.device.type == "cpu"
+
+
 def test_the_fingerprint_names_the_family_and_how_captions_are_padded(family):
     scorer, _ = family
     fingerprint = json.loads(json.dumps(scorer.fingerprint))
