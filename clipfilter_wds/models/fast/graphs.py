@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -126,7 +127,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device, self._has_failed = torch.device(device.type, index), False
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
 
     def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[torch.device]]:
@@ -163,6 +165,8 @@ class CudaGraphs:
     def _capture(self, compute: Callable[[], Tensor]) -> Captured:
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
+        if not self._alive:  # torch takes no memory again of which all graphs are gone
+            self._pool = torch.cuda.graph_pool_handle()
         with float32_products(torch.device("cuda")):
             # Not on the stream of the capture, so that cuBLAS's workspace for that one is allocated in the graphs' own
             # memory: other workspaces can be freed, as a compiler does that uses graphs too.
@@ -180,6 +184,7 @@ class CudaGraphs:
             ):
                 output = compute()
         current.wait_stream(self._stream)
+        self._alive.add(graph)
         return Captured(graph.replay, output)
 
     def _recover(self) -> None:

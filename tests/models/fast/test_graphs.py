@@ -146,6 +146,17 @@ def test_nothing_is_replayed_while_another_model_is_captured(cuda):
         thread.join()
 
 
+def test_after_all_graphs_are_gone_others_can_be_captured(cuda, caplog):
+    """A module that is moved forgets its graphs."""
+    graphs = CudaGraphs(torch.device("cpu", 0))
+    first, second = (graphs.capture(lambda: torch.ones(1)) for _ in range(2))
+    assert cuda.num_pools == 1
+    assert first.replay is not second.replay
+    del first, second
+    assert graphs.capture(lambda: torch.ones(1)) is not None
+    assert not caplog.records
+
+
 def pickled(thing):
     return pickle.loads(pickle.dumps(thing))
 
