@@ -174,9 +174,10 @@ def test_a_copy_of_a_function_captures_anew(copied):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_of_graphs_has_memory_of_its_own(cuda, copied):
     graphs = CudaGraphs(torch.device("cpu", 0))
+    captured = graphs.capture(lambda: torch.ones(1))
     copy_ = copied(graphs)
     assert copy_.device == graphs.device
-    assert copy_.capture(lambda: torch.ones(1)) is not None
+    assert None not in (captured, copy_.capture(lambda: torch.ones(1)))
     assert cuda.num_pools == 2
 
 
