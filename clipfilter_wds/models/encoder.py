@@ -120,8 +120,13 @@ class Encoder(nn.Module):
         # Called by .to() and its like: graphs go on reading weights where they were captured.
         for function in self._graphed:
             function.clear()
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return moved
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)  # in another type, if the module around is cast
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        applied: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return applied
 
     @torch.inference_mode()
     def _encode(self, batches: Iterable[Tensor], features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
