@@ -105,6 +105,15 @@ def test_a_model_is_loaded_on_the_cpu_whatever_the_default_device_of_a_training_
     assert again.device.type == "cpu"
 
 
+def test_training_a_module_that_holds_a_scorer_changes_no_bit(family):
+    scorer, _ = family
+    opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
+    pixel_values, tokens = scorer.preprocess.collate(opened)
+    expected = scorer(pixel_values, tokens.input_ids)
+    holder = torch.nn.Sequential(scorer).train()
+    assert torch.equal(holder[0](pixel_values, tokens.input_ids), expected)
+
+
 def test_the_fingerprint_names_the_family_and_how_captions_are_padded(family):
     scorer, _ = family
     fingerprint = json.loads(json.dumps(scorer.fingerprint))
