@@ -11,6 +11,7 @@ from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSou
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
+from clipfilter_wds.models.out_of_memory import is_out_of_memory
 from clipfilter_wds.options import did_you_mean
 
 #: Models that come with the package, and their folders.
@@ -42,6 +43,8 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # what a library makes of settings that can't be is anything
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise ModelError(
             f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "
