@@ -137,7 +137,6 @@ class ClipScorer(nn.Module):
         """uint8 ``[N, 3, H, W]`` on :attr:`device`, without waiting for what a GPU still has to do."""
         return views_on_device(images, self.device)
 
-    @torch.inference_mode()
     def forward(self, pixel_values: Images, input_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Cosine similarity of N images with their captions.
 

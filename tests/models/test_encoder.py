@@ -61,6 +61,14 @@ def test_a_cast_of_the_module_that_holds_a_scorer_changes_no_bit(scorer, inputs,
     assert torch.equal(holder[0](*inputs, exact=True), exact)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_loss_can_be_weighted_by_scores(scorer, inputs, exact):
+    losses = torch.ones(len(inputs[0]), requires_grad=True)
+    scores = scorer(*inputs, exact=exact)
+    (losses * scores).sum().backward()
+    assert torch.equal(losses.grad, scores)
+
+
 @pytest.mark.parametrize("name", ["exact", "fast"])
 def test_encoding_can_be_ended_before_every_batch(scorer, inputs, name):
     pixel_values, input_ids = (part.repeat(20, *[1] * (part.ndim - 1)) for part in inputs)
