@@ -34,11 +34,15 @@ def float32_products(device: torch.device) -> Iterator[None]:
         finally:
             matmul.fp32_precision = precision
         return
+    on_cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since 2.9
+    precision_on_cpu = getattr(on_cpu, "fp32_precision", None)
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        if precision_on_cpu is not None:  # which that has set, too
+            on_cpu.fp32_precision = precision_on_cpu
 
 
 def check_float32_products(device: torch.device) -> None:
