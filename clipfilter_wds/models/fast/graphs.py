@@ -1,5 +1,6 @@
 """Launches a function on a GPU as one CUDA graph per shape of its input, which costs the host next to nothing."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -114,6 +115,18 @@ def _filled_up(rows: Tensor, num_rows: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Free nothing here by chance, since to free page-locked memory would end a capture."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
 class CudaGraphs:
     """Captures on a GPU, in the main thread only.
 
@@ -177,6 +190,7 @@ class CudaGraphs:
             # The next context gives the current stream back where the capture fails; torch's own does not. Other
             # threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
             with (
+                _without_garbage_collection(),
                 torch.inference_mode(False),
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),

@@ -1,4 +1,5 @@
 import copy
+import gc
 import logging
 import pickle
 import threading
@@ -119,6 +120,20 @@ def test_a_capture_begins_outside_of_inference_mode(cuda):
         assert torch.is_inference_mode_enabled()
     assert captured.output.is_inference()
     assert cuda.began_in_inference_mode == [False]
+
+
+def test_no_garbage_is_collected_during_a_capture(cuda):
+    """What frees page-locked memory in the thread that captures ends its capture."""
+    is_collected = []
+
+    def compute() -> torch.Tensor:
+        if cuda.captured_to:
+            is_collected.append(gc.isenabled())
+        return torch.ones(1)
+
+    CudaGraphs(torch.device("cpu", 0)).capture(compute)
+    assert is_collected == [False]
+    assert gc.isenabled()
 
 
 def test_nothing_is_replayed_while_another_model_is_captured(cuda):
