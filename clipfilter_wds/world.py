@@ -125,7 +125,7 @@ class Agreement:
             return value
         import torch
 
-        lowest = torch.tensor(value)
+        lowest = torch.tensor(value, device="cpu")
         torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=self._group)
         return int(lowest)
 

@@ -4,9 +4,11 @@ import sys
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given
 
-from clipfilter_wds.world import World, ray_address
+from clipfilter_wds.world import Agreement, World, ray_address
+from tests.support.processes import run_ranks
 
 READ_WORLD = "from clipfilter_wds.world import World; world = World.from_env(); print(world.rank, world.world_size)"
 
@@ -92,3 +94,13 @@ def test_a_variable_without_a_number_is_named(environ, name):
 )
 def test_a_ray_cluster_is_the_one_that_the_environment_names(environ, address):
     assert ray_address(environ) == address
+
+
+def test_ranks_agree_whatever_the_default_device_of_a_training_script():
+    assert run_ranks(2, lowest_and_all) == [(0, [0, 1]), (0, [0, 1])]
+
+
+def lowest_and_all() -> tuple[int, list[int]]:
+    agreement, rank = Agreement(World.current()), World.current().rank
+    torch.set_default_device("meta")
+    return agreement.lowest(rank), agreement.gather(rank)

@@ -19,7 +19,8 @@ def captions_of(input_ids: Tensor) -> Tensor:
 
 def num_captions(input_ids: Tensor) -> list[int]:
     """How many captions each image has, of int64 ``[N, L]`` or ``[N, K, L]``."""
-    counts: list[int] = _is_caption(input_ids).view(len(input_ids), -1).sum(dim=1).tolist()
+    is_caption = _is_caption(input_ids).long()
+    counts: list[int] = (is_caption if is_caption.ndim == 1 else is_caption.sum(dim=1)).tolist()
     return counts
 
 
@@ -59,7 +60,7 @@ def unit_embeddings(images: Tensor, captions: Tensor, input_ids: Tensor, reduce:
     if input_ids.ndim == 2:
         return functional.normalize(torch.stack([images, captions]), dim=-1)
     if reduce == "mean":
-        counts = to_device(torch.tensor(num_captions(input_ids)), images.device)
+        counts = to_device(torch.tensor(num_captions(input_ids), dtype=torch.int64), images.device)
         # Each image's captions one after another, so that the sum is the same at any time; lengths need no check.
         found = torch.segment_reduce(captions, "mean", lengths=counts, axis=0, unsafe=True)
     else:

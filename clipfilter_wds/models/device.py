@@ -26,10 +26,9 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     if resolved.type not in ("cpu", "cuda"):
         try:
-            torch.zeros(1, device=resolved).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            why = str(error).partition("\n")[0]
-            raise ValueError(f"device is {device!r}, which can't be used here: {why}; use auto, cpu or cuda") from None
+            torch.ones(1, device=resolved).item()
+        except Exception as error:  # what torch raises for what it was not built with is anything
+            raise ValueError(f"torch can't compute on {device!r} here; use auto, cpu, cuda or cuda:1") from error
     return resolved
 
 
@@ -68,7 +67,7 @@ def fetching(
 
         return finished
     tensors, rest = finish()
-    hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
     for host, tensor in zip(hosts, tensors, strict=True):
         host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # others, such as workers that decode, can use the core meanwhile

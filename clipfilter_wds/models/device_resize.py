@@ -32,7 +32,10 @@ _MIDDLE = 128
 
 def views_on_device(images: Images, device: torch.device) -> Tensor:
     """uint8 ``[N, 3, H, W]`` on ``device``, without waiting for what a GPU still has to do."""
-    return resize_packed(images, device) if isinstance(images, PackedImages) else pixels_to_device(images, device)
+    if not isinstance(images, PackedImages):
+        return pixels_to_device(images, device)
+    with torch.autocast(device.type, enabled=False):  # which there may be around a training loop
+        return resize_packed(images, device)
 
 
 def resize_packed(images: PackedImages, device: torch.device) -> Tensor:

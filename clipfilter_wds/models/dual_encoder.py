@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class Towers(nn.Module):
     @abstractmethod
     def text_features(self, input_ids: Tensor) -> Tensor:
         """int64 ``[N, L]`` -> embeddings ``[N, D]``, not normalised."""
+
+    def train(self, mode: bool = True) -> Self:  # as torch has it
+        """Stay in evaluation, also in a module that is trained: some text towers have dropout."""
+        return super().train(mode=False)
 
     def compile(self, *args: Any, with_text: bool = True, **options: Any) -> None:
         """Compile each tower, or the image tower alone, since the module as a whole is never called."""

@@ -100,7 +100,8 @@ class Encoder(nn.Module):
     def forward(self, pixel_values: Tensor, input_ids: Tensor, *, check: Check = no_check) -> tuple[Tensor, Tensor]:
         """Embed N images and their M captions, int64 ``[N, L]`` or ``[N, K, L]``: float32 ``[N, D]`` and ``[M, D]``."""
         if not len(pixel_values):
-            return torch.empty(0, 0, device=self.device), torch.empty(0, 0, device=self.device)
+            nothing = torch.empty(0, 0, dtype=torch.float32, device=self.device)
+            return nothing, nothing
         images = self.encode_image(pixel_values, check=check)
         return images, self.encode_text(captions_of(input_ids), check=check)
 
@@ -119,8 +120,13 @@ class Encoder(nn.Module):
         # Called by .to() and its like: graphs go on reading weights where they were captured.
         for function in self._graphed:
             function.clear()
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return moved
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)  # in another type, if the module around is cast
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        applied: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return applied
 
     @torch.inference_mode()
     def _encode(self, batches: Iterable[Tensor], features: Callable[[Tensor], Tensor], check: Check) -> Tensor:
@@ -187,7 +193,8 @@ class ExactEncoder(Encoder):
         """Capture what every float32 batch is computed by, where there are graphs."""
         rows, tokenize = self.batch_rows, self._tokenize
         self.encode_image(torch.zeros(rows, 3, *self._view_size, dtype=torch.uint8))
-        for length in {*range(_EXACT_TOKENS, tokenize.max_length, _EXACT_TOKENS), tokenize.max_length}:
+        shorter = () if tokenize.pads_to_max else range(_EXACT_TOKENS, tokenize.max_length, _EXACT_TOKENS)
+        for length in (*shorter, tokenize.max_length):
             self._encode([torch.zeros(rows, length, dtype=torch.int64, device=self.device)], self._texts, no_check)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
@@ -252,4 +259,4 @@ def _normalized(features: Tensor) -> Tensor:
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)

@@ -119,7 +119,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
         tokenizer = _load_tokenizer(checkpoint, at)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise source.error(error) from error
     reshaped = [weight for weight, *_ in info["mismatched_keys"]]
     check_loaded_weights(source, "model.safetensors", info["missing_keys"], reshaped)

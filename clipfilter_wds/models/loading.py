@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource
 from clipfilter_wds.models.hugging_face import load_hugging_face
 from clipfilter_wds.models.naming import OPEN_CLIP, check_name
 from clipfilter_wds.models.open_clip import load_open_clip
+from clipfilter_wds.models.out_of_memory import is_out_of_memory
 from clipfilter_wds.options import did_you_mean
 
 #: Models that come with the package, and their folders.
@@ -36,11 +38,13 @@ def load_model(model: str | Path, revision: str | None) -> DualEncoder:
         if revision is not None:
             raise ModelError(f"revision {revision!r} is for a model of a hub, and {name!r} is none; leave revision out")
     try:
-        with _without_bars():
+        with _without_bars(), torch.device("cpu"):  # whatever the script's default is
             return load(ModelSource(name=name, place=place, revision=revision))
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # what a library makes of settings that can't be is anything
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise ModelError(
             f"can't load {name!r}: its config files hold a setting that can't be used, or lack one: {reason} "

@@ -97,7 +97,7 @@ def _load_towers(source: ModelSource, folder: Path) -> tuple[Any, float | None]:
     root = logging.getLogger()
     root.addFilter(_is_no_false_alarm)
     try:
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False).float()
     finally:
         root.removeFilter(_is_no_false_alarm)
     file = next(file for file in _WEIGHTS if (folder / file).is_file())

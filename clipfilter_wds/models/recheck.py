@@ -147,8 +147,9 @@ class Recheck:
         with memory_for(len(pixel_values), self.scorer.device):
             images, captions = self.scorer.fast(pixel_values, input_ids)
             exact_images, exact_captions = self.scorer.exact(pixel_values, input_ids)
-            scores = torch.stack([images @ captions.T, images @ exact_captions.T])
-            errors = (scores - exact_images @ exact_captions.T).abs().cpu().numpy()
+            with torch.autocast(self.scorer.device.type, enabled=False):  # which there may be around a training loop
+                scores = torch.stack([images @ captions.T, images @ exact_captions.T])
+                errors = (scores - exact_images @ exact_captions.T).abs().cpu().numpy()
         self._num_measured += len(pixel_values)
         self._learn(errors)
 

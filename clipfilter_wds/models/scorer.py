@@ -15,7 +15,7 @@ from clipfilter_wds.models.encoder import Encoder, ExactEncoder, FastEncoder
 from clipfilter_wds.models.fast.graphs import CudaGraphs, Graphs
 from clipfilter_wds.models.graphed_encoder import GraphedEncoder
 from clipfilter_wds.models.loading import load_model
-from clipfilter_wds.models.out_of_memory import memory_for
+from clipfilter_wds.models.out_of_memory import memory_for, memory_for_model
 from clipfilter_wds.models.precision import DTYPES, resolve_precision
 from clipfilter_wds.options import check_options
 from clipfilter_wds.preprocess.packed import Images
@@ -52,8 +52,12 @@ class ClipScorer(nn.Module):
         super().__init__()
         check_options(type(self).__name__, options, ScorerConfig)
         config = ScorerConfig(model=model, **options)
-        loaded = load_model(config.model, config.revision)
         device = resolve_device(config.device)
+        with memory_for_model(str(config.model), device):
+            self._load(config, device)
+
+    def _load(self, config: ScorerConfig, device: torch.device) -> None:
+        loaded = load_model(config.model, config.revision)
         self.model_name, self.reduce, self.flip = str(config.model), config.reduce, config.flip
         self.temperature = loaded.temperature
         self.precision = resolve_precision(config.precision, device, loaded.width)
@@ -139,7 +143,6 @@ class ClipScorer(nn.Module):
             raise TypeError(f"pixel_values are {images.dtype}; pass on the uint8 that scorer.preprocess gives")
         return views_on_device(images, self.device)
 
-    @torch.inference_mode()
     def forward(self, pixel_values: Images, input_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Cosine similarity of N images with their captions.
 

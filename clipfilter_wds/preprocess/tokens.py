@@ -89,7 +89,7 @@ class CaptionTokenizer:
         """
         length = input_ids.shape[1]
         if self.pads_to_max or not input_ids.numel():
-            return torch.full((len(input_ids),), length)
+            return torch.full((len(input_ids),), length, device=input_ids.device)
         return (last_places(input_ids, self.pad_id) + 1).clamp(max=length)
 
     def fit(self, input_ids: torch.Tensor, length: int) -> torch.Tensor:

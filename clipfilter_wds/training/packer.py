@@ -112,7 +112,7 @@ class Packer:
     def _push(self, scored: Scored, rows: np.ndarray, scores: np.ndarray) -> None:
         columns = scored.columns
         if self._has_scores:
-            all_scores = torch.empty(int(rows.max()) + 1)
+            all_scores = torch.empty(int(rows.max()) + 1, dtype=torch.float32)
             all_scores[rows] = torch.from_numpy(scores)
             columns = {**columns, "score": all_scores}
         self._rebatcher.push(columns, rows)

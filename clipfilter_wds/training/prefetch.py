@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+import torch
+
 from clipfilter_wds.workers.pool import WorkerIterator, WorkersStoppedError
 
 T = TypeVar("T")
@@ -25,7 +27,8 @@ class _End:
 class Prefetcher(Iterator[S], Generic[T, S]):
     """Runs items through a function, in a thread that is a few ahead of its consumer.
 
-    What the iterable or the function raises is raised again where the item would have been taken.
+    What the iterable or the function raises is raised again where the item would have been taken. What is ``cuda`` to
+    the caller is ``cuda`` to the thread.
 
     Args:
         items: Iterated in the thread; its iterator is made in the caller's, since that may start processes.
@@ -42,12 +45,16 @@ class Prefetcher(Iterator[S], Generic[T, S]):
         self._made: SimpleQueue[S | _End] = SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._is_closed = False
+        # A new thread's is the first GPU, on which each rank's thread would take memory.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, name="clipfilter-scorer")
         self._thread.start()
 
     def _run(self) -> None:
         end = _End()
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
             while self._wait_for_room():
                 self._made.put(next(self._applied))
         except (StopIteration, WorkersStoppedError):

@@ -95,7 +95,7 @@ def take(column: Any, rows: np.ndarray, new: NewTensor = torch.empty) -> Any:
 
 
 def _new_page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, pin_memory=True)
+    return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may_share: bool = False) -> Any:

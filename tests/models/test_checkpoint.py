@@ -263,6 +263,11 @@ def test_settings_that_cannot_be_are_refused_in_one_line(clip_folder, tmp_path_f
         assert "\n" not in message and str(folder) in message  # noqa: PT018
 
 
+def test_a_setting_that_the_library_does_not_know_is_no_bare_word(clip):
+    change_json(clip / "config.json", lambda config: config["text_config"].update(hidden_act="swishy"))
+    assert "hold a setting that can't be used, or lack one: 'swishy'" in refusal(clip)
+
+
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
 def test_means_may_be_whole_numbers(kind, tmp_path):
     make, prefix = FOLDERS[kind]

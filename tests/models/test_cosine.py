@@ -25,6 +25,14 @@ def test_no_image_has_no_score(shape):
 
 
 @pytest.mark.parametrize("reduce", ["max", "mean", "min"])
+@pytest.mark.parametrize("shape", [(0, 7), (0, 2, 7)], ids=str)
+def test_no_image_has_no_embeddings(shape, reduce):
+    nothing, input_ids = torch.empty(0, 0), torch.empty(shape, dtype=torch.int64)
+    assert num_captions(input_ids) == []
+    assert unit_embeddings(nothing, nothing, input_ids, reduce).shape == (2, 0, 0)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean", "min"])
 def test_the_embedding_of_several_captions_is_that_of_the_one_that_counts(reduce):
     generator = torch.Generator().manual_seed(0)
     counts, dim = [3, 1, 4, 2], 8

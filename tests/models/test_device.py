@@ -8,6 +8,9 @@ def test_a_device_that_is_not_there():
         resolve_device("gpu0")
     with pytest.raises(ValueError, match="this machine has"):
         resolve_device("cuda:99")
-    for device in ("meta", "vulkan"):  # no machine computes on the one, and no package of torch has the other
-        with pytest.raises(ValueError, match=f"device is '{device}', which can't be used here: .*; use auto"):
-            resolve_device(device)
+
+
+@pytest.mark.parametrize("device", ["meta", "xla", "mtia"])
+def test_a_kind_of_device_that_torch_can_name_and_not_compute_on(device):
+    with pytest.raises(ValueError, match=f"can't compute on '{device}' here; use auto, cpu"):
+        resolve_device(device)

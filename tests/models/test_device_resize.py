@@ -152,6 +152,13 @@ def test_pixels_are_the_same_where_torch_multiplies_with_less_precision(precisio
         assert torch.equal(resized(CLIP, images), expected)
 
 
+def test_pixels_are_the_same_under_autocast():
+    images = packed(CLIP, mixture())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = views_on_device(images, CPU)
+    assert torch.equal(found, resized(CLIP, mixture()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

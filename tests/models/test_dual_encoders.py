@@ -12,6 +12,7 @@ from PIL import Image
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
 from clipfilter_wds.models.dual_encoder import ModelError
 from tests.support.dual_encoders import FAMILIES, make_open_clip
+from tests.support.gpu import needs_gpu
 from tests.support.toys import encoded, photo, write_shard
 
 CAPTIONS = [
@@ -28,6 +29,8 @@ SIZES = [(48, 40), (33, 90), (120, 51), (64, 64)]
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """A scorer and its library's plain loop."""
+    if request.param.startswith("open_clip"):
+        pytest.importorskip("open_clip")
     make, reference, prefix = FAMILIES[request.param]
     folder = make(tmp_path_factory.mktemp("family") / "model")
     return ClipScorer(f"{prefix}{folder}", device="cpu", precision="fp32"), reference(folder)
@@ -81,6 +84,52 @@ def test_low_precision_is_near(family):
     pixel_values, tokens = scorer.preprocess.collate(opened)
     exact, near = scorer(pixel_values, tokens.input_ids), fast(pixel_values, tokens.input_ids)
     assert 0 < (exact - near).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_a_training_script_changes_no_bit(family, dtype):
+    scorer, _ = family
+    opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
+    pixel_values, tokens = scorer.preprocess.collate(opened)
+    torch.set_default_dtype(dtype)
+    try:
+        again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
+        found = again(pixel_values, tokens.input_ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, scorer(pixel_values, tokens.input_ids))
+
+
+def test_a_model_is_loaded_on_the_cpu_whatever_the_default_device_of_a_training_script(family):
+    scorer, _ = family
+    with torch.device("meta"):
+        again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
+    assert again.fingerprint == scorer.fingerprint
+    assert again.device.type == "cpu"
+
+
+def test_training_a_module_that_holds_a_scorer_changes_no_bit(family):
+    scorer, _ = family
+    opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
+    pixel_values, tokens = scorer.preprocess.collate(opened)
+    expected = scorer(pixel_values, tokens.input_ids)
+    holder = torch.nn.Sequential(scorer).train()
+    assert torch.equal(holder[0](pixel_values, tokens.input_ids), expected)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_on_a_gpu_every_family_is_captured_and_scores_are_those_of_a_cpu(family, caplog):
+    scorer, _ = family
+    opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
+    pixel_values, tokens = scorer.preprocess.collate(opened)
+    expected = scorer(pixel_values, tokens.input_ids)
+    for precision, error in (("fp32", 1e-5), ("fp16", 0.05), ("bf16", 0.05)):
+        on_gpu = ClipScorer(scorer.model_name, device="cuda", precision=precision)
+        for _ in range(2):
+            found = on_gpu(pixel_values, tokens.input_ids).cpu()
+            torch.testing.assert_close(found, expected, rtol=0, atol=error)
+    assert not [record for record in caplog.records if "CUDA graphs" in record.message]
 
 
 def test_the_fingerprint_names_the_family_and_how_captions_are_padded(family):

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from clipfilter_wds.models.cosine import cosines
 from clipfilter_wds.models.scorer import ClipScorer
@@ -44,6 +47,26 @@ def test_autocast_around_a_scorer_changes_no_bit(scorer, inputs):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(scorer(*inputs), fast)
         assert torch.equal(scorer(*inputs, exact=True), exact)
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double])
+def test_a_cast_of_the_module_that_holds_a_scorer_changes_no_bit(scorer, inputs, cast):
+    """As a Trainer with precision="bf16-true" casts a LightningModule."""
+    fast, exact = scorer(*inputs), scorer(*inputs, exact=True)
+    holder = nn.Sequential(copy.deepcopy(scorer), nn.Linear(1, 1))
+    dtypes = [weight.dtype for weight in holder[0].parameters()]
+    cast(holder)
+    assert [weight.dtype for weight in holder[0].parameters()] == dtypes
+    assert torch.equal(holder[0](*inputs), fast)
+    assert torch.equal(holder[0](*inputs, exact=True), exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_loss_can_be_weighted_by_scores(scorer, inputs, exact):
+    losses = torch.ones(len(inputs[0]), requires_grad=True)
+    scores = scorer(*inputs, exact=exact)
+    (losses * scores).sum().backward()
+    assert torch.equal(losses.grad, scores)
 
 
 @pytest.mark.parametrize("name", ["exact", "fast"])

@@ -172,6 +172,15 @@ def test_after_warming_up_nothing_more_is_captured(folder, loaded, inputs):
     assert graphs.num_captures == num_captures
 
 
+@pytest.mark.parametrize("family", ["siglip", "open_clip"])
+def test_towers_that_take_captions_of_full_length_only_are_warmed_up_with_these(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfilter_wds.models.encoder._EXACT_TOKENS", 8)  # less than these toys take
+    make, _, prefix = FAMILIES[family]
+    loaded, graphs = load_model(prefix + str(make(tmp_path / "model")), None), CpuGraphs()
+    ExactEncoder(loaded, CPU, flip=False, graphs=graphs).warm_up()
+    assert graphs.num_captures == 2
+
+
 def test_weights_that_move_are_captured_anew(loaded, inputs):
     graphs = CpuGraphs()
     encoder = GraphedEncoder(loaded, flip=False, dtype=torch.float32, graphs=graphs).eval()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipfilter_wds.models.dual_encoder import ModelError
 from clipfilter_wds.models.out_of_memory import BatchTooLargeError
 from clipfilter_wds.models.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
@@ -40,15 +41,16 @@ def shard(tmp_path_factory):
     return write_shard(tmp_path_factory.mktemp("in") / "0.tar", map(pair, range(BATCH_SIZE)))
 
 
-def limit_memory(device: str) -> None:
+def limit_memory(device: str, room: int | None = None) -> None:
     """Leave this process no room for the activations of a large batch."""
+    room = ROOM[device] if room is None else room
     if device == "cuda":
         torch.cuda.empty_cache()
         _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM[device]) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
         return
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + ROOM[device], resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + room, resource.RLIM_INFINITY))
 
 
 def message_of(work, folder, device, *args) -> tuple[str, str]:
@@ -116,6 +118,23 @@ def test_rewrite_ends_with_that_error(folder, shard, tmp_path, device):
 def test_a_loader_ends_with_that_error_though_a_thread_scores(folder, shard, device):
     message, _ = in_fresh_process(partial(message_of, load), folder, device, shard)
     assert _named(message) in (NUM_MEASURED, SCORE_BATCH_SIZE[device])
+
+
+def load_in(folder, device, room: int) -> str:
+    """What is said where there is so much room for a model."""
+    limit_memory(device, room)
+    with pytest.raises(ModelError) as caught:
+        ClipScorer(folder, device=device, precision=fast_precision(device))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("room", [8 << 20, 192 << 20, 320 << 20])
+def test_a_model_that_does_not_fit_is_named(folder, device, room):
+    """On a CPU, whatever of loading it is for which memory does not suffice; on a GPU it takes 150 MB and more."""
+    message = in_fresh_process(load_in, folder, device, min(room, 64 << 20) if device == "cuda" else room)
+    assert message.startswith(f"{str(folder)!r} takes more memory than ")
+    assert "choose a smaller model" in message
 
 
 def _named(message: str) -> int:

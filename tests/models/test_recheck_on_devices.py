@@ -131,6 +131,16 @@ def test_batches_whose_memory_is_used_again_are_decided_as_float32_does(fast, re
     np.testing.assert_allclose(scores, reference, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float16])
+def test_autocast_around_changes_no_bit(device, fast, inputs, on_a_score, around):
+    recheck = Recheck(fast, on_a_score)
+    expected = recheck(*inputs).scores
+    with torch.autocast(device, around):
+        under_autocast = Recheck(fast, on_a_score)
+        np.testing.assert_array_equal(under_autocast(*inputs).scores, expected)
+    assert under_autocast.band == recheck.band
+
+
 @pytest.mark.parametrize("beside_training", [False, True])
 def test_so_are_they_while_the_device_is_busy(device, fast, reference, inputs, on_a_score, beside_training):
     fast.warm_up(BATCH)

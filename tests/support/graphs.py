@@ -27,6 +27,9 @@ class CpuGraphs:
         self._outputs: list[Tensor] = []
         self.num_captures = self.num_replays = 0
 
+    def __reduce__(self) -> tuple[type["CpuGraphs"], tuple[()]]:
+        return type(self), ()
+
     def capture(self, compute: Callable[[], Tensor]) -> Captured:
         """Likewise."""
         assert self.can_capture

@@ -92,3 +92,14 @@ def test_loader_and_dataset_say_in_one_line_what_they_are(all_samples, scorer):
     assert repr(loader.dataset) == dataset
     assert repr(loader) == f"ClipFilterLoader({dataset}, {str(all_samples.clip)!r}, {options})"
     assert repr(ClipFilterLoader([], scorer)).startswith("ClipFilterLoader(list, ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_are_float32_whatever_the_default_dtype(half, dtype):
+    expected = [batch["score"] for batch in half.build()]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [batch["score"] for batch in half.build()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -2,6 +2,7 @@ import threading
 from functools import partial
 
 import pytest
+import torch
 
 from clipfilter_wds.training.prefetch import Prefetcher
 from tests.support.pace import FOREVER
@@ -33,6 +34,17 @@ def test_every_item_comes_once_in_order(num_items, depth):
 def test_items_are_made_in_another_thread_whose_name_tells_whose_it_is():
     prefetcher = Prefetcher(range(3), each(lambda item: threading.current_thread().name))
     assert all(name.startswith("clipfilter-") for name in prefetcher)
+    prefetcher.close()
+
+
+def test_the_thread_has_the_gpu_of_the_one_that_made_it(monkeypatch):
+    current = threading.local()
+    current.gpu = 3
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", partial(setattr, current, "gpu"))
+    prefetcher = Prefetcher(range(2), each(lambda _: torch.cuda.current_device()))
+    assert list(prefetcher) == [3, 3]
     prefetcher.close()
 
 

@@ -34,11 +34,15 @@ def float32_products(device: torch.device) -> Iterator[None]:
         finally:
             matmul.fp32_precision = precision
         return
+    on_cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since 2.9
+    precision_on_cpu = getattr(on_cpu, "fp32_precision", None)
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        if precision_on_cpu is not None:  # which that has set, too
+            on_cpu.fp32_precision = precision_on_cpu
 
 
 def check_float32_products(device: torch.device) -> None:
@@ -111,7 +115,8 @@ def _is_exact_on_cpu(setting: str) -> bool:
     Large matrices, since torch multiplies small ones in float32 all the same; and in two ways, each with a limit of its
     own.
     """
-    numbers, identity = torch.full((512, 512), 1 + 2.0**-20), torch.eye(512)
+    identity = torch.eye(512, dtype=torch.float32, device="cpu")
+    numbers = torch.full_like(identity, 1 + 2.0**-20)
     products = (functional.linear(numbers, identity), torch.bmm(numbers[None], identity[None])[0])
     return all(torch.equal(product, numbers) for product in products)
 

@@ -1,10 +1,12 @@
 """Launches a function on a GPU as one CUDA graph per shape of its input, which costs the host next to nothing."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,8 +21,8 @@ _NUM_WARM_UPS = 2
 #: The GPU's, or those of another release of torch, whose graphs are "in beta and may change".
 _FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
 
-#: torch allows one capture at a time in a process.
-_CAPTURING = threading.Lock()
+#: torch allows one capture at a time in a process, and older torch no replay beside it.
+_TURN = threading.RLock()
 
 
 class Captured(NamedTuple):
@@ -84,6 +86,9 @@ class GraphedFunction:
             captured.replay()
             return captured.output[: len(rows)].clone()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": {}}  # a copy reads weights elsewhere
+
     def clear(self) -> None:
         """Forget what was captured, since weights have moved."""
         self._captured.clear()
@@ -110,6 +115,18 @@ def _filled_up(rows: Tensor, num_rows: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Free nothing here by chance, since to free page-locked memory would end a capture."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
 class CudaGraphs:
     """Captures on a GPU, in the main thread only.
 
@@ -123,9 +140,12 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device, self._has_failed = torch.device(device.type, index), False
-        self._lock = threading.RLock()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream, self._done = torch.cuda.Stream(self.device), torch.cuda.Event()
+
+    def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[torch.device]]:
+        return type(self), (self.device,)  # streams and memory pools can't be copied
 
     @property
     def can_capture(self) -> bool:
@@ -134,7 +154,7 @@ class CudaGraphs:
 
     def capture(self, compute: Callable[[], Tensor]) -> Captured | None:
         """See :class:`Graphs`."""
-        with _CAPTURING, self.turn():
+        with self.turn():
             try:
                 return self._capture(compute)
             except _FAILURES as error:
@@ -148,7 +168,7 @@ class CudaGraphs:
     def turn(self) -> Iterator[None]:
         """See :class:`Graphs`: what a stream launches here begins when what others launched here has ended."""
         stream = torch.cuda.current_stream(self.device)
-        with self._lock:
+        with _TURN:
             stream.wait_event(self._done)
             try:
                 yield
@@ -158,25 +178,38 @@ class CudaGraphs:
     def _capture(self, compute: Callable[[], Tensor]) -> Captured:
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
+        if not self._alive:  # torch takes no memory again of which all graphs are gone
+            self._pool = torch.cuda.graph_pool_handle()
         with float32_products(torch.device("cuda")):
             # Not on the stream of the capture, so that cuBLAS's workspace for that one is allocated in the graphs' own
             # memory: other workspaces can be freed, as a compiler does that uses graphs too.
             for _ in range(_NUM_WARM_UPS):
                 compute()
             self._stream.wait_stream(current)
-            # The outer context gives the current stream back where the capture fails; torch's own does not. Other
+            # Not in inference mode, since the first capture makes what a capture in training writes to in older torch.
+            # The next context gives the current stream back where the capture fails; torch's own does not. Other
             # threads may allocate memory meanwhile, such as the one that puts batches in page-locked memory.
             with (
+                _without_garbage_collection(),
+                torch.inference_mode(False),
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                torch.inference_mode(),
             ):
                 output = compute()
         current.wait_stream(self._stream)
+        self._alive.add(graph)
         return Captured(graph.replay, output)
 
     def _recover(self) -> None:
-        """Capture something that can't fail: until then, older torch takes the failed capture for unfinished."""
+        """Have torch know that the failed capture has ended, which before 2.12 it does not where the GPU ended it."""
+        # Else no memory that was used on several streams would be used again, and empty_cache() would fail.
+        names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # since 2.8, and before
+        end: Any = next(filter(None, (getattr(torch._C, name, None) for name in names)), None)
+        with suppress(*_FAILURES):  # it has ended
+            end(self.device.index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # page-locked memory is still taken for the failed one's
         try:
-            self._capture(lambda: torch.zeros(1, device=self.device))
+            self._capture(lambda: torch.zeros(1, device=self.device))  # so that random numbers are not, either
         except _FAILURES:
             _LOG.debug("the GPU could not capture anything", exc_info=True)

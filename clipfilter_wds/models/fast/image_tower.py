@@ -62,9 +62,11 @@ class _PatchEmbedding(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.size = convolution.kernel_size
-        bias = convolution.bias
-        self.linear = nn.Linear(convolution.weight[0].numel(), convolution.out_channels, bias=bias is not None)
-        self.linear.weight.data = convolution.weight.data.flatten(1)
+        weight, bias = convolution.weight, convolution.bias
+        self.linear = nn.Linear(
+            weight[0].numel(), convolution.out_channels, bias=bias is not None, device=weight.device
+        )
+        self.linear.weight.data = weight.data.flatten(1)
         if bias is not None:
             self.linear.bias.data = bias.data
 

@@ -79,7 +79,7 @@ class _Captions:
 
     @classmethod
     def of(cls, input_ids: Tensor, ends: Tensor) -> "_Captions":
-        is_token = torch.arange(input_ids.shape[1]) <= ends[:, None]
+        is_token = torch.arange(input_ids.shape[1], device=ends.device) <= ends[:, None]
         places = is_token.flatten().nonzero()[:, 0]
         return cls((len(input_ids), input_ids.shape[1]), places, (ends + 1).cumsum(0) - 1, is_token)
 
@@ -92,7 +92,7 @@ class _Captions:
         features = features.to(attention.q_proj.weight.dtype)  # once for all three
         queries = self._heads(attention, attention.q_proj(features))
         # Padding comes after all tokens of a caption, so the causal mask covers it.
-        mask = torch.full((self.shape[1], self.shape[1]), float("-inf"), dtype=queries.dtype).triu_(1)
+        mask = queries.new_full((self.shape[1], self.shape[1]), float("-inf")).triu_(1)
         return self._project(attention, self.pack(self._attend(attention, queries, features, mask)))
 
     def attend_from_ends(self, attention: Any, features: Tensor) -> Tensor:

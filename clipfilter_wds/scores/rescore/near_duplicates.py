@@ -82,7 +82,7 @@ class _ExactSearch:
     def __init__(self, similarity: float, device: torch.device) -> None:
         self._similarity = similarity
         num_rows, self._num_columns = block_shape(device)
-        self._products = torch.empty(num_rows * self._num_columns, device=device)
+        self._products = torch.empty(num_rows * self._num_columns, dtype=torch.float32, device=device)
 
     def near(self, block: Tensor, kept: Tensor) -> np.ndarray:
         near = torch.zeros(len(block), dtype=torch.bool, device=block.device)

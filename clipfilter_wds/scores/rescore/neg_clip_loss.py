@@ -38,8 +38,8 @@ class NegClipLoss:
         self._num_batches, self._batch_size = num_batches, len(images) // num_batches
         self._num_rows, self._num_columns = block_shape(device)
         #: What every block is computed in: pages that are new to the process would cost more than the products.
-        self._logits = torch.empty(self._num_rows * self._num_columns, device=device)
-        self._column = torch.empty(self._num_columns, images.shape[1], device=device)
+        self._logits = torch.empty(self._num_rows * self._num_columns, dtype=torch.float32, device=device)
+        self._column = torch.empty(self._num_columns, images.shape[1], dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, texts: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class NormSimInf:
         self._device = device
         self._num_rows, self._num_columns = block_shape(device)
         self._targets = torch.cat([as_tensor(piece, device) for piece in targets])
-        self._products = torch.empty(self._num_rows * self._num_columns, device=device)
+        self._products = torch.empty(self._num_rows * self._num_columns, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ class NormSimInf:
         scores = np.empty(len(images), dtype=np.float32)
         for rows in row_blocks(len(images), self._num_rows):
             block = as_tensor(images[rows], self._device).float()
-            largest = torch.zeros(len(block), device=self._device)
+            largest = torch.zeros(len(block), dtype=torch.float32, device=self._device)
             for columns in row_blocks(len(self._targets), self._num_columns):
                 targets = self._targets[columns].float()
                 products = self._products[: len(block) * len(targets)].view(len(block), len(targets))

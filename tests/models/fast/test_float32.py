@@ -41,6 +41,16 @@ def test_the_setting_is_given_back_after_an_error():
     assert torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has no settings per backend")
+def test_what_was_told_of_gpus_only_is_not_told_of_cpus():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with float32_products(CUDA):
+        check_float32_products(CUDA)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_on_a_cpu_are_float32_whatever_torch_was_told(precision):
     rows = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))

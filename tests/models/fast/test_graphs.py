@@ -1,4 +1,7 @@
+import copy
+import gc
 import logging
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from clipfilter_wds.models.fast.buckets import ROW_COUNTS, row_count
 from clipfilter_wds.models.fast.graphs import CudaGraphs, GraphedFunction
+from tests.support.cuda import FakeCuda
 from tests.support.graphs import CpuGraphs, NoGraphs
 
 
@@ -87,6 +91,109 @@ def test_threads_take_turns():
     function(torch.ones(8, 2))
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(run, range(200)))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_a_failed_capture_leaves_memory_and_random_numbers_as_they_were(cuda, caplog):
+    graphs = CudaGraphs(torch.device("cpu", 0))
+
+    def fails() -> torch.Tensor:
+        if cuda.captured_to:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return torch.ones(1)
+
+    assert graphs.capture(fails) is None
+    assert not cuda.captured_to
+    assert not cuda.holds_random
+    assert len(caplog.records) == 1
+    assert CudaGraphs(torch.device("cpu", 0)).capture(lambda: torch.ones(1)) is not None
+
+
+def test_a_capture_begins_outside_of_inference_mode(cuda):
+    """What torch makes for the first one, a capture in training writes to, too."""
+    with torch.inference_mode():
+        captured = CudaGraphs(torch.device("cpu", 0)).capture(lambda: torch.ones(1) + 1)
+        assert torch.is_inference_mode_enabled()
+    assert captured.output.is_inference()
+    assert cuda.began_in_inference_mode == [False]
+
+
+def test_no_garbage_is_collected_during_a_capture(cuda):
+    """What frees page-locked memory in the thread that captures ends its capture."""
+    is_collected = []
+
+    def compute() -> torch.Tensor:
+        if cuda.captured_to:
+            is_collected.append(gc.isenabled())
+        return torch.ones(1)
+
+    CudaGraphs(torch.device("cpu", 0)).capture(compute)
+    assert is_collected == [False]
+    assert gc.isenabled()
+
+
+def test_nothing_is_replayed_while_another_model_is_captured(cuda):
+    """Until 2.11, random numbers are taken for the capture's, and a replay fails."""
+    first, second = (CudaGraphs(torch.device("cpu", 0)) for _ in range(2))
+    begun, may_end, is_replayed = (threading.Event() for _ in range(3))
+
+    def compute() -> torch.Tensor:
+        begun.set()
+        may_end.wait(60)
+        return torch.ones(1)
+
+    def replay() -> None:
+        with second.turn():
+            is_replayed.set()
+
+    threads = [threading.Thread(target=work) for work in (lambda: first.capture(compute), replay)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    assert not is_replayed.wait(0.2)
+    may_end.set()
+    assert is_replayed.wait(60)
+    for thread in threads:
+        thread.join()
+
+
+def test_after_all_graphs_are_gone_others_can_be_captured(cuda, caplog):
+    """A module that is moved forgets its graphs."""
+    graphs = CudaGraphs(torch.device("cpu", 0))
+    first, second = (graphs.capture(lambda: torch.ones(1)) for _ in range(2))
+    assert cuda.num_pools == 1
+    assert first.replay is not second.replay
+    del first, second
+    assert graphs.capture(lambda: torch.ones(1)) is not None
+    assert not caplog.records
+
+
+def pickled(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_function_captures_anew(copied):
+    function = GraphedFunction(torch.square, CpuGraphs(), row_count)
+    rows = torch.arange(6.0).view(2, 3)
+    function(rows)
+    copy_ = copied(function)
+    assert torch.equal(copy_(rows), rows.square())
+    assert copy_._graphs.num_captures == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_graphs_has_memory_of_its_own(cuda, copied):
+    graphs = CudaGraphs(torch.device("cpu", 0))
+    captured = graphs.capture(lambda: torch.ones(1))
+    copy_ = copied(graphs)
+    assert copy_.device == graphs.device
+    assert None not in (captured, copy_.capture(lambda: torch.ones(1)))
+    assert cuda.num_pools == 2
 
 
 @pytest.fixture
