@@ -178,18 +178,30 @@ def read_record(path: AnyPath) -> Record:
     Raises:
         ValueError: When the file is none.
     """
-    record: Record = json.loads(path.read_bytes())
-    if "fingerprint" not in record:
+    record = find_record(path)
+    if record is None:
         raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose another folder")
     return record
 
 
+def find_record(path: AnyPath) -> Record | None:
+    """A commit mark; None when the file is of somebody else, as img2dataset's of that name are.
+
+    Raises:
+        ValueError: When nobody can tell, because it is damaged.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is no commit mark of clipfilter-wds: {error}; if it is a damaged one, delete it, and its "
+            "shard is made anew"
+        ) from None
+    return record if isinstance(record, dict) and "fingerprint" in record else None
+
+
 def write_sizes(folder: AnyPath) -> None:
-    """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    sizes = dict(size for _, size in ask_storage(_size_of, [*folder.rglob("*_stats.json")]))
+    """Write ``sizes.json``: how many samples each tar holds that this run or an earlier one has written there."""
+    found = (record for _, record in ask_storage(find_record, [*folder.rglob("*_stats.json")]) if record is not None)
+    sizes = {record["shard"]: record["kept"] for record in found}
     publish_json(folder / "sizes.json", {shard: sizes[shard] for shard in sorted(sizes) if sizes[shard]})
-
-
-def _size_of(mark: AnyPath) -> tuple[str, int]:
-    record = read_record(mark)
-    return record["shard"], record["kept"]
