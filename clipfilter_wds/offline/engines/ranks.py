@@ -141,7 +141,7 @@ class Ranks:
             time.sleep(max(_LOOK_SECONDS, 10 * (time.monotonic() - began)))
 
     def _have_all_ended(self) -> bool:
-        """Whether the others are known to be done. What has no mark then was deleted, or its shard has changed since."""
+        """Whether the others are known to be done. What has no mark then is lost, or its shard has changed."""
         return self.board is not None and self.board.have_all_ended(self.world.rank)
 
     def _present(self) -> frozenset[str]:
