@@ -36,7 +36,7 @@ class Board:
 
     def have_all_ended(self, rank: int) -> bool:
         """Whether all ranks have done as many shares as this one."""
-        return min(self._num_shares) >= self._num_shares[rank]
+        return all(num_shares >= self._num_shares[rank] for num_shares in self._num_shares)
 
     def joined(self, rank: int, on_progress: OnProgress) -> OnProgress:
         """What takes the tally of a rank, and tells ``on_progress`` of all ranks'.
