@@ -129,7 +129,7 @@ def any_path(url: str | Path) -> AnyPath:
     if is_web(fs):
         raise ValueError(f"{without_secrets(str(url))!r} can be read but not written to")
     if re.match("[^/]+//", path.rstrip("/")):
-        raise ValueError(f"{without_secrets(str(url))!r} has a folder without a name; write one slash behind the bucket")
+        raise ValueError(f"{without_secrets(str(url))!r} has an empty folder name; write one slash behind the bucket")
     return RemotePath(str(url).rstrip("/"))
 
 
