@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import webdataset
 from PIL import Image
 
 from clipfilter_wds import console
-from clipfilter_wds.offline.config import ScoreConfig
+from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.offline.tally import Phase, Tally
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.shards.split import split_by_worker
 from tests.support.outputs import THRESHOLD, bits, check_accounting, run
@@ -239,6 +241,27 @@ class TestResume:
         run(scorer, f"{shards}/*.tar", tmp_path / "out")
         with pytest.raises(ValueError, match=r"threshold 0\.12 there, 0\.3 here"):
             run(scorer, f"{shards}/*.tar", tmp_path / "out", threshold=0.3)
+
+    @pytest.mark.parametrize(
+        ("options", "phase"), [({}, Phase.SCORING), ({"samples_per_shard": 2}, Phase.COPYING)], ids=["copied", "packed"]
+    )
+    def test_two_runs_of_other_settings_do_not_mix_in_one_folder(self, scorer, tmp_path, options, phase):
+        for number in range(12):
+            write_shard(tmp_path / "in" / f"{number:05d}.tar", [pair(number), pair(number + 1)])
+        run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "other", threshold=-1, **options)
+        theirs, out = [tmp_path / "other" / name for name in ("00011.tar", "00011_stats.json")], tmp_path / "out"
+
+        def let_the_other_write(tally: Tally) -> None:
+            if tally.done == 1 and tally.phase is phase:
+                for path in theirs:
+                    shutil.copy(path, out)
+
+        config = RewriteConfig(
+            shards=f"{tmp_path}/in/*.tar", output=out, threshold=-0.9, num_workers=2, batch_size=8, **options
+        )
+        with pytest.raises(ValueError, match=r"00011_stats.json' was written with .* -1\.0 there, -0\.9 here"):
+            process_shards(config, scorer, on_progress=let_the_other_write)
+        assert [(out / path.name).read_bytes() for path in theirs] == [path.read_bytes() for path in theirs]
 
     def test_a_shard_of_the_same_name_from_elsewhere_overwrites_nothing(self, scorer, shards, tmp_path):
         run(scorer, f"{shards}/00000.tar", tmp_path / "out")
