@@ -115,7 +115,7 @@ class OutputFiles:
             return None
         record = read_record(self.mark)
         check_fingerprint(record["fingerprint"], fingerprint, repr(str(self.mark)), CURE)
-        check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(self.mark)), CURE)
+        check_settings(self.mark, record, settings)
         is_whole = num_bytes_of(self.tar) == (record["tar_bytes"] if record["kept"] else None)
         return record if is_whole else None
 
@@ -162,6 +162,15 @@ class OutputFiles:
             return tar.finish(), file.tell()
 
 
+def check_settings(mark: AnyPath, record: Record, settings: Mapping[str, Any]) -> None:
+    """Refuse what a run of other settings has made.
+
+    Raises:
+        ValueError: Naming those that differ.
+    """
+    check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(mark)), CURE)
+
+
 def check_source(path: AnyPath, found: str, url: str) -> None:
     """Refuse an output that was made from another shard.
 
@@ -200,8 +209,16 @@ def find_record(path: AnyPath) -> Record | None:
     return record if isinstance(record, dict) and "fingerprint" in record else None
 
 
-def write_sizes(folder: AnyPath) -> None:
-    """Write ``sizes.json``: how many samples each tar holds that this run or an earlier one has written there."""
-    found = (record for _, record in ask_storage(find_record, [*folder.rglob("*_stats.json")]) if record is not None)
-    sizes = {record["shard"]: record["kept"] for record in found}
+def write_sizes(folder: AnyPath, check: Callable[[AnyPath, Record], None]) -> None:
+    """Write ``sizes.json``: how many samples each tar holds that this run or an earlier one has written there.
+
+    Args:
+        folder: The output.
+        check: Called with each mark.
+    """
+    sizes = {}
+    for mark, record in ask_storage(find_record, [*folder.rglob("*_stats.json")]):
+        if record is not None:
+            check(mark, record)
+            sizes[record["shard"]] = record["kept"]
     publish_json(folder / "sizes.json", {shard: sizes[shard] for shard in sorted(sizes) if sizes[shard]})

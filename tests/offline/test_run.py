@@ -245,21 +245,22 @@ class TestResume:
     @pytest.mark.parametrize(
         ("options", "phase"), [({}, Phase.SCORING), ({"samples_per_shard": 2}, Phase.COPYING)], ids=["copied", "packed"]
     )
-    def test_two_runs_of_other_settings_do_not_mix_in_one_folder(self, scorer, tmp_path, options, phase):
+    @pytest.mark.parametrize(("when", "what"), [(1, "00011"), (12, "00000")], ids=["before", "after"])
+    def test_two_runs_of_other_settings_do_not_mix_in_one_folder(self, scorer, tmp_path, options, phase, when, what):
         for number in range(12):
             write_shard(tmp_path / "in" / f"{number:05d}.tar", [pair(number), pair(number + 1)])
         run(scorer, f"{tmp_path}/in/*.tar", tmp_path / "other", threshold=-1, **options)
-        theirs, out = [tmp_path / "other" / name for name in ("00011.tar", "00011_stats.json")], tmp_path / "out"
+        theirs, out = [tmp_path / "other" / f"{what}{end}" for end in (".tar", "_stats.json")], tmp_path / "out"
 
         def let_the_other_write(tally: Tally) -> None:
-            if tally.done == 1 and tally.phase is phase:
+            if tally.done == when and tally.phase is phase:
                 for path in theirs:
                     shutil.copy(path, out)
 
         config = RewriteConfig(
             shards=f"{tmp_path}/in/*.tar", output=out, threshold=-0.9, num_workers=2, batch_size=8, **options
         )
-        with pytest.raises(ValueError, match=r"00011_stats.json' was written with .* -1\.0 there, -0\.9 here"):
+        with pytest.raises(ValueError, match=rf"{what}_stats.json' was written with .* -1\.0 there, -0\.9 here"):
             process_shards(config, scorer, on_progress=let_the_other_write)
         assert [(out / path.name).read_bytes() for path in theirs] == [path.read_bytes() for path in theirs]
 
