@@ -264,6 +264,21 @@ class TestResume:
             process_shards(config, scorer, on_progress=let_the_other_write)
         assert [(out / path.name).read_bytes() for path in theirs] == [path.read_bytes() for path in theirs]
 
+    def test_two_runs_that_score_in_other_ways_do_not_mix_in_one_folder(self, scorer, tmp_path):
+        for number in range(12):
+            write_shard(tmp_path / "in" / f"{number:05d}.tar", [pair(number)])
+        options = {"shards": tmp_path / "in", "num_workers": 0, "batch_size": 8}
+        process_shards(ScoreConfig(output=tmp_path / "other", caption="json:none,txt", **options), scorer)
+        theirs, out = tmp_path / "other/00011.parquet", tmp_path / "out"
+
+        def let_the_other_write(tally: Tally) -> None:
+            if tally.done == 1:
+                shutil.copy(theirs, out)
+
+        with pytest.raises(ValueError, match=r"00011.parquet' was written with other settings \(caption"):
+            process_shards(ScoreConfig(output=out, **options), scorer, on_progress=let_the_other_write)
+        assert (out / theirs.name).read_bytes() == theirs.read_bytes()
+
     def test_a_shard_of_the_same_name_from_elsewhere_overwrites_nothing(self, scorer, shards, tmp_path):
         run(scorer, f"{shards}/00000.tar", tmp_path / "out")
         before = bits(tmp_path / "out")
