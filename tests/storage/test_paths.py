@@ -29,9 +29,9 @@ def test_a_folder_without_a_name_is_refused_where_it_can_not_be_listed(s3):
 @pytest.mark.parametrize("name", ["a", "/a", "b//a", "b c/ü%20#a"])
 def test_what_a_folder_holds_is_found_under_its_own_url(s3, name):
     fs, folder = fsspec.filesystem("s3", use_listings_cache=False), any_path("s3://bucket")
-    fs.pipe_file(f"bucket/{name}.json", b"{}")
+    fs.pipe_file(f"bucket/{name}.found", b"{}")
     try:
-        [found] = folder.rglob("*.json")
-        assert (str(found), found.read_bytes()) == (f"s3://bucket/{name}.json", b"{}")
+        [found] = folder.rglob("*.found")
+        assert (str(found), found.read_bytes()) == (f"s3://bucket/{name}.found", b"{}")
     finally:
-        fs.rm_file(f"bucket/{name}.json")
+        fs.rm_file(f"bucket/{name}.found")
