@@ -113,7 +113,10 @@ class OutputFiles:
         """
         if not self.mark.is_file():
             return None
-        record = read_record(self.mark)
+        try:
+            record = read_record(self.mark)
+        except FileNotFoundError:  # a run that does the same work at once is making it anew
+            return None
         check_fingerprint(record["fingerprint"], fingerprint, repr(str(self.mark)), CURE)
         check_settings(self.mark, record, settings)
         is_whole = num_bytes_of(self.tar) == (record["tar_bytes"] if record["kept"] else None)

@@ -136,6 +136,8 @@ class ScoreTask:
             ShardError: When the shard can't be read again or has changed.
             ValueError: When a run of other settings has made the output meanwhile.
         """
+        if (stats := self.committed()) is not None:
+            return stats  # a run that does the same work at once was faster, and may have ended: what it says stays
         if self.copy is not None and (self.embeddings or self.columns):
             self.copy.files.forget()  # it may be of a table without these
         self._clear(shard.scores.metadata)

@@ -264,6 +264,25 @@ class TestResume:
             process_shards(config, scorer, on_progress=let_the_other_write)
         assert [(out / path.name).read_bytes() for path in theirs] == [path.read_bytes() for path in theirs]
 
+    def test_what_a_run_of_the_same_settings_has_done_meanwhile_stays(self, scorer, shards, tmp_path):
+        """Its mark must not vanish for a moment, since that run may be at its end and looking for it."""
+        options = {"threshold": THRESHOLD, "num_workers": 0, "batch_size": 8, "embeddings": "fp16"}
+        config = RewriteConfig(shards=shards, output=tmp_path / "out", **options)
+        found: list[dict[Path, int]] = []
+
+        def find_marks() -> None:
+            found.append({path: path.stat().st_ino for path in (tmp_path / "out").glob("*_stats.json")})
+
+        def let_the_other_run(tally: Tally) -> None:
+            if tally.num_scored and not found:
+                process_shards(config, scorer)
+                find_marks()
+
+        tally = process_shards(config, scorer, on_progress=let_the_other_run)
+        find_marks()
+        assert (tally.done, tally.failed, len(found[0])) == (3, {}, 3)
+        assert found[0] == found[1]
+
     def test_two_runs_that_score_in_other_ways_do_not_mix_in_one_folder(self, scorer, tmp_path):
         for number in range(12):
             write_shard(tmp_path / "in" / f"{number:05d}.tar", [pair(number)])
