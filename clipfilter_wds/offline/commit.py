@@ -113,9 +113,12 @@ class OutputFiles:
         """
         if not self.mark.is_file():
             return None
-        record = read_record(self.mark)
+        try:
+            record = read_record(self.mark)
+        except FileNotFoundError:  # a run that does the same work at once is making it anew
+            return None
         check_fingerprint(record["fingerprint"], fingerprint, repr(str(self.mark)), CURE)
-        check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(self.mark)), CURE)
+        check_settings(self.mark, record, settings)
         is_whole = num_bytes_of(self.tar) == (record["tar_bytes"] if record["kept"] else None)
         return record if is_whole else None
 
@@ -162,6 +165,15 @@ class OutputFiles:
             return tar.finish(), file.tell()
 
 
+def check_settings(mark: AnyPath, record: Record, settings: Mapping[str, Any]) -> None:
+    """Refuse what a run of other settings has made.
+
+    Raises:
+        ValueError: Naming those that differ.
+    """
+    check_fingerprint({name: record.get(name) for name in settings}, settings, repr(str(mark)), CURE)
+
+
 def check_source(path: AnyPath, found: str, url: str) -> None:
     """Refuse an output that was made from another shard.
 
@@ -178,18 +190,38 @@ def read_record(path: AnyPath) -> Record:
     Raises:
         ValueError: When the file is none.
     """
-    record: Record = json.loads(path.read_bytes())
-    if "fingerprint" not in record:
+    record = find_record(path)
+    if record is None:
         raise ValueError(f"{str(path)!r} was not written by clipfilter-wds; choose another folder")
     return record
 
 
-def write_sizes(folder: AnyPath) -> None:
-    """Write ``sizes.json``: how many samples each tar of the folder holds, earlier runs' tars included."""
-    sizes = dict(size for _, size in ask_storage(_size_of, [*folder.rglob("*_stats.json")]))
+def find_record(path: AnyPath) -> Record | None:
+    """A commit mark; None when the file is of somebody else, as img2dataset's of that name are.
+
+    Raises:
+        ValueError: When nobody can tell, because it is damaged.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is no commit mark of clipfilter-wds: {error}; if it is a damaged one, delete it, and its "
+            "shard is made anew"
+        ) from None
+    return record if isinstance(record, dict) and "fingerprint" in record else None
+
+
+def write_sizes(folder: AnyPath, check: Callable[[AnyPath, Record], None]) -> None:
+    """Write ``sizes.json``: how many samples each tar holds that this run or an earlier one has written there.
+
+    Args:
+        folder: The output.
+        check: Called with each mark.
+    """
+    sizes = {}
+    for mark, record in ask_storage(find_record, [*folder.rglob("*_stats.json")]):
+        if record is not None:
+            check(mark, record)
+            sizes[record["shard"]] = record["kept"]
     publish_json(folder / "sizes.json", {shard: sizes[shard] for shard in sorted(sizes) if sizes[shard]})
-
-
-def _size_of(mark: AnyPath) -> tuple[str, int]:
-    record = read_record(mark)
-    return record["shard"], record["kept"]

@@ -119,6 +119,7 @@ class CopyTask:
 
         Raises:
             ShardError: When the shard can't be read, or is not the one that was scored.
+            ValueError: When a run of other settings has made the output meanwhile.
         """
         if self.table is None:
             raise ShardError("there is no score table of it; score it first")
@@ -138,6 +139,8 @@ class CopyTask:
             "batch_size": scores.metadata.batch_size,
             "fingerprint": dict(scores.metadata.fingerprint),
         }
+        # Another run, of other settings, may have begun to write to the same folder since.
+        self.files.find_mark(self.options.settings, self.options.fingerprint)
         self.files.commit(stored_members(samples, suffixes), stats, record)
         return stats
 

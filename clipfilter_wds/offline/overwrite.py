@@ -1,10 +1,9 @@
 """Deletes what a run of other settings has left in the output folder, and nothing else."""
 
-import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from clipfilter_wds.offline.commit import OutputFiles
+from clipfilter_wds.offline.commit import OutputFiles, find_record
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
 from clipfilter_wds.offline.copying import CopyOptions
 from clipfilter_wds.offline.kept import Saved
@@ -50,9 +49,9 @@ def _find_shards(config: RewriteConfig, fingerprint: Fingerprint) -> Iterator[Ot
     settings = CopyOptions.of(config, fingerprint).settings
     sources = _sources(config) if config.samples_per_shard is None else {}
     for mark in config.folder.rglob("*_stats.json"):
-        record, name = json.loads(mark.read_bytes()), _name(mark, config.folder).removesuffix("_stats.json")
-        if "fingerprint" not in record:
-            continue  # img2dataset's own are called so too
+        record, name = find_record(mark), _name(mark, config.folder).removesuffix("_stats.json")
+        if record is None:
+            continue
         found = {**record["fingerprint"], **{f"run's {each}": record.get(each) for each in settings}}
         wanted = {**fingerprint, **{f"run's {each}": value for each, value in settings.items()}}
         is_other = _differ(found, wanted) or _is_batched_otherwise(config, fingerprint, record.get("batch_size"))

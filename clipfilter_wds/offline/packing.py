@@ -102,9 +102,12 @@ class PackTask:
 
         Raises:
             ShardError: When a source can't be read, or is not the one that was scored.
+            ValueError: When a run of other settings has made the output meanwhile.
         """
         stats, fingerprint = self._count()
         record = {**self.options.settings, **self._plan, "fingerprint": dict(fingerprint)}
+        # Another run, of other settings, may have begun to write to the same folder since.
+        self.files.find_mark(self.options.settings, self.options.fingerprint)
         self.files.commit(stored_members(self._samples(), self.suffixes), stats, record)
         return stats
 

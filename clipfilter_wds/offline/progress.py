@@ -43,10 +43,10 @@ def run_with_progress(
     """Load the model if one is needed, process the shards, and show how far the run is and what came of it.
 
     An engine loads the model itself. Of several ranks, only rank zero shows anything. With ``quiet``, it shows
-    failed shards alone, on stderr. While the run works, a ``board`` shows, and has logged, what all ranks have done.
-    Where ``reports`` says that a report is made next, nobody is told how.
+    failed shards alone, on stderr. While the run works, a ``board`` shows, and has logged, what all ranks have done,
+    and tells each when the others are done. Where ``reports`` says that a report is made next, nobody is told how.
     """
-    ranks = Ranks(folder=config.folder, world=world or World(), timeout=rank_timeout)
+    ranks = Ranks(folder=config.folder, world=world or World(), timeout=rank_timeout, board=board)
     is_first = ranks.world.rank == 0
     log = start_log() if start_log is not None and is_first else None
     console = Console(stderr=True, quiet=quiet or not is_first)

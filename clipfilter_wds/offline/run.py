@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING
 from clipfilter_wds.offline.asked import check_asked
 from clipfilter_wds.offline.bar import show_run
 from clipfilter_wds.offline.batch_size import resumed_batch_size
-from clipfilter_wds.offline.commit import AnyTask, Task, ask_storage, read_marks, read_record, write_sizes
+from clipfilter_wds.offline.commit import (
+    AnyTask,
+    Record,
+    Task,
+    ask_storage,
+    check_settings,
+    read_marks,
+    read_record,
+    write_sizes,
+)
 from clipfilter_wds.offline.config import RewriteConfig, ScoreConfig
+from clipfilter_wds.offline.copying import CopyOptions
 from clipfilter_wds.offline.engines.config import DEFAULT_RANK_TIMEOUT
 from clipfilter_wds.offline.engines.engine import Engine, Outcomes
 from clipfilter_wds.offline.engines.local import LocalEngine
@@ -173,12 +183,23 @@ def _fail_lost(config: ScoreConfig, run: "_Run", tasks: Sequence[Task], tally: T
 
 def _write_summary(config: ScoreConfig, tally: Tally, fingerprint: Fingerprint) -> None:
     if isinstance(config, RewriteConfig):
-        write_sizes(config.folder)
+        _write_sizes(config, fingerprint)
     made_by = {"model": fingerprint["model"], "precision": fingerprint["precision"]}
     publish_json(
         config.folder / "summary.json",
         {**tally.summary(), "missing_shards": tally.missing, **config.settings, **made_by},
     )
+
+
+def _write_sizes(config: RewriteConfig, fingerprint: Fingerprint) -> None:
+    settings = CopyOptions.of(config, fingerprint).settings
+    outputs = {f"{name}.tar" for name in config.names.values()}
+
+    def check(mark: AnyPath, record: Record) -> None:
+        if config.samples_per_shard is not None or record["shard"] in outputs:
+            check_settings(mark, record, settings)  # two runs may have written at once
+
+    write_sizes(config.folder, check)
 
 
 def _by_saved(tasks: Sequence[ScoreTask]) -> dict[Saved, list[ScoreTask]]:

@@ -134,7 +134,10 @@ class ScoreTask:
 
         Raises:
             ShardError: When the shard can't be read again or has changed.
+            ValueError: When a run of other settings has made the output meanwhile.
         """
+        if (stats := self.committed()) is not None:
+            return stats  # a run that does the same work at once was faster, and may have ended: what it says stays
         if self.copy is not None and (self.embeddings or self.columns):
             self.copy.files.forget()  # it may be of a table without these
         self._clear(shard.scores.metadata)
@@ -148,11 +151,16 @@ class ScoreTask:
         """Delete a table that goes with other embeddings, and then these; not what another run has made of the same.
 
         A table stays where it can until it is replaced: it alone tells a run that resumes this one what it had.
+
+        Raises:
+            ValueError: When the table is the output, and a run of other settings has made it meanwhile.
         """
         try:
             found = read_metadata(self.table) if self.table.is_file() else metadata
         except ValueError:
             found = None
+        if found is not None and self.copy is None:
+            check_fingerprint(found.fingerprint, self.fingerprint, repr(str(self.table)), CURE)
         if found is None or (found.embeddings and _without_columns(found) != _without_columns(metadata)):
             self.table.unlink(missing_ok=True)
             self.files.remove()

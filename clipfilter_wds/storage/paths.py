@@ -1,6 +1,7 @@
 """Names files and folders that a run writes, on this machine or on any storage that fsspec knows."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -98,7 +99,7 @@ class RemotePath:
 
         for name in self._request("list", find):
             if fnmatchcase(name.rpartition("/")[2], pattern):
-                yield self / name.lstrip("/")
+                yield self / name.removeprefix("/")
 
     def _request(self, what: str, request: Callable[[AbstractFileSystem, str], T]) -> T:
         # Looked up each time, since a parent's file system doesn't work in a forked process; fsspec caches them.
@@ -117,15 +118,18 @@ def any_path(url: str | Path) -> AnyPath:
     """A path or URL as a place to write to.
 
     Raises:
-        ValueError: When it is empty or on the web, which can't be written to, or as ``filesystem`` raises.
+        ValueError: When it is empty or on the web, which can't be written to; when its first folder has no name, which
+            s3fs can't list; or as ``filesystem`` raises.
     """
     if not str(url).strip():  # an empty text would be the current folder
         raise ValueError("output is empty; it must be a path")
-    fs, _ = filesystem(str(url))
+    fs, path = filesystem(str(url))
     if (local := parse_url(str(url)).local_path) is not None:
         return local
     if is_web(fs):
         raise ValueError(f"{without_secrets(str(url))!r} can be read but not written to")
+    if re.match("[^/]+//", path.rstrip("/")):
+        raise ValueError(f"{without_secrets(str(url))!r} has an empty folder name; write one slash behind the bucket")
     return RemotePath(str(url).rstrip("/"))
 
 

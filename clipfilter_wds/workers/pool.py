@@ -21,7 +21,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from clipfilter_wds.workers.crashes import CrashTracker, LostBatchError, WorkerDiedError
 from clipfilter_wds.workers.deaths import GRACE_SECONDS, DeathWatch
 from clipfilter_wds.workers.memory import check_fits
-from clipfilter_wds.workers.process import init_worker
+from clipfilter_wds.workers.process import init_worker, starting
 from clipfilter_wds.workers.slots import SLOTS_PER_WORKER, Slots
 from clipfilter_wds.workers.transport import Delivery, Message, SendingItems, SendingStream
 
@@ -67,6 +67,7 @@ def worker_loader(
 
     Raises:
         ValueError: When the batches of all workers do not fit in memory.
+        OSError: From the iteration, when the system can't start so many processes.
     """
     num_slots = num_workers * SLOTS_PER_WORKER
     check_fits(
@@ -107,8 +108,9 @@ class WorkerLoader(DataLoader[Any]):
 
     def _get_iterator(self) -> "WorkerIterator":
         self.multiprocessing_context = _without_locks(self.multiprocessing_context)
-        slots = self._sending.open_slots(self.num_workers, page_locked=self._lend and torch.cuda.is_available())
-        return WorkerIterator(self, self._tracker, slots, lend=self._lend)
+        with starting():
+            slots = self._sending.open_slots(self.num_workers, page_locked=self._lend and torch.cuda.is_available())
+            return WorkerIterator(self, self._tracker, slots, lend=self._lend)
 
 
 def _without_locks(context: BaseContext | None) -> BaseContext:
@@ -153,13 +155,20 @@ def iterating(batches: Iterable[T]) -> Iterator[Iterator[T]]:
 class WorkerIterator(_MultiProcessingDataLoaderIter, Iterator[Any]):
     """A DataLoader's iterator that can be stopped at any time and says which sample a worker that died was at."""
 
+    _shutdown = True  # until torch has something to end
+
     def __init__(self, loader: WorkerLoader, tracker: CrashTracker | None, slots: Slots, *, lend: bool) -> None:
         self._tracker, self._slots, self._lend = tracker, slots, lend
         self._watch: DeathWatch | None = None
         self._is_stopped = False
         self._num_come = [0] * slots.num_workers
         self._missed_since: dict[int, float] = {}
-        super().__init__(loader)
+        self._workers_status = [True] * slots.num_workers  # torch asks for it where it could not start all of them
+        try:
+            super().__init__(loader)
+        except BaseException:
+            self.close()
+            raise
 
     def __next__(self) -> Any:
         """The next item."""

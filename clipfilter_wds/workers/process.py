@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -27,6 +29,22 @@ def init_worker(worker: int) -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it has a line for every odd image
     gc.freeze()  # else a collection would write to the memory shared with the parent, and so copy it
     threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Say what to do where the system does not start the processes that are started in this context.
+
+    Raises:
+        OSError: Then.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"no more processes can be started ({error.strerror or error}); fewer num_workers or devices may help, or "
+            "more of what `ulimit -n` (open files) and `ulimit -u` (processes) limit"
+        ) from error
 
 
 def _end_with_parent() -> None:

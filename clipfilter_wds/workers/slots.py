@@ -36,6 +36,8 @@ class SlotsClosedError(RuntimeError):
 class _File:
     """Anonymous memory that grows, mapped by any process that is handed it."""
 
+    _fd = -1  # where there are too many already
+
     def __init__(self) -> None:
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("clipfilter-slot")
@@ -54,7 +56,8 @@ class _File:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def reserve(self, num_bytes: int) -> None:
         """Make it at least this large.

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, ParamSpec, Self, TypeVar
 
 from clipfilter_wds.workers.crashes import WorkerDiedError
-from clipfilter_wds.workers.process import init_worker
+from clipfilter_wds.workers.process import init_worker, starting
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,14 +73,25 @@ class TaskProcesses:
             raise TaskDiedError(None, codes[0] if codes else None) from error
 
     def __enter__(self) -> Self:
-        self._executor.submit(int)  # starts processes now, while this one has few threads
+        try:
+            with starting():
+                self._executor.submit(int)  # starts processes now, while this one has few threads
+        except BaseException:  # at its end, the program would wait for those that have been started
+            self._executor.shutdown(wait=False)
+            self._end(0.0)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
         self._executor.shutdown(wait=kind is None, cancel_futures=kind is not None)
         if kind is not None:
-            until = time.monotonic() + _LAST_SECONDS
-            for process in self._processes:
+            self._end(_LAST_SECONDS)
+
+    def _end(self, seconds: float) -> None:
+        """Kill what has not ended by then."""
+        until = time.monotonic() + seconds
+        for process in self._processes:
+            if process.pid is not None:  # else the system did not start it
                 process.join(max(0.0, until - time.monotonic()))
                 process.kill()
 

@@ -5,6 +5,7 @@ import inspect
 import multiprocessing.connection
 import multiprocessing.synchronize
 import re
+import resource
 import struct
 import sys
 import time
@@ -22,6 +23,7 @@ from clipfilter_wds.workers.crashes import CrashTracker, LostBatchError, WorkerD
 from clipfilter_wds.workers.pool import iterating, worker_loader
 from tests.support.evil import out_of_memory
 from tests.support.pace import FOREVER
+from tests.support.processes import in_fresh_process
 
 # --- what they send ---
 
@@ -98,6 +100,35 @@ def test_a_message_that_gets_lost_is_an_error(monkeypatch, num_items):
         deque(numbers, maxlen=0)
 
 
+def start_with_few_files(persistent: bool) -> list[tuple[str, int, str]]:
+    """Per number of files that may still be opened, what came of starting, how many were left, what Python ignored."""
+    hard, outcomes = resource.getrlimit(resource.RLIMIT_NOFILE)[1], []
+    ignored: list[object] = []
+    sys.unraisablehook = ignored.append
+    for num_free in range(4, 40, 3):
+        num_open = len(list(Path("/proc/self/fd").iterdir()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + num_free, hard))
+        said = ""
+        try:
+            loader = worker_loader(Loser(2), num_workers=4, persistent_workers=persistent)
+            iter(loader)
+        except OSError as error:
+            said = str(error)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        num_left = len(multiprocessing.active_children()) if said else 0
+        outcomes.append((said, num_left, " ".join(map(str, ignored))))
+    return outcomes
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_can_not_all_be_started_are_not_left(persistent):
+    outcomes = in_fresh_process(start_with_few_files, persistent)
+    failed = [outcome for outcome in outcomes if outcome[0]]
+    assert len(failed) > 3
+    assert all("no more processes can be started (Too many open files); fewer num" in said for said, _, _ in failed)
+    assert [outcome[1:] for outcome in failed] == [(0, "")] * len(failed)
+
+
 def test_what_is_overridden_of_torch_is_there():
     """Names that are torch's own, and may change with any version of it."""
     names = set(dir(DataLoader)) | set(dir(_MultiProcessingDataLoaderIter))
@@ -106,7 +137,13 @@ def test_what_is_overridden_of_torch_is_there():
     assert list(inspect.signature(_MultiProcessingDataLoaderIter._reset).parameters) == ["self", "loader", "first_iter"]
     assert "_iterator" in vars(DataLoader([1])), f"torch {torch.__version__} keeps persistent workers elsewhere"
     source = inspect.getsource(_MultiProcessingDataLoaderIter)
-    for name in ("self._workers", "self._worker_result_queue", "self._worker_pids_set", "self._shutdown"):
+    for name in (
+        "self._workers",
+        "self._worker_result_queue",
+        "self._worker_pids_set",
+        "self._shutdown",
+        "self._workers_status",
+    ):
         assert f"{name} = " in source or f"{name}: " in source, f"torch {torch.__version__} sets no {name}"
 
 

@@ -28,6 +28,15 @@ class Board:
 
     def __init__(self, num_ranks: int) -> None:
         self._rows: list[Any] = [RawArray("q", len(_COUNTERS) + len(DropReason)) for _ in range(num_ranks)]
+        self._num_shares = RawArray("q", num_ranks)
+
+    def end_share(self, rank: int) -> None:
+        """Note that a rank has done its share of the tasks; a run may have several kinds of them, one after another."""
+        self._num_shares[rank] += 1
+
+    def have_all_ended(self, rank: int) -> bool:
+        """Whether all ranks have done as many shares as this one."""
+        return all(num_shares >= self._num_shares[rank] for num_shares in self._num_shares)
 
     def joined(self, rank: int, on_progress: OnProgress) -> OnProgress:
         """What takes the tally of a rank, and tells ``on_progress`` of all ranks'.

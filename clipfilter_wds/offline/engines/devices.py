@@ -20,6 +20,7 @@ from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.workers.cpus import num_cpus
 from clipfilter_wds.workers.crashes import WorkerError
 from clipfilter_wds.workers.interrupts import interrupted_by
+from clipfilter_wds.workers.process import starting
 from clipfilter_wds.world import World
 
 #: Seconds that processes have to end by themselves after SIGTERM.
@@ -77,12 +78,14 @@ def run_on_devices(num: int, run: Run) -> bool:
 def _started(num: int, run: Run, folder: str) -> Iterator[ProcessContext]:
     """The processes, none of which is left at the end of the block."""
     # A signal waits until all are known, and in each until it can answer: else it could not be handed on.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before, others = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), {*multiprocessing.active_children()}
     try:
         arguments = num, run, Board(num), folder, multiprocessing.get_start_method()
-        context = start_processes(_run_rank, arguments, nprocs=num, join=False)
+        with starting():
+            context = start_processes(_run_rank, arguments, nprocs=num, join=False)
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _end([process for process in multiprocessing.active_children() if process not in others])
         raise
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,15 +1,13 @@
-"""Does the shards of a run in this process and its DataLoader workers."""
+"""Does the shards of a run in this process and its workers."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch.utils.data import Dataset
-
-from clipfilter_wds.offline.engines.engine import Outcomes
+from clipfilter_wds.offline.engines.engine import Outcome, Outcomes
 from clipfilter_wds.offline.packing import AnyCopyTask
 from clipfilter_wds.offline.score_task import ScoreTask
 from clipfilter_wds.offline.scoring_options import ScoringOptions
@@ -17,7 +15,6 @@ from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.scores.fingerprint import Fingerprint
 from clipfilter_wds.types import ShardError
 from clipfilter_wds.workers.cpus import default_num_workers, num_cpus
-from clipfilter_wds.workers.pool import iterating, worker_loader
 from clipfilter_wds.workers.tasks import TaskProcesses
 
 if TYPE_CHECKING:
@@ -94,29 +91,33 @@ class LocalEngine:
         """See ``Engine``."""
         usual = max(1, min(len(tasks), num_cpus() // self._share))
         processes = usual if num_workers is None else num_workers
-        with iterating(worker_loader(_Copies(tasks), num_workers=processes, in_order=False)) as copies:
-            yield from copies
+        if not processes:
+            yield from map(_copied, tasks)
+            return
+        with TaskProcesses(processes) as writers:
+            waiting: dict[Future[ShardStats], str] = {}
+            for task in tasks:
+                waiting[writers.submit(task)] = task.url
+                if len(waiting) > processes + _MAX_WAITING_SHARDS:
+                    yield from _take_done(writers, waiting)
+            while waiting:
+                yield from _take_done(writers, waiting)
 
 
-def _outcome(writers: TaskProcesses, url: str, commit: "Future[ShardStats]") -> tuple[str, ShardStats | ShardError]:
+def _copied(task: AnyCopyTask) -> Outcome:
+    try:
+        return task.url, task()
+    except ShardError as error:
+        return task.url, error
+
+
+def _take_done(writers: TaskProcesses, waiting: dict["Future[ShardStats]", str]) -> Iterator[Outcome]:
+    for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+        yield _outcome(writers, waiting.pop(done), done)
+
+
+def _outcome(writers: TaskProcesses, url: str, commit: "Future[ShardStats]") -> Outcome:
     try:
         return url, writers.result(commit)
     except ShardError as error:
         return url, error
-
-
-class _Copies(Dataset[tuple[str, ShardStats | ShardError]]):
-    """Runs a task when it is asked for; an item is the outcome."""
-
-    def __init__(self, tasks: Sequence[AnyCopyTask]) -> None:
-        self._tasks = tasks
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, index: int) -> tuple[str, ShardStats | ShardError]:
-        task = self._tasks[index]
-        try:
-            return task.url, task()
-        except ShardError as error:
-            return task.url, error

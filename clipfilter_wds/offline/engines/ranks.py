@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from clipfilter_wds.offline.commit import AnyTask, Task, read_marks
+from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.offline.tally import OnProgress, Phase, Tally
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.storage.paths import AnyPath
@@ -32,12 +33,14 @@ class Ranks:
         folder: The output folder, which all of them must see.
         world: This rank among all.
         timeout: Seconds that a rank waits for the others without any change in the folder.
+        board: Tells when the others are done; None where they share no memory, and only the folder tells.
         before: The files of the folder when the run began; none for one rank, which looks at the marks alone.
     """
 
     folder: AnyPath
     world: World
     timeout: float
+    board: Board | None = None
     before: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class Ranks:
         for task in mine:
             if why := own.failed.get(public_url(task.url)):
                 publish_json(_note_of(task), {"shard": public_url(task.url), "why": why})
+        if self.board is not None:
+            self.board.end_share(self.world.rank)
         return own
 
     def _sum_up(
@@ -102,7 +107,7 @@ class Ranks:
         while True:
             self._wait(tasks, own, on_progress)
             tally, left = _total(tasks, self.before, own)
-            if all(_note_of(task).is_file() for task in left):
+            if all(_note_of(task).is_file() for task in left) or self._have_all_ended():
                 break
             time.sleep(_LOOK_SECONDS)  # a mark was that of a shard that has changed since; its rank will do it again
         # A note may be of an earlier run, or the trouble over: try once more before giving up.
@@ -116,13 +121,14 @@ class Ranks:
         return tally
 
     def _wait(self, tasks: Sequence[Task], own: Tally, on_progress: OnProgress) -> None:
-        """Wait until every shard has a mark or a note."""
+        """Wait until every shard has a mark or a note, or nobody is left who would write one."""
         seen, changed = frozenset[str](), time.monotonic()
         while True:
             began = time.monotonic()
+            have_all_ended = self._have_all_ended()  # asked first, so that all that they wrote is found
             present = self._present()
             missing = [number for number, task in enumerate(tasks) if not _is_settled(task, present)]
-            if not missing:
+            if not missing or have_all_ended:
                 return
             tally = Tally(num_shards=len(tasks), phase=Phase.WAITING, started=own.started)
             tally.done = len(tasks) - len(missing)
@@ -133,6 +139,10 @@ class Ranks:
                 raise TimeoutError(self._what_is_missing(tasks, missing))
             # A folder of millions of files is not to be listed all the time.
             time.sleep(max(_LOOK_SECONDS, 10 * (time.monotonic() - began)))
+
+    def _have_all_ended(self) -> bool:
+        """Whether the others are known to be done. What has no mark then is lost, or its shard has changed."""
+        return self.board is not None and self.board.have_all_ended(self.world.rank)
 
     def _present(self) -> frozenset[str]:
         return frozenset(str(path) for path in self.folder.rglob("*"))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from clipfilter_wds.cli import main
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.engines import ranks
-from clipfilter_wds.offline.run import process_shards
+from clipfilter_wds.offline.engines.board import Board
+from clipfilter_wds.offline.engines.ranks import Ranks
+from clipfilter_wds.offline.run import process_shards, process_share
+from clipfilter_wds.offline.tally import Tally
 from clipfilter_wds.world import World
 from tests.support.outputs import bits, check_accounting
 from tests.support.pace import FOREVER
@@ -126,6 +130,30 @@ def test_runs_that_do_the_same_work_at_once_do_no_harm(shards, expected, clip_fo
         assert process.exitcode == 0
     assert bits(output) == expected
     check_accounting(output)
+
+
+@pytest.mark.parametrize("change", ["output_deleted", "shard_replaced"])
+def test_what_is_lost_when_the_others_are_known_to_be_done_is_done_again(shards, scorer, tmp_path, change):
+    """Nobody is left who would write the mark that rank zero waits for."""
+    folder, out, board = tmp_path / "in", tmp_path / "out", Board(2)
+    shutil.copytree(Path(shards).parent, folder)
+    config = RewriteConfig(shards=folder, output=out, **OPTIONS)
+
+    def run(rank: int) -> Tally:
+        seen_from = Ranks(folder=out, world=World(rank=rank, world_size=2), timeout=2.0, board=board)
+        return process_share(config, scorer, seen_from, lambda tally: None)
+
+    run(1)
+    if change == "output_deleted":
+        for path in (out / "00003.tar", out / "00003_stats.json"):
+            path.unlink()
+    else:
+        write_shard(folder / "00003.tar", [pair(index) for index in range(5)])
+    tally = run(0)
+    process_shards(RewriteConfig(shards=folder, output=tmp_path / "one", **OPTIONS), scorer)
+    assert (tally.failed, tally.done) == ({}, 7)
+    assert bits(out) == bits(tmp_path / "one")
+    check_accounting(out)
 
 
 class TestCommand:
