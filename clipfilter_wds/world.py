@@ -61,9 +61,11 @@ class World:
 
     def claim_gpu(self) -> None:
         """Make ``cuda`` mean this rank's own GPU, where the machine has one for each rank."""
+        if self.world_size == 1:
+            return
         import torch
 
-        if self.world_size > 1 and torch.cuda.is_available():
+        if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
 
     @classmethod

@@ -10,8 +10,6 @@ from clipfilter_wds.models.config import ScorerConfig
 from clipfilter_wds.offline.config import ScoreConfig
 from clipfilter_wds.offline.engines.board import Board
 from clipfilter_wds.offline.engines.config import EngineConfig
-from clipfilter_wds.offline.engines.devices import num_processes, run_on_devices
-from clipfilter_wds.offline.engines.ray import RayEngine
 from clipfilter_wds.offline.progress import run_with_progress
 from clipfilter_wds.offline.run_logger import LogTo, RunLogger
 from clipfilter_wds.offline.tally import Tally
@@ -42,16 +40,21 @@ def process(
     start_log = None if log_to is None else partial(RunLogger, log_to, config.folder, settings)
     run = partial(run_with_progress, config, load, start_log=start_log, quiet=quiet, reports=reports)
     if engine.engine == "ray":
+        from clipfilter_wds.offline.engines.ray import RayEngine
+
         use_gpus = scorer.device != "cpu"
         with RayEngine(
             load, address=engine.ray_address, cpus_per_task=engine.cpus_per_task, use_gpus=use_gpus
         ) as actors:
             return bool(run(engine=actors).failed)
-    num = num_processes(engine.devices, scorer.device)
-    if num > 1:
-        if config.overwrite:
-            raise ValueError("overwrite is for one process; leave out devices, or choose another folder")
-        return run_on_devices(num, partial(_run_share, run))
+    if engine.devices is not None:
+        from clipfilter_wds.offline.engines.devices import num_processes, run_on_devices
+
+        num = num_processes(engine.devices, scorer.device)
+        if num > 1:
+            if config.overwrite:
+                raise ValueError("overwrite is for one process; leave out devices, or choose another folder")
+            return run_on_devices(num, partial(_run_share, run))
     world = World.from_env()
     world.claim_gpu()
     return bool(run(world=world, rank_timeout=engine.rank_timeout).failed) and world.rank == 0

@@ -1,11 +1,13 @@
 """Counts the CPUs that this process may use."""
 
 import os
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
-def default_num_workers(device: torch.device) -> int:
+def default_num_workers(device: "torch.device") -> int:
     """Worker processes that suit a device: one per CPU for a GPU, one per two CPUs when these also run the model."""
     available = num_cpus()
     return max(1, available if device.type == "cuda" else available // 2)

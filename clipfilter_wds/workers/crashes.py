@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Self
 
-from torch.utils.data import get_worker_info
-
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.types import DropReason, Sample, ShardError
 from clipfilter_wds.workers.stderr import QuietStderr, quiet_stderr
@@ -144,6 +142,8 @@ class CrashTracker:
 
     def for_worker(self) -> "WorkerTracker":
         """The tracker of the process that calls it."""
+        from torch.utils.data import get_worker_info
+
         info = get_worker_info()
         numbers = {url: number for number, url in enumerate(self._urls, start=1)}
         if info is None or not self._num_workers:

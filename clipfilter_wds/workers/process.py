@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-import torch
-
 #: Seconds until a worker notices that its parent is gone.
 _PARENT_SECONDS = 1.0
 
@@ -25,7 +23,8 @@ def init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever the parent does with it
     sys.excepthook = _report_unless_parent_ended
-    torch.set_default_device(None)  # a forked process can't use the script's GPU
+    if torch := sys.modules.get("torch"):  # copying takes none
+        torch.set_default_device(None)  # a forked process can't use the script's GPU
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it has a line for every odd image
     gc.freeze()  # else a collection would write to the memory shared with the parent, and so copy it
     threading.Thread(target=_end_with_parent, name="clipfilter-parent", daemon=True).start()

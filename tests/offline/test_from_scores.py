@@ -139,7 +139,7 @@ shards, scores, output = sys.argv[1:]
 try:
     main(["rewrite", shards, "--scores", scores, "--output", output, "--threshold", "0.25", "--quiet"])
 finally:
-    print(*{"PIL", "torchvision", "transformers", "ray"} & set(sys.modules))
+    print(*{"PIL", "torch", "torchvision", "transformers", "ray"} & set(sys.modules))
 """
 
 
