@@ -72,7 +72,8 @@ def dedup(config: DedupConfig, show: ShowConfig) -> int:
 
 def report(config: ReportConfig, show: ShowConfig) -> int:
     """Write an HTML page that shows what a threshold keeps: scores, reasons, samples."""
-    from clipfilter_wds.report.run import describe_lacking, write_report
+    with quick_imports():
+        from clipfilter_wds.report.run import describe_lacking, write_report
 
     _refuse_ranks()
     lacking = describe_lacking(config, write_report(config))
@@ -152,7 +153,8 @@ def _say(line: str, show: ShowConfig) -> None:
 
 
 def _report_on(config: RewriteConfig, page: str | Path, show: ShowConfig) -> None:
-    from clipfilter_wds.report.run import write_report
+    with quick_imports():
+        from clipfilter_wds.report.run import write_report
     from clipfilter_wds.world import World
 
     scores = config.scores or config.output
