@@ -17,7 +17,7 @@ from clipfilter_wds.scores.where import Where
 from clipfilter_wds.shards.names import output_names, shard_folder, unnameable
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.shards.urls import FoundShards, MissingShardError, ask_for_missing, find_shards
-from clipfilter_wds.storage.paths import AnyPath, RemotePath, any_path, folder_identity
+from clipfilter_wds.storage.paths import AnyPath, any_path, folder_identity
 from clipfilter_wds.storage.publish import check_writable
 from clipfilter_wds.workers.config import WorkerConfig
 
@@ -271,9 +271,7 @@ class RewriteConfig(ScoreConfig):
 
 def _check_not_scores(folder: AnyPath, scores: AnyPath) -> None:
     """Refuse to write beside the tables of ``score``, whose summary would be replaced; a rewrite's lie in a folder."""
-    if isinstance(scores, RemotePath) or (scores / "_scores").is_dir():
-        return
-    if folder_identity(folder) == folder_identity(scores):
+    if folder_identity(folder) == folder_identity(scores) and not any((scores / "_scores").rglob("*.parquet")):
         raise ValueError(f"output {str(folder)!r} is the folder of the scores, which have a summary; choose another")
 
 
