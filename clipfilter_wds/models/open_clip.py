@@ -56,7 +56,7 @@ def load_open_clip(source: ModelSource) -> DualEncoder:
     try:
         import open_clip
     except ImportError as error:
-        raise ModelError(f"{name!r} needs open_clip: pip install 'clipfilter-wds[open_clip]'") from error
+        raise ModelError(f"{name!r} needs open_clip: pip install 'clipfilter-wds[open-clip]'") from error
     source = cached_copy(source, _check_files, [])
     folder = source.place if isinstance(source.place, Path) else _download(source, source.place)
     checkpoint = Checkpoint(source)

@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PAGE, RESULTS = ROOT / "docs" / "versions.md", ROOT / "docs" / "versions.json"
 
 #: The extras that the tests below use.
-EXTRAS = ("dataflow", "dedup", "open_clip", "siglip")
+EXTRAS = ("dataflow", "dedup", "open-clip", "siglip")
 _TOOLS = ("pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=6.0")
 
 #: Models, preprocessing, offline runs, training with Lightning, tables and commands.
