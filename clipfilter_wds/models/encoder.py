@@ -16,7 +16,7 @@ from clipfilter_wds.models.fast.float32 import check_float32_products, keep_conv
 from clipfilter_wds.models.fast.graphs import GraphedFunction, Graphs
 from clipfilter_wds.models.fast.image_tower import optimize_layers
 from clipfilter_wds.models.fast.onednn import onednn_linear
-from clipfilter_wds.models.fast.text_tower import pack_text_tower
+from clipfilter_wds.models.fast.text_tower import optimize_text_tower
 from clipfilter_wds.models.precision import DTYPES, NARROW, to_low_precision
 
 #: Float32 batches are filled up to a multiple of so many rows. They are cut into pieces of so many for wide models on
@@ -223,8 +223,9 @@ class FastEncoder(Encoder):
     ) -> None:
         towers = copy.deepcopy(model.towers)
         optimize_layers(towers)
+        is_packed = device.type == "cpu"
+        is_packed &= optimize_text_tower(towers, packed=is_packed)
         to_low_precision(towers, DTYPES[precision])
-        is_packed = device.type == "cpu" and pack_text_tower(towers)
         if compiled:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
             towers.compile(with_text=not is_packed, dynamic=True, options={"cpp.dynamic_threads": True})

@@ -12,6 +12,7 @@ from clipfilter_wds.models.encoder import Check, Encoder, no_check
 from clipfilter_wds.models.fast.buckets import ROW_COUNTS, caption_lengths, group_by_length, row_count
 from clipfilter_wds.models.fast.graphs import Graphs
 from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.text_tower import optimize_text_tower
 from clipfilter_wds.models.precision import to_low_precision
 
 
@@ -31,6 +32,7 @@ class GraphedEncoder(Encoder):
     def __init__(self, model: DualEncoder, *, flip: bool, dtype: torch.dtype, graphs: Graphs) -> None:
         towers = copy.deepcopy(model.towers)
         optimize_layers(towers)
+        optimize_text_tower(towers, packed=False)
         to_low_precision(towers, dtype)
         super().__init__(model, towers, flip=flip, dtype=dtype, graphs=graphs, fill=row_count)
         tokenize = model.preprocess.tokenize

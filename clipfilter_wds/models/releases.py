@@ -1,9 +1,8 @@
 """Covers what differs between the releases of ``transformers`` that the package runs with."""
 
-from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BaseImageProcessor
 
 from clipfilter_wds.preprocess.image import Resampler
@@ -36,11 +35,6 @@ def text_embeddings(model: Any, input_ids: Tensor, **mask: Tensor) -> Tensor:
         projected: Tensor = model.text_projection(states[:, 0])
         return projected
     return embeddings_in(model.get_text_features(input_ids, **mask))
-
-
-def gives_tuple(layer: nn.Module) -> bool:
-    """Whether a layer gives ``(hidden_states,)``, as those do that can give attention weights too, or a tensor."""
-    return "output_attentions" in signature(layer.forward).parameters
 
 
 def resampler_of(processor: BaseImageProcessor) -> Resampler:

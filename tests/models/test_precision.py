@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 def test_the_last_projections_stay_in_float32(tmp_path):
     scorer = ClipScorer(make_clip(tmp_path, image_size=64, patch_size=16, width=NARROW), device="cpu", precision="bf16")
     types = {name: weight.dtype for name, weight in scorer.fast.towers.named_parameters() if name.endswith("weight")}
-    projections = {name: dtype for name, dtype in types.items() if "projection" in name}
+    projections = {name: dtype for name, dtype in types.items() if "_projection." in name}
     assert projections == {
         "model.visual_projection.weight": torch.float32,
         "model.text_projection.weight": torch.float32,

@@ -17,6 +17,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Declared without being imported: users compose pipelines of it, as docs/training.md shows.
 FOR_USERS = {"webdataset"}
 
+#: Imported only where torch is for GPUs, and comes with it there.
+OF_TORCH = {"triton"}
+
 
 def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -35,7 +38,7 @@ def imported(*, at_once: bool) -> dict[str, str]:
         top_level = {module for node in tree.body for module in modules_of(node)}
         everywhere = {module for node in ast.walk(tree) for module in modules_of(node)}
         for module in top_level if at_once else everywhere - top_level:
-            if module not in sys.stdlib_module_names and module != "clipfilter_wds":
+            if module not in {*sys.stdlib_module_names, "clipfilter_wds", *OF_TORCH}:
                 [distribution] = set(distributions.get(module, [module]))
                 found[normalised(distribution)] = str(path.relative_to(ROOT))
     return found

@@ -1,13 +1,42 @@
-"""Computes attention by plain matrix products."""
+"""Computes attention by what is fastest for towers of CLIP's size."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, is_causal: bool = False) -> Tensor:
+    """Attention of all tokens to all, or to themselves and those before them.
+
+    On a CPU by plain products: torch's fused kernel takes 1.2 to 2 times as long in bf16 for an image of 50 to 257
+    tokens, and as long for 577.
+
+    Args:
+        queries: ``[N, heads, Q, D]``.
+        keys: ``[N, heads, T, D]``.
+        values: ``[N, heads, T, D]``.
+        scale: What the products of queries and keys are multiplied by.
+        is_causal: Whether tokens attend to themselves and those before them only; Q is T then.
+
+    Returns:
+        ``[N, heads, Q, D]``.
+    """
+    if queries.device.type == "cpu":
+        return matmul_attention(queries, keys, values, scale=scale, mask=causal_mask(queries) if is_causal else None)
+    with torch.autocast(queries.device.type, enabled=False):
+        return functional.scaled_dot_product_attention(queries, keys, values, scale=scale, is_causal=is_causal)
+
+
+def causal_mask(queries: Tensor) -> Tensor:
+    """Hides from T tokens, ``[..., T, D]``, those behind them: ``[T, T]``."""
+    length = queries.shape[-2]
+    return queries.new_full((length, length), float("-inf")).triu_(1)
 
 
 def matmul_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Attention; on a CPU, faster than torch's fused kernel where there are few tokens.
+    """Attention by plain products, with any mask.
 
     Args:
         queries: ``[N, heads, Q, D]``.
@@ -22,7 +51,8 @@ def matmul_attention(
     shape = queries.shape[:2]
     queries, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
     added, beta = (queries.new_empty(()), 0) if mask is None else (mask, 1)
-    weights = torch.baddbmm(added, queries, keys.mT, beta=beta, alpha=scale)
-    weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)  # in bf16, rows of 50 would take twice as long
-    attended: Tensor = torch.bmm(weights, values).unflatten(0, shape)
+    with torch.autocast(queries.device.type, enabled=False):
+        weights = torch.baddbmm(added, queries, keys.mT, beta=beta, alpha=scale)
+        weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)  # in bf16, rows of 50 take twice as long
+        attended: Tensor = torch.bmm(weights, values).unflatten(0, shape)
     return attended

@@ -1,13 +1,13 @@
 """Rewrites the layers of a model so that the same embeddings take less work."""
 
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
-from clipfilter_wds.models.fast.attention import matmul_attention
-from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS, gives_tuple
+from clipfilter_wds.models.fast.layers import Layers
+from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS
 
 
 def optimize_layers(towers: nn.Module) -> None:
@@ -21,7 +21,7 @@ def optimize_layers(towers: nn.Module) -> None:
         if isinstance(module, nn.Conv2d) and _embeds_patches(module):
             towers.set_submodule(name, _PatchEmbedding(module))
         if type(module).__name__ in FIRST_TOKEN_IMAGE_TOWERS and hasattr(module, "encoder"):
-            _optimize_image_layers(module.encoder.layers)
+            _optimize_image_layers(module)
 
 
 # --- activations ---
@@ -87,67 +87,18 @@ class _PatchEmbedding(nn.Module):
 # --- transformer layers ---
 
 
-def _optimize_image_layers(layers: Any) -> None:
-    if isinstance(layers[-1], _LastLayer):
-        return
-    for layer in layers:
-        layer.self_attn = _Attention(layer.self_attn)
-    layers[-1] = _LastLayer(layers[-1])
+def _optimize_image_layers(tower: Any) -> None:
+    if not isinstance(tower.encoder, _ImageLayers):
+        tower.encoder = _ImageLayers(tower.encoder.layers)
 
 
-class _Attention(nn.Module):
-    """Attention of every token to every token.
+class _ImageLayers(nn.Module):
+    """The layers of an image tower whose output is the first token's features."""
 
-    On a CPU by plain products: torch's fused kernel takes 1.2 to 2 times as long in bf16 for an image of 50 to 257
-    tokens, and as long for 577.
-    """
-
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    out_proj: nn.Linear
-
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, layers: Iterable[Any]) -> None:
         super().__init__()
-        self.num_heads, self.scale = attention.num_heads, attention.scale
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.out_proj = attention.out_proj
+        self.layers = Layers(layers, is_causal=False)
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
-        """``[N, T, D]`` -> ``[N, T, D]`` and no weights, as the library's layers expect."""
-        return self.attend(hidden_states), None
-
-    def attend(self, hidden_states: Tensor, num_queries: int | None = None) -> Tensor:
-        """``[N, T, D]`` -> ``[N, num_queries, D]``, the attention of the first tokens only (None: of all)."""
-        hidden_states = hidden_states.to(self.q_proj.weight.dtype)  # once for all three
-        queries = self._heads(self.q_proj(hidden_states[:, :num_queries]))
-        keys, values = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            is_on_cpu = hidden_states.device.type == "cpu"
-            attention = matmul_attention if is_on_cpu else functional.scaled_dot_product_attention
-            attended = attention(queries, keys, values, scale=self.scale)
-        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return output
-
-    def _heads(self, features: Tensor) -> Tensor:
-        heads: Tensor = features.unflatten(-1, (self.num_heads, -1))
-        return heads.transpose(1, 2)
-
-
-class _LastLayer(nn.Module):
-    """The last layer, for the first token only: a sixth of the work, with the same bits."""
-
-    self_attn: _Attention
-    mlp: nn.Module
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
-        self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.gives_tuple = gives_tuple(layer)
-
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
-        """``[N, T, D]`` -> ``[N, 1, D]``, in the form that the library's layer gives it."""
-        first = hidden_states[:, :1] + self.self_attn.attend(self.layer_norm1(hidden_states), num_queries=1)
-        output: Tensor = first + self.mlp(self.layer_norm2(first))
-        return (output,) if self.gives_tuple else output
+    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutput:
+        """``[N, T, D]`` -> ``[N, 1, D]``, in the form that the calling library expects."""
+        return BaseModelOutput(last_hidden_state=self.layers(inputs_embeds)[:, None])

@@ -13,9 +13,9 @@ from tests.support.toys import make_clip
 
 #: Per family, how often each kind of layer is rewritten, in towers of two layers.
 REWRITTEN = {
-    "clip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
-    "chinese_clip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
-    "altclip": {"_PatchEmbedding": 1, "_Attention": 2, "_LastLayer": 1},
+    "clip": {"_PatchEmbedding": 1, "_ImageLayers": 1},
+    "chinese_clip": {"_PatchEmbedding": 1, "_ImageLayers": 1},
+    "altclip": {"_PatchEmbedding": 1, "_ImageLayers": 1},
     "siglip": {"_PatchEmbedding": 1},  # its embedding comes from all tokens
     "open_clip": {"_PatchEmbedding": 1},
     "open_clip, squashed": {"_PatchEmbedding": 1, "SiLU": 4},  # the one with QuickGELU
@@ -57,7 +57,7 @@ def test_a_wide_model_is_optimized_in_float32_too_on_a_cpu(tmp_path):
         for width in (NARROW // 2, NARROW)
     )
     is_optimized = [
-        any(type(module).__name__ == "_LastLayer" for module in scorer.exact.towers.modules())
+        any(type(module).__name__ == "_ImageLayers" for module in scorer.exact.towers.modules())
         for scorer in (narrow, wide)
     ]
     assert is_optimized == [False, True]

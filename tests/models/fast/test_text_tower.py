@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from clipfilter_wds.models.fast.text_tower import PackedTextTower, pack_text_tower
+from clipfilter_wds.models.fast.text_tower import PackedTextTower, PaddedTextTower, optimize_text_tower
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.dual_encoders import FAMILIES
 from tests.support.toys import make_clip
@@ -18,14 +18,15 @@ def scorer(tmp_path_factory):
 
 @pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1], CAPTIONS[:3], CAPTIONS[3:4]], ids=len)
 @pytest.mark.parametrize("finds_end_by", ["its id", "the largest id"])
-def test_packed_captions_have_the_embeddings_of_padded_ones(scorer, captions, finds_end_by):
+@pytest.mark.parametrize("kind", [PackedTextTower, PaddedTextTower])
+def test_embeddings_are_those_of_the_whole_tower(scorer, captions, finds_end_by, kind):
     tower = copy.deepcopy(scorer.exact.towers.model.text_model)
     if finds_end_by == "the largest id":
         tower.eos_token_id = 2
     ids = scorer.preprocess.tokenize([[caption] for caption in captions]).input_ids
     with torch.inference_mode():
         expected = tower(ids).pooler_output
-        torch.testing.assert_close(PackedTextTower(tower)(ids).pooler_output, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kind(tower)(ids).pooler_output, expected, atol=1e-5, rtol=1e-5)
     if len(captions) > 1:
         assert expected.std(dim=0).mean() > 0.01  # captions differ
 
@@ -40,12 +41,13 @@ def test_other_text_towers_stay(tmp_path):
     make, _, prefix = FAMILIES["siglip"]
     siglip = ClipScorer(prefix + str(make(tmp_path / "model")), device="cpu", precision="fp32").exact.towers
     before = str(siglip)
-    assert not pack_text_tower(siglip)
+    assert not any(optimize_text_tower(siglip, packed=packed) for packed in (False, True))
     assert str(siglip) == before
 
 
-def test_a_caption_does_not_hang_on_the_longer_ones_beside_it(scorer):
-    tower = PackedTextTower(copy.deepcopy(scorer.exact.towers.model.text_model))
+@pytest.mark.parametrize("kind", [PackedTextTower, PaddedTextTower])
+def test_a_caption_does_not_hang_on_the_longer_ones_beside_it(scorer, kind):
+    tower = kind(copy.deepcopy(scorer.exact.towers.model.text_model))
     ids = scorer.preprocess.tokenize([[caption] for caption in CAPTIONS]).input_ids
     used = scorer.preprocess.tokenize.used_lengths(ids)
     with torch.inference_mode():
