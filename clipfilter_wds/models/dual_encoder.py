@@ -49,9 +49,11 @@ class Towers(nn.Module):
 
     Attributes:
         model: The library's own module.
+        normalizes: Whether the image tower takes pixels in 0..255, and normalises them itself.
     """
 
     model: Any
+    normalizes = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Towers(nn.Module):
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels, float ``[N, 3, H, W]`` -> embeddings ``[N, D]``, not normalised."""
+        """Pixels ``[N, 3, H, W]``, normalised, or else uint8 -> embeddings ``[N, D]``, not normalised."""
 
     @abstractmethod
     def text_features(self, input_ids: Tensor) -> Tensor:
@@ -111,6 +113,16 @@ class DualEncoder:
     rescale: float = 1 / 255
     width: int
     temperature: float | None
+
+    @property
+    def pixel_mean(self) -> Tensor:
+        """float32 ``[3]``, of pixels in 0..255, as CLIPImageProcessor fuses it out of rescale and normalise."""
+        return torch.tensor(self.mean, dtype=torch.float32, device="cpu") * (1.0 / self.rescale)
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """Likewise."""
+        return torch.tensor(self.std, dtype=torch.float32, device="cpu") * (1.0 / self.rescale)
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -1,8 +1,7 @@
 """Turns pixels and tokens into embeddings: exactly, in float32, or fast, in low precision."""
 
-import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -15,9 +14,9 @@ from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
 from clipfilter_wds.models.fast.float32 import check_float32_products, keep_convolutions
 from clipfilter_wds.models.fast.graphs import GraphedFunction, Graphs
 from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.low_precision import low_precision_towers
 from clipfilter_wds.models.fast.onednn import onednn_linear
-from clipfilter_wds.models.fast.text_tower import optimize_text_tower
-from clipfilter_wds.models.precision import DTYPES, NARROW, to_low_precision
+from clipfilter_wds.models.precision import DTYPES, NARROW
 
 #: Float32 batches are filled up to a multiple of so many rows. They are cut into pieces of so many for wide models on
 #: a CPU (as fast as larger ones, in less memory), and into larger ones elsewhere.
@@ -83,9 +82,8 @@ class Encoder(nn.Module):
         self.towers, self.width = towers, model.width
         self._tokenize, self._flip, self._dtype = model.preprocess.tokenize, flip, dtype
         self._view_size = model.preprocess.view.crop
-        # The scale and shift that CLIPImageProcessor fuses out of rescale and normalise, for pixels in 0..255.
-        self.register_buffer("pixel_mean", _per_channel(model.mean) * (1.0 / model.rescale))
-        self.register_buffer("pixel_std", _per_channel(model.std) * (1.0 / model.rescale))
+        self.register_buffer("pixel_mean", model.pixel_mean[:, None, None])
+        self.register_buffer("pixel_std", model.pixel_std[:, None, None])
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +139,7 @@ class Encoder(nn.Module):
             return torch.cat(embeds)
 
     def _image_features(self, pixel_values: Tensor) -> Tensor:
-        pixels = (pixel_values - self.pixel_mean) / self.pixel_std
+        pixels = pixel_values if self.towers.normalizes else (pixel_values - self.pixel_mean) / self.pixel_std
         features = _normalized(self.towers.image_features(pixels).float())
         if not self._flip:
             return features
@@ -221,11 +219,7 @@ class FastEncoder(Encoder):
     def __init__(
         self, model: DualEncoder, device: torch.device, *, flip: bool, precision: Precision, compiled: bool
     ) -> None:
-        towers = copy.deepcopy(model.towers)
-        optimize_layers(towers)
-        is_packed = device.type == "cpu"
-        is_packed &= optimize_text_tower(towers, packed=is_packed)
-        to_low_precision(towers, DTYPES[precision])
+        towers, is_packed = low_precision_towers(model, DTYPES[precision], packed=device.type == "cpu")
         if compiled:
             # With as many threads as the calling thread has, and not as the one had that it was compiled in.
             towers.compile(with_text=not is_packed, dynamic=True, options={"cpp.dynamic_threads": True})
@@ -257,7 +251,3 @@ def _normalized(features: Tensor) -> Tensor:
     # torch's own normalize divides by at least 1e-12, which shrinks the cosines of small embeddings.
     normalized: Tensor = features / norms.masked_fill(norms.isinf(), torch.nan)
     return normalized
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)

@@ -1,7 +1,5 @@
 """Turns pixels and tokens into embeddings on a GPU, in low precision, at next to no cost for the host."""
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +9,7 @@ from clipfilter_wds.models.dual_encoder import DualEncoder
 from clipfilter_wds.models.encoder import Check, Encoder, no_check
 from clipfilter_wds.models.fast.buckets import ROW_COUNTS, caption_lengths, group_by_length, row_count
 from clipfilter_wds.models.fast.graphs import Graphs
-from clipfilter_wds.models.fast.image_tower import optimize_layers
-from clipfilter_wds.models.fast.text_tower import optimize_text_tower
-from clipfilter_wds.models.precision import to_low_precision
+from clipfilter_wds.models.fast.low_precision import low_precision_towers
 
 
 class GraphedEncoder(Encoder):
@@ -30,10 +26,7 @@ class GraphedEncoder(Encoder):
     """
 
     def __init__(self, model: DualEncoder, *, flip: bool, dtype: torch.dtype, graphs: Graphs) -> None:
-        towers = copy.deepcopy(model.towers)
-        optimize_layers(towers)
-        optimize_text_tower(towers, packed=False)
-        to_low_precision(towers, dtype)
+        towers, _ = low_precision_towers(model, dtype, packed=False)
         super().__init__(model, towers, flip=flip, dtype=dtype, graphs=graphs, fill=row_count)
         tokenize = model.preprocess.tokenize
         self._lengths = caption_lengths(tokenize.max_length, pads_to_max=tokenize.pads_to_max)

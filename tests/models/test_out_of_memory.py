@@ -144,5 +144,5 @@ def _named(message: str) -> int:
 
 def test_other_errors_are_left_as_they_are(folder):
     scorer = ClipScorer(folder, device="cpu")
-    with pytest.raises(ValueError, match="doesn't match model"):
+    with pytest.raises(ValueError, match="doesn't match the model's 224x224"):
         scorer(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.int64))

@@ -62,7 +62,7 @@ def test_low_precision_scores_are_near_and_not_equal(fast, exact, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_embeddings_are_those_of_the_fast_pass_whatever_is_computed_again(bf16, inputs, dtype):
-    recheck = Recheck(bf16, 0.1, embeddings=dtype)
+    recheck, without = Recheck(bf16, 0.1, embeddings=dtype), Recheck(bf16, 0.1)
     for batch in batches_of(inputs, 32):
         found = recheck(*batch)
         images, captions = bf16.fast(*batch)
@@ -71,8 +71,8 @@ def test_embeddings_are_those_of_the_fast_pass_whatever_is_computed_again(bf16, 
         expected = torch.stack([images, captions])
         tolerance = {"atol": 1e-3, "rtol": 0} if dtype == torch.float16 else {"atol": 1e-6, "rtol": 0}
         torch.testing.assert_close(torch.from_numpy(found.embeddings).float(), expected, **tolerance)
-        np.testing.assert_array_equal(found.scores, Recheck(bf16, 0.1)(*batch).scores)
-    assert Recheck(bf16, 0.1)(*inputs).embeddings is None
+        np.testing.assert_array_equal(found.scores, without(*batch).scores)
+    assert without(*inputs).embeddings is None
 
 
 def test_decisions_equal_float32s_at_thresholds_that_lie_on_its_scores(bf16, exact, inputs):

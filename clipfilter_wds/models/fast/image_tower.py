@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipfilter_wds.models.fast.layers import Layers
+from clipfilter_wds.models.fast.patches import ImageEmbeddings, PatchEmbedding, embeds_patches
 from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS
 
 
@@ -18,8 +19,8 @@ def optimize_layers(towers: nn.Module) -> None:
     """
     for name, module in list(towers.named_modules()):
         _fold_quick_gelu(module)
-        if isinstance(module, nn.Conv2d) and _embeds_patches(module):
-            towers.set_submodule(name, _PatchEmbedding(module))
+        if isinstance(module, nn.Conv2d) and embeds_patches(module):
+            towers.set_submodule(name, PatchEmbedding(module))
         if type(module).__name__ in FIRST_TOKEN_IMAGE_TOWERS and hasattr(module, "encoder"):
             _optimize_image_layers(module)
 
@@ -48,47 +49,12 @@ def _fold_quick_gelu(block: nn.Module) -> None:
     block.set_submodule(names[0], nn.SiLU(inplace=True))
 
 
-# --- patches ---
-
-
-def _embeds_patches(convolution: nn.Conv2d) -> bool:
-    is_plain = convolution.groups == 1 and convolution.dilation == (1, 1) and convolution.padding in ((0, 0), "valid")
-    return is_plain and convolution.kernel_size == convolution.stride
-
-
-class _PatchEmbedding(nn.Module):
-    """A convolution whose windows do not overlap, as one matrix product, which is faster on a CPU."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.size = convolution.kernel_size
-        weight, bias = convolution.weight, convolution.bias
-        self.linear = nn.Linear(
-            weight[0].numel(), convolution.out_channels, bias=bias is not None, device=weight.device
-        )
-        self.linear.weight.data = weight.data.flatten(1)
-        if bias is not None:
-            self.linear.bias.data = bias.data
-
-    @property
-    def weight(self) -> Tensor:
-        """The calling library casts the pixels to its type."""
-        return self.linear.weight
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, D, H // size, W // size]``."""
-        (high, wide), (height, width) = self.size, pixels.shape[2:]
-        patches = pixels[:, :, : height // high * high, : width // wide * wide]
-        patches = patches.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        features: Tensor = self.linear(patches)
-        return features.permute(0, 3, 1, 2)
-
-
 # --- transformer layers ---
 
 
 def _optimize_image_layers(tower: Any) -> None:
     if not isinstance(tower.encoder, _ImageLayers):
+        tower.embeddings = ImageEmbeddings(tower.embeddings)
         tower.encoder = _ImageLayers(tower.encoder.layers)
 
 
