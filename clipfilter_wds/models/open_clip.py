@@ -17,7 +17,9 @@ from clipfilter_wds.models.checkpoint import (
 )
 from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSource, Towers
 from clipfilter_wds.models.hub import cached_copy
+from clipfilter_wds.models.hugging_face import HuggingFaceTowers
 from clipfilter_wds.models.naming import OPEN_CLIP, check_folder
+from clipfilter_wds.models.plain_clip import as_plain_clip
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
@@ -32,8 +34,25 @@ _PICKLED = (".bin", ".pt", ".pth")
 _POSITIONS = "positional_embedding"
 
 
+class PlainTowers(HuggingFaceTowers):
+    """Those of CLIP's own architecture.
+
+    Args:
+        model: As ``transformers`` has it.
+        weights_hash: Of the model as open_clip has it.
+    """
+
+    def __init__(self, model: nn.Module, weights_hash: str) -> None:
+        super().__init__(model, pad_id=None)
+        self._weights_hash = weights_hash
+
+    def weights_hash(self) -> str:
+        """See :class:`Towers`."""
+        return self._weights_hash
+
+
 class OpenClipTowers(Towers):
-    """The towers of an open_clip model."""
+    """The towers of any other open_clip model."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """See :class:`Towers`."""
@@ -75,11 +94,18 @@ def load_open_clip(source: ModelSource) -> DualEncoder:
     if wrapped := getattr(tokenizer, "tokenizer", None):
         check_vocabulary(checkpoint, wrapped.vocab_files_names)
     images = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+    towers: Towers = OpenClipTowers(model)
+    plain = as_plain_clip(model)
+    if plain is not None:
+        towers = PlainTowers(plain, towers.weights_hash())
     widths = [config["model_cfg"][tower].get("width", 0) for tower in ("vision_cfg", "text_cfg")]
     return DualEncoder(
         family="open_clip",
-        towers=OpenClipTowers(model),
-        preprocess=ClipPreprocess(view=_view_of(name, images), tokenize=_captions_of(name, tokenizer, model)),
+        towers=towers,
+        preprocess=ClipPreprocess(
+            view=_view_of(name, images),
+            tokenize=_captions_of(name, tokenizer, model, pads_to_max=plain is None),
+        ),
         mean=images.mean,
         std=images.std,
         width=max(widths),
@@ -171,8 +197,8 @@ def _view_of(name: str, images: "PreprocessCfg") -> ImageView:
     return ImageView(resize=resize, crop=size, interpolation=images.interpolation, resampler="pillow")
 
 
-def _captions_of(name: str, tokenizer: Any, model: nn.Module) -> CaptionTokenizer:
-    """Captions of full length, since open_clip adds the positions of all tokens to any caption's."""
+def _captions_of(name: str, tokenizer: Any, model: nn.Module, *, pads_to_max: bool) -> CaptionTokenizer:
+    """Captions, of full length where open_clip computes them, since it adds all positions to any caption."""
     encode = _IdsOf(tokenizer)
     unusual = [
         option for option in ("reduction_fn", "tokenizer_mode", "strip_sep_token") if getattr(tokenizer, option, None)
@@ -192,7 +218,7 @@ def _captions_of(name: str, tokenizer: Any, model: nn.Module) -> CaptionTokenize
         unknown=encode.unknown_id,
     )
     check_tokenizer(name, encoder, ids)
-    return CaptionTokenizer(encoder, max_length=limit, pad_id=encode.pad_id, pads_to_max=True)
+    return CaptionTokenizer(encoder, max_length=limit, pad_id=encode.pad_id, pads_to_max=pads_to_max)
 
 
 class _IdsOf:

@@ -172,7 +172,7 @@ def test_after_warming_up_nothing_more_is_captured(folder, loaded, inputs):
     assert graphs.num_captures == num_captures
 
 
-@pytest.mark.parametrize("family", ["siglip", "open_clip"])
+@pytest.mark.parametrize("family", ["siglip", "open_clip, averaged"])
 def test_towers_that_take_captions_of_full_length_only_are_warmed_up_with_these(family, tmp_path, monkeypatch):
     monkeypatch.setattr("clipfilter_wds.models.encoder._EXACT_TOKENS", 8)  # less than these toys take
     make, _, prefix = FAMILIES[family]

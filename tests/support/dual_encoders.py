@@ -142,8 +142,13 @@ def _save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> Pa
     return folder
 
 
-def make_open_clip(folder: Path, *, resize_mode: str = "shortest", quick_gelu: bool = False) -> Path:
-    """As open_clip's ``push_to_hf_hub`` writes them: a config of its own, and open_clip_model.safetensors."""
+def make_open_clip(
+    folder: Path, *, resize_mode: str = "shortest", quick_gelu: bool = False, averaged: bool = False
+) -> Path:
+    """As open_clip's ``push_to_hf_hub`` writes them: a config of its own, and open_clip_model.safetensors.
+
+    With ``averaged``, patches are averaged, and tokens see those behind them, as in CLIPA.
+    """
     import open_clip
     from safetensors.torch import save_file
 
@@ -154,6 +159,9 @@ def make_open_clip(folder: Path, *, resize_mode: str = "shortest", quick_gelu: b
         "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
         "text_cfg": {**tower, "context_length": 20, "vocab_size": 49408},
     }
+    if averaged:
+        config["vision_cfg"] |= {"pool_type": "avg", "no_ln_pre": True}
+        config["text_cfg"] |= {"pool_type": "last", "no_causal_mask": True}
     images = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "resize_mode": resize_mode}
     folder.mkdir()
     text = json.dumps({"model_cfg": config, "preprocess_cfg": images})
@@ -217,6 +225,9 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Reference], s
     "open_clip": (make_open_clip, OpenClipReference, "open_clip:"),
     "open_clip, squashed": (
         lambda folder: make_open_clip(folder, resize_mode="squash", quick_gelu=True), OpenClipReference, "open_clip:",
+    ),
+    "open_clip, averaged": (
+        lambda folder: make_open_clip(folder, averaged=True), OpenClipReference, "open_clip:",
     ),
 }  # fmt: skip
 if "vocab" in signature(transformers.GemmaTokenizer).parameters:  # older ones are made of sentencepiece's files alone

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from clipfilter_wds.models.fast.layers import Layers
 from clipfilter_wds.models.fast.patches import ImageEmbeddings, PatchEmbedding, embeds_patches
+from clipfilter_wds.models.fast.self_attention import MaskedSelfAttention, takes_masked_attention
 from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS
 
 
@@ -21,6 +22,8 @@ def optimize_layers(towers: nn.Module) -> None:
         _fold_quick_gelu(module)
         if isinstance(module, nn.Conv2d) and embeds_patches(module):
             towers.set_submodule(name, PatchEmbedding(module))
+        if takes_masked_attention(module):
+            module.attn = MaskedSelfAttention(module.attn)
         if type(module).__name__ in FIRST_TOKEN_IMAGE_TOWERS and hasattr(module, "encoder"):
             _optimize_image_layers(module)
 

@@ -16,8 +16,9 @@ REWRITTEN = {
     "chinese_clip": {"PatchEmbedding": 1, "_ImageLayers": 1},
     "altclip": {"PatchEmbedding": 1, "_ImageLayers": 1},
     "siglip": {"PatchEmbedding": 1},  # its embedding comes from all tokens
-    "open_clip": {"PatchEmbedding": 1},
-    "open_clip, squashed": {"PatchEmbedding": 1, "SiLU": 4},  # the one with QuickGELU
+    "open_clip": {"PatchEmbedding": 1, "_ImageLayers": 1},
+    "open_clip, squashed": {"PatchEmbedding": 1, "_ImageLayers": 1, "SiLU": 4},  # the one with QuickGELU
+    "open_clip, averaged": {"PatchEmbedding": 1, "MaskedSelfAttention": 4},
 }
 
 
