@@ -12,14 +12,29 @@ try:
 except ImportError:  # the name before 5.4
     from transformers.image_processing_utils_fast import BaseImageProcessorFast as _ResizesTensors
 
-#: The modules that hold CLIP's layers, by the names that they have had.
-CLIP_TEXT_TOWERS = ("CLIPTextModel", "CLIPTextTransformer")
+
+def _towers(kind: str, *families: str) -> tuple[str, ...]:
+    """The modules that hold the layers of a kind of tower, by the names that they have had."""
+    return tuple(family + kind + name for family in families for name in ("Model", "Transformer"))
+
+
+#: Text towers in which tokens attend to themselves and those before them.
+CAUSAL_TEXT_TOWERS = _towers("Text", "CLIP", "MetaClip2")
+#: Of these the end token is the largest in checkpoints whose config has 2, since that is wrong in OpenAI's.
+LARGEST_ENDS_CAPTION = _towers("Text", "CLIP")
+
 #: Of these the embedding is the first token of the last layer.
-FIRST_TOKEN_IMAGE_TOWERS = tuple(
-    family + kind
-    for family in ("CLIPVision", "AltCLIPVision", "ChineseCLIPVision")
-    for kind in ("Model", "Transformer")
-)
+FIRST_TOKEN_TOWERS = _towers("Vision", "CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP")
+#: Of these, the last.
+LAST_TOKEN_TOWERS = _towers("Text", "Siglip")
+#: Of these, it is made of all.
+ALL_TOKENS_TOWERS = _towers("Vision", "Siglip")
+
+#: Where there is one of torch's modules for attention, by the kind of module that has it.
+MULTIHEAD_ATTENTION = {
+    "ResidualAttentionBlock": "attn",  # of open_clip
+    "SiglipMultiheadAttentionPoolingHead": "attention",
+}
 
 
 def embeddings_in(features: Any) -> Tensor:

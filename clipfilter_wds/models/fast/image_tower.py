@@ -8,8 +8,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from clipfilter_wds.models.fast.layers import Layers
 from clipfilter_wds.models.fast.patches import ImageEmbeddings, PatchEmbedding, embeds_patches
-from clipfilter_wds.models.fast.self_attention import MaskedSelfAttention, takes_masked_attention
-from clipfilter_wds.models.releases import FIRST_TOKEN_IMAGE_TOWERS
+from clipfilter_wds.models.fast.self_attention import FastMultiheadAttention, is_replaceable
+from clipfilter_wds.models.releases import (
+    ALL_TOKENS_TOWERS,
+    FIRST_TOKEN_TOWERS,
+    LAST_TOKEN_TOWERS,
+    MULTIHEAD_ATTENTION,
+)
 
 
 def optimize_layers(towers: nn.Module) -> None:
@@ -22,10 +27,11 @@ def optimize_layers(towers: nn.Module) -> None:
         _fold_quick_gelu(module)
         if isinstance(module, nn.Conv2d) and embeds_patches(module):
             towers.set_submodule(name, PatchEmbedding(module))
-        if takes_masked_attention(module):
-            module.attn = MaskedSelfAttention(module.attn)
-        if type(module).__name__ in FIRST_TOKEN_IMAGE_TOWERS and hasattr(module, "encoder"):
-            _optimize_image_layers(module)
+        attention = MULTIHEAD_ATTENTION.get(type(module).__name__, "")
+        if is_replaceable(getattr(module, attention, None)):
+            setattr(module, attention, FastMultiheadAttention(getattr(module, attention)))
+        if hasattr(module, "encoder") and not isinstance(module.encoder, _Encoder):
+            _optimize_tower(module)
 
 
 # --- activations ---
@@ -55,19 +61,30 @@ def _fold_quick_gelu(block: nn.Module) -> None:
 # --- transformer layers ---
 
 
-def _optimize_image_layers(tower: Any) -> None:
-    if not isinstance(tower.encoder, _ImageLayers):
-        tower.embeddings = ImageEmbeddings(tower.embeddings)
-        tower.encoder = _ImageLayers(tower.encoder.layers)
+def _optimize_tower(tower: Any) -> None:
+    kind = type(tower).__name__
+    if kind in FIRST_TOKEN_TOWERS:
+        tower.embeddings, tower.encoder = ImageEmbeddings(tower.embeddings), _Encoder(tower.encoder.layers, wanted=0)
+    elif kind in ALL_TOKENS_TOWERS:
+        tower.embeddings, tower.encoder = ImageEmbeddings(tower.embeddings), _Encoder(tower.encoder.layers, wanted=None)
+    elif kind in LAST_TOKEN_TOWERS:
+        tower.encoder = _Encoder(tower.encoder.layers, wanted=-1)
 
 
-class _ImageLayers(nn.Module):
-    """The layers of an image tower whose output is the first token's features."""
+class _Encoder(nn.Module):
+    """The layers of a tower in which every token attends to all.
 
-    def __init__(self, layers: Iterable[Any]) -> None:
+    Args:
+        layers: Those of ``transformers``.
+        wanted: The token whose features are the tower's output; None for all.
+    """
+
+    def __init__(self, layers: Iterable[Any], *, wanted: int | None) -> None:
         super().__init__()
-        self.layers = Layers(layers, is_causal=False)
+        self.layers, self.wanted = Layers(layers), wanted
 
     def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutput:
-        """``[N, T, D]`` -> ``[N, 1, D]``, in the form that the calling library expects."""
-        return BaseModelOutput(last_hidden_state=self.layers(inputs_embeds)[:, None])
+        """``[N, T, D]`` -> ``[N, T, D]``, or ``[N, 1, D]``, in the form that the calling library expects."""
+        if self.wanted is None:
+            return BaseModelOutput(last_hidden_state=self.layers.of_all_tokens(inputs_embeds))
+        return BaseModelOutput(last_hidden_state=self.layers(inputs_embeds, self.wanted)[:, None])

@@ -12,33 +12,45 @@ from clipfilter_wds.models.fast.self_attention import SelfAttention, taken
 
 
 class Layers(nn.Module):
-    """The layers of CLIP's towers, of whose last one only what the wanted tokens need is computed.
+    """The layers of a tower, of whose last one only what the wanted tokens need is computed.
 
     Args:
         layers: Those of ``transformers``.
         is_causal: Whether tokens attend to themselves and those before them only.
     """
 
-    def __init__(self, layers: Iterable[Any], *, is_causal: bool) -> None:
+    def __init__(self, layers: Iterable[Any], *, is_causal: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_Layer(layer, is_causal=is_causal) for layer in layers)
 
-    def forward(self, states: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, wanted: Tensor | int) -> Tensor:
         """The features of one token of each row, behind the last layer.
 
         Args:
             states: float32 ``[N, T, D]``; on a GPU its memory is used again.
-            wanted: Which token of each row, int64 ``[N]``; None for the first.
+            wanted: Which token, of all rows or of each, int64 ``[N]``.
 
         Returns:
             float32 ``[N, D]``.
         """
+        states, normed = self._up_to_last(states)
+        last: Any = self.layers[-1]
+        output: Tensor = last.of_one_token(states, normed, wanted)
+        return output
+
+    def of_all_tokens(self, states: Tensor) -> Tensor:
+        """The features of all tokens, float32 ``[N, T, D]``, from the same."""
+        states, normed = self._up_to_last(states)
+        last: Any = self.layers[-1]
+        output: Tensor = last.of_all_tokens(states, normed)
+        return output
+
+    def _up_to_last(self, states: Tensor) -> tuple[Tensor, Tensor]:
         layers: list[Any] = list(self.layers)
         normed = layers[0].normalize(states)
         for layer, following in pairwise(layers):
             states, normed = layer(states, normed, following.norm1)
-        output: Tensor = layers[-1].of_one_token(states, normed, wanted)
-        return output
+        return states, normed
 
 
 class _Layer(nn.Module):
@@ -62,7 +74,13 @@ class _Layer(nn.Module):
         states, normed = add_norm(states, self.attention(normed), self.norm2, self._dtype)
         return add_norm(states, self.mlp(normed), following, self._dtype)
 
-    def of_one_token(self, states: Tensor, normed: Tensor, wanted: Tensor | None) -> Tensor:
+    def of_all_tokens(self, states: Tensor, normed: Tensor) -> Tensor:
+        """The output of the last layer, ``[N, T, D]``."""
+        states, normed = add_norm(states, self.attention(normed), self.norm2, self._dtype)
+        output: Tensor = states + self.mlp(normed)
+        return output
+
+    def of_one_token(self, states: Tensor, normed: Tensor, wanted: Tensor | int) -> Tensor:
         """The output for the wanted tokens alone, ``[N, D]``: a sixth of the work."""
         states = taken(states, wanted) + self.attention.of_one_token(normed, wanted)
         output: Tensor = states + self.mlp(layer_norm(states, self.norm2, self._dtype))

@@ -67,10 +67,10 @@ class PatchEmbedding(nn.Module):
 
 
 class ImageEmbeddings(nn.Module):
-    """Patches at their positions, behind a token for the whole image.
+    """Patches at their positions, in CLIP behind a token for the whole image.
 
     Args:
-        usual: Those of CLIP in ``transformers``.
+        usual: Those of CLIP or SigLIP in ``transformers``.
     """
 
     first: Tensor
@@ -80,8 +80,10 @@ class ImageEmbeddings(nn.Module):
         super().__init__()
         self.patch_embedding, self.size = usual.patch_embedding, (usual.image_size, usual.image_size)
         positions = usual.position_embedding.weight.data
-        self.register_buffer("first", usual.class_embedding.data + positions[0])
-        self.register_buffer("positions", positions[1:])
+        self.num_before = int(hasattr(usual, "class_embedding"))
+        before = positions[: self.num_before]
+        self.register_buffer("first", before + usual.class_embedding.data if self.num_before else before)
+        self.register_buffer("positions", positions[self.num_before :])
 
     def forward(self, pixel_values: Tensor, **_: object) -> Tensor:
         """``[N, C, H, W]`` -> float32 ``[N, T, D]``.
@@ -96,10 +98,10 @@ class ImageEmbeddings(nn.Module):
                 "pixel_values that scorer.preprocess gives"
             )
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        shape = len(patches), 1 + patches.shape[1], patches.shape[2]
+        shape = len(patches), self.num_before + patches.shape[1], patches.shape[2]
         states = torch.empty(shape, dtype=torch.float32, device=patches.device)
-        states[:, 0] = self.first
-        torch.add(patches, self.positions, out=states[:, 1:])
+        states[:, : self.num_before] = self.first
+        torch.add(patches, self.positions, out=states[:, self.num_before :])
         return states
 
 

@@ -1,7 +1,5 @@
 """Lets the tokens of an image or a caption attend to each other, as towers of different libraries call it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,17 +33,21 @@ class SelfAttention(nn.Module):
         queries, keys, values = self._heads(self.qkv_proj(normed), 3)
         return self._project(attention(queries, keys, values, scale=self.scale, is_causal=self.is_causal))
 
-    def of_one_token(self, normed: Tensor, wanted: Tensor | None) -> Tensor:
-        """``[N, T, D]`` -> ``[N, D]``, for the wanted token of each row, int64 ``[N]`` (None: the first)."""
-        weight, bias, width = self.qkv_proj.weight, self.qkv_proj.bias, normed.shape[-1]
-        [queries] = self._heads(functional.linear(taken(normed, wanted)[:, None], weight[:width], bias[:width]), 1)
-        keys, values = self._heads(functional.linear(normed, weight[width:], bias[width:]), 2)
-        if self.is_causal and wanted is not None:
+    def of_one_token(self, normed: Tensor, wanted: Tensor | int) -> Tensor:
+        """``[N, T, D]`` -> ``[N, D]``, for the wanted token, of all rows or of each, int64 ``[N]``."""
+        queries, keys, values = self._heads_of_other(taken(normed, wanted)[:, None], normed)
+        if self.is_causal:
             mask = _hidden_behind(wanted, normed).repeat_interleave(self.num_heads, 0)
             attended = matmul_attention(queries, keys, values, scale=self.scale, mask=mask)
         else:
             attended = attention(queries, keys, values, scale=self.scale)
         return self._project(attended)[:, 0]
+
+    def _heads_of_other(self, query: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        """``[N, Q, D]`` and what that attends to, ``[N, T, D]`` -> queries, keys, values, ``[N, heads, ...]``."""
+        weight, bias, width = self.qkv_proj.weight, self.qkv_proj.bias, query.shape[-1]
+        queries = self._heads(functional.linear(query, weight[:width], bias[:width]), 1)
+        return *queries, *self._heads(functional.linear(other, weight[width:], bias[width:]), 2)
 
     def _heads(self, features: Tensor, num_parts: int) -> tuple[Tensor, ...]:
         """``[N, T, num_parts * D]`` -> as many ``[N, heads, T, D / heads]``."""
@@ -58,41 +60,57 @@ class SelfAttention(nn.Module):
         return output
 
 
-class MaskedSelfAttention(SelfAttention):
-    """In place of ``torch.nn.MultiheadAttention``, which for autocast on a CPU copies its weights for every image.
+class FastMultiheadAttention(SelfAttention):
+    """In place of torch's own, which under autocast on a CPU copies its weights for every image.
 
     Args:
-        usual: That of a layer in which tokens attend to each other.
+        usual: Its weights are not asked for.
     """
 
     def __init__(self, usual: nn.MultiheadAttention) -> None:
         weight, bias = usual.in_proj_weight.data, usual.in_proj_bias.data
         super().__init__(weight, bias, usual.out_proj, num_heads=usual.num_heads)
 
-    def forward(self, query: Tensor, *_: Any, attn_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """``[N, T, D]`` and a mask that is added, ``[T, T]`` or ``[N * heads, T, T]`` -> ``[N, T, D]``, no weights."""
-        queries, keys, values = self._heads(self.qkv_proj(query.to(self.qkv_proj.weight.dtype)), 3)
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        need_weights: bool = True,  # as torch has it, and nobody looks at them
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """``[N, Q, D]`` and ``[N, T, D]`` -> ``[N, Q, D]``, and no weights.
+
+        The mask is added: ``[Q, T]`` or ``[N * heads, Q, T]``.
+        """
+        dtype = self.qkv_proj.weight.dtype
+        if key is not value:
+            raise ValueError("keys and values must be of the same tokens")
+        if query is key:
+            queries, keys, values = self._heads(self.qkv_proj(query.to(dtype)), 3)
+        else:
+            queries, keys, values = self._heads_of_other(query.to(dtype), key.to(dtype))
         if attn_mask is None:
             return self._project(attention(queries, keys, values, scale=self.scale)), None
-        mask = attn_mask.to(queries.dtype)
+        mask = attn_mask.to(dtype)
         return self._project(matmul_attention(queries, keys, values, scale=self.scale, mask=mask)), None
 
 
-def takes_masked_attention(layer: nn.Module) -> bool:
-    """Whether a layer is one of open_clip's in which tokens attend to each other."""
-    attention = getattr(layer, "attn", None)
-    is_usual = type(layer).__name__ == "ResidualAttentionBlock" and not hasattr(layer, "ln_1_kv")
-    return is_usual and isinstance(attention, nn.MultiheadAttention) and attention.batch_first
+def is_replaceable(module: object) -> bool:
+    """Whether :class:`FastMultiheadAttention` can do what a module does."""
+    return type(module) is nn.MultiheadAttention and module.batch_first and module._qkv_same_embed_dim
 
 
-def taken(features: Tensor, wanted: Tensor | None) -> Tensor:
-    """``[N, T, D]`` -> ``[N, D]``, of each row the wanted token, int64 ``[N]`` (None: the first)."""
-    if wanted is None:
-        return features[:, 0]
+def taken(features: Tensor, wanted: Tensor | int) -> Tensor:
+    """``[N, T, D]`` -> ``[N, D]``: the wanted token, of all rows or of each, int64 ``[N]``."""
+    if isinstance(wanted, int):
+        return features[:, wanted]
     return features[torch.arange(len(features), device=features.device), wanted]
 
 
-def _hidden_behind(wanted: Tensor, features: Tensor) -> Tensor:
+def _hidden_behind(wanted: Tensor | int, features: Tensor) -> Tensor:
     """Hides from the wanted tokens those behind them: added to the products of keys and queries, ``[N, 1, T]``."""
-    is_behind = torch.arange(features.shape[1], device=features.device) > wanted[:, None]
+    places = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+    is_behind = places > (wanted if isinstance(wanted, int) else wanted[:, None])
     return features.new_zeros(is_behind.shape).masked_fill_(is_behind, float("-inf"))[:, None]

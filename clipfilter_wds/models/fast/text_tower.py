@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clipfilter_wds.models.fast.attention import causal_mask, matmul_attention
 from clipfilter_wds.models.fast.layers import Layers
-from clipfilter_wds.models.releases import CLIP_TEXT_TOWERS
+from clipfilter_wds.models.releases import CAUSAL_TEXT_TOWERS, LARGEST_ENDS_CAPTION
 
 
 def optimize_text_tower(towers: nn.Module, *, packed: bool) -> bool:
@@ -27,7 +27,7 @@ def optimize_text_tower(towers: nn.Module, *, packed: bool) -> bool:
     causal = [
         (name, module)
         for name, module in towers.named_modules()
-        if type(module).__name__ in CLIP_TEXT_TOWERS and hasattr(module, "encoder")
+        if type(module).__name__ in CAUSAL_TEXT_TOWERS and hasattr(module, "encoder")
     ]
     for name, module in causal:
         towers.set_submodule(name, kind(module))
@@ -46,7 +46,7 @@ class _TextTower(nn.Module):
     def __init__(self, tower: Any) -> None:
         super().__init__()
         self.embeddings, self.final_layer_norm = tower.embeddings, tower.final_layer_norm
-        self.eos_token_id = tower.eos_token_id
+        self.eos_token_id, self.has_largest_rule = tower.eos_token_id, type(tower).__name__ in LARGEST_ENDS_CAPTION
 
     def forward(self, input_ids: Tensor, **_: object) -> BaseModelOutputWithPooling:
         """int64 ``[N, L]`` -> the end tokens' features ``[N, D]``, as ``pooler_output``."""
@@ -59,8 +59,10 @@ class _TextTower(nn.Module):
 
     def _ends(self, input_ids: Tensor) -> Tensor:
         """Where the end token of each caption is, int64 ``[N]``, by the tower's own rule."""
-        # In checkpoints older than the library's rule the config has 2, and the end token is the largest id.
-        return input_ids.argmax(-1) if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int().argmax(-1)
+        if self.has_largest_rule and self.eos_token_id == 2:
+            return input_ids.argmax(-1)
+        is_end: Tensor = input_ids == self.eos_token_id
+        return is_end.int().argmax(-1)
 
 
 class PaddedTextTower(_TextTower):

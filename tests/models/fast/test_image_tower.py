@@ -12,13 +12,14 @@ from tests.support.toys import make_clip
 
 #: Per family, how often each kind of layer is rewritten, in towers of two layers.
 REWRITTEN = {
-    "clip": {"PatchEmbedding": 1, "_ImageLayers": 1},
-    "chinese_clip": {"PatchEmbedding": 1, "_ImageLayers": 1},
-    "altclip": {"PatchEmbedding": 1, "_ImageLayers": 1},
-    "siglip": {"PatchEmbedding": 1},  # its embedding comes from all tokens
-    "open_clip": {"PatchEmbedding": 1, "_ImageLayers": 1},
-    "open_clip, squashed": {"PatchEmbedding": 1, "_ImageLayers": 1, "SiLU": 4},  # the one with QuickGELU
-    "open_clip, averaged": {"PatchEmbedding": 1, "MaskedSelfAttention": 4},
+    "clip": {"PatchEmbedding": 1, "_Encoder": 1},
+    "chinese_clip": {"PatchEmbedding": 1, "_Encoder": 1},
+    "altclip": {"PatchEmbedding": 1, "_Encoder": 1},
+    "metaclip_2": {"PatchEmbedding": 1, "_Encoder": 1},
+    "siglip": {"PatchEmbedding": 1, "_Encoder": 2, "FastMultiheadAttention": 1},
+    "open_clip": {"PatchEmbedding": 1, "_Encoder": 1},
+    "open_clip, squashed": {"PatchEmbedding": 1, "_Encoder": 1, "SiLU": 4},  # the one with QuickGELU
+    "open_clip, averaged": {"PatchEmbedding": 1, "FastMultiheadAttention": 4},
 }
 
 
@@ -57,7 +58,7 @@ def test_a_wide_model_is_optimized_in_float32_too_on_a_cpu(tmp_path):
         for width in (NARROW // 2, NARROW)
     )
     is_optimized = [
-        any(type(module).__name__ == "_ImageLayers" for module in scorer.exact.towers.modules())
+        any(type(module).__name__ == "_Encoder" for module in scorer.exact.towers.modules())
         for scorer in (narrow, wide)
     ]
     assert is_optimized == [False, True]

@@ -5,11 +5,8 @@ import torch
 from torch import nn
 
 from clipfilter_wds.models.fast.image_tower import optimize_layers
-from clipfilter_wds.models.fast.low_precision import low_precision_towers
 from clipfilter_wds.models.fast.patches import PatchEmbedding, normalize_in_weights
-from clipfilter_wds.models.loading import load_model
 from clipfilter_wds.models.scorer import ClipScorer
-from tests.support.dual_encoders import FAMILIES
 from tests.support.toys import make_clip
 
 #: Those of OpenAI's models.
@@ -71,20 +68,6 @@ def test_in_low_precision_the_error_is_no_larger_than_with_normalised_pixels(dty
     after = normalising(convolution).to(dtype)(pixels).float() - exact
     assert after.square().mean() <= before.square().mean()
     assert after.mean(dim=(0, 2, 3)).abs().max() <= 2 * before.mean(dim=(0, 2, 3)).abs().max()  # nor is it lopsided
-
-
-@pytest.mark.parametrize("family", ["clip", "chinese_clip", "siglip", "open_clip", "open_clip, averaged"])
-def test_image_towers_of_clip_take_pixels_as_they_are(tmp_path, family):
-    make, _, prefix = FAMILIES.get(family, (make_clip, None, ""))
-    model = load_model(prefix + str(make(tmp_path / "model")), None)
-    towers, _ = low_precision_towers(model, torch.float32, packed=False)
-    assert towers.normalizes == (family not in ("siglip", "open_clip, averaged"))
-    pixels, _ = pixels_and_normalised((3, 3, *model.preprocess.view.crop))
-    normalised = (pixels - model.pixel_mean[:, None, None]) / model.pixel_std[:, None, None]
-    with torch.inference_mode():
-        expected = model.towers.image_features(normalised)
-        found = towers.image_features(pixels if towers.normalizes else normalised)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_towers_without_known_patches_want_normalised_pixels():

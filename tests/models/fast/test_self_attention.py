@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from clipfilter_wds.models.fast.image_tower import optimize_layers
-from clipfilter_wds.models.fast.self_attention import MaskedSelfAttention
+from clipfilter_wds.models.fast.self_attention import FastMultiheadAttention
 
 N, T, WIDTH, HEADS = 3, 7, 32, 4
 
@@ -23,7 +23,7 @@ def mask_of(kind):
 def test_it_attends_as_torchs_own(kind):
     attention, features, mask = usual(), torch.randn(N, T, WIDTH), mask_of(kind)
     expected, _ = attention(features, features, features, need_weights=False, attn_mask=mask)
-    found, _ = MaskedSelfAttention(attention)(features, features, features, need_weights=False, attn_mask=mask)
+    found, _ = FastMultiheadAttention(attention)(features, features, features, need_weights=False, attn_mask=mask)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -33,16 +33,26 @@ def test_under_autocast_it_is_rounded_no_worse():
     exact, _ = attention(features, features, features, need_weights=False, attn_mask=mask)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         rounded, _ = attention(features, features, features, need_weights=False, attn_mask=mask)
-        found, _ = MaskedSelfAttention(attention).bfloat16()(features, features, features, attn_mask=mask)
+        found, _ = FastMultiheadAttention(attention).bfloat16()(features, features, features, attn_mask=mask)
     assert found.dtype == torch.bfloat16
     assert (found - exact).square().mean() < 1.5 * (rounded - exact).square().mean()
 
 
-def test_layers_that_attend_to_others_stay():
-    from open_clip.transformer import ResidualAttentionBlock
+@torch.inference_mode()
+def test_some_tokens_may_attend_to_others():
+    attention, queries, features = usual(), torch.randn(N, 2, WIDTH), torch.randn(N, T, WIDTH)
+    expected, _ = attention(queries, features, features)
+    found, _ = FastMultiheadAttention(attention)(queries, features, features)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
-    layers = nn.Sequential(
-        ResidualAttentionBlock(WIDTH, HEADS), ResidualAttentionBlock(WIDTH, HEADS, is_cross_attention=True)
-    )
+
+def test_only_modules_of_known_kinds_and_shapes_are_replaced():
+    from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock
+
+    layers = nn.Sequential(ResidualAttentionBlock(WIDTH, HEADS), AttentionalPooler(WIDTH, 16, HEADS))
+    seen_first = nn.MultiheadAttention(WIDTH, HEADS)
+    layers.append(ResidualAttentionBlock(WIDTH, HEADS))
+    layers[2].attn = seen_first
     optimize_layers(layers)
-    assert [type(layer.attn).__name__ for layer in layers] == ["MaskedSelfAttention", "MultiheadAttention"]
+    kinds = [type(layer.attn).__name__ for layer in layers]
+    assert kinds == ["FastMultiheadAttention", "MultiheadAttention", "MultiheadAttention"]
