@@ -59,6 +59,17 @@ class Timeline:
         self._times.append(time.perf_counter())
         self._counts.append(count)
 
+    def rate_of_turns(self, num_workers: int) -> float:
+        """Samples per second of a DataLoader that takes its workers' batches in turn, their first ones left out.
+
+        Counted from a worker's batch to a later one of the same: workers that take seconds for a batch have theirs
+        ready all at once, and then none for a while.
+        """
+        last = len(self._times) - 1
+        turns = max(1, (last - num_workers + 1) // num_workers)
+        first = max(0, last - turns * num_workers)
+        return (self._counts[last] - self._counts[first]) / max(self._times[last] - self._times[first], 1e-9)
+
     @property
     def rate(self) -> float:
         """Samples per second in the middle of the run: start and end, when workers fill and drain, don't count."""
