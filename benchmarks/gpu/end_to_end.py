@@ -38,12 +38,13 @@ def _run(bench: Bench, use: type[Rewrite] | type[InlineLoader], size: str, image
     started = time.perf_counter()
     with Watch(bench.device) as watch:
         outcome = contender(data)
+    rate = timeline.rate_of_rounds(options.batch_size * max(1, options.workers))
     return {
-        "samples_per_s": round(timeline.rate),
+        "samples_per_s": round(rate),
         "start_and_end_included": round(outcome.num_samples / (time.perf_counter() - started)),
-        "of_decoding": _share(timeline.rate, bench.record.figure("decoding", f"{image_size} px, all")),
-        "of_forward": _share(timeline.rate, bench.record.figure(f"forward {size}", "samples_per_s")),
-        "times_plain_loop": _share(timeline.rate, bench.record.figure(f"plain loop {size}, 256 px", "samples_per_s")),
+        "of_decoding": _share(rate, bench.record.figure("decoding", f"{image_size} px, all")),
+        "of_forward": _share(rate, bench.record.figure(f"forward {size}", "samples_per_s")),
+        "times_plain_loop": _share(rate, bench.record.figure(f"plain loop {size}, 256 px", "samples_per_s")),
         "samples": outcome.num_samples,
         "batch": options.batch_size,
         "workers": options.workers,

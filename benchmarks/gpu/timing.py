@@ -10,6 +10,8 @@ import torch
 
 #: Share of the samples after which a run is under way, and before which it has not begun to end.
 _BEGUN, _ENDING = 0.2, 0.9
+#: Places of a round that are looked at.
+_PLACES = 64
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,11 +72,21 @@ class Timeline:
         first = max(0, last - turns * num_workers)
         return (self._counts[last] - self._counts[first]) / max(self._times[last] - self._times[first], 1e-9)
 
-    @property
-    def rate(self) -> float:
-        """Samples per second in the middle of the run: start and end, when workers fill and drain, don't count."""
+    def rate_of_rounds(self, round_size: int) -> float:
+        """Samples per second in the middle of a run: start and end, when workers fill and drain, don't count.
+
+        Workers that begin together are done with a batch together, time after time. So it is measured how long a number
+        of whole rounds takes, from each place of one on.
+
+        Args:
+            round_size: Samples of a batch of each worker.
+        """
         times, counts = np.array(self._times), np.array(self._counts)
-        first, last = np.searchsorted(counts, [_BEGUN * counts[-1], _ENDING * counts[-1]])
-        if times[last] <= times[first]:  # too short a run to have a middle
-            first, last = 0, len(counts) - 1
-        return float((counts[last] - counts[first]) / max(times[last] - times[first], 1e-9))
+        begin, end = _BEGUN * counts[-1], _ENDING * counts[-1]
+        rounds = int((end - begin) / round_size) - 1
+        if rounds < 1:  # too short a run to have a middle
+            return float((counts[-1] - counts[0]) / max(times[-1] - times[0], 1e-9))
+        places = begin + round_size * np.linspace(0, 1, _PLACES, endpoint=False)
+        later = places + rounds * round_size
+        seconds = np.interp(later, counts, times) - np.interp(places, counts, times)
+        return float(rounds * round_size / max(seconds.mean(), 1e-9))

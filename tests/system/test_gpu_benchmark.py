@@ -145,21 +145,35 @@ def test_every_worker_has_as_many_shards(tmp_path):
         assert [len(bench.shards(size, 1 / 3).shards) for size in (256, 512)] == [4, 4]
 
 
+def noted(monkeypatch, notes) -> Timeline:
+    """A run of which this is known: when how many samples were done."""
+    times = iter([seconds for seconds, _ in notes])
+    timeline = Timeline()
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.gpu.timing.time.perf_counter", lambda: next(times))
+        for _, count in notes:
+            timeline.note(count)
+    return timeline
+
+
 def test_the_rate_of_workers_whose_batches_come_all_at_once_is_that_of_their_turns(monkeypatch):
     """Four workers take ten seconds for a batch of a hundred samples, and the first ones longer."""
     times = [first + worker / 10 for first in (15, 25, 35) for worker in range(4)]
-    now = iter([*times, 45.0])  # and then it was stopped
-    monkeypatch.setattr("benchmarks.gpu.timing.time.perf_counter", lambda: next(now))
-    timeline = Timeline()
-    for number in range(1, 14):
-        timeline.note(100 * number)
+    times.append(45.0)  # and then it was stopped
+    timeline = noted(monkeypatch, [(seconds, 100 * number) for number, seconds in enumerate(times, 1)])
     assert timeline.rate_of_turns(4) == pytest.approx(400 / 10)
 
 
 def test_the_rate_is_that_of_the_middle_of_a_run(monkeypatch):
-    now = iter([0.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 30.0])  # slow at first, and at the end
-    monkeypatch.setattr("benchmarks.gpu.timing.time.perf_counter", lambda: next(now))
-    timeline = Timeline()
-    for count in (0, 300, 400, 500, 600, 700, 900, 1000):
-        timeline.note(count)
-    assert timeline.rate == pytest.approx(600 / 5)
+    slow_at_both_ends = [(0.0, 0), *((20 + count / 100, count) for count in range(100, 901, 10)), (60.0, 1000)]
+    assert noted(monkeypatch, slow_at_both_ends).rate_of_rounds(50) == pytest.approx(100)
+    assert noted(monkeypatch, [(0.0, 10), (4.0, 30)]).rate_of_rounds(50) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("num_rounds", [5, 6, 7, 8])
+@pytest.mark.parametrize("note_every", [64, 107])
+def test_so_is_that_of_workers_that_are_done_together(monkeypatch, num_rounds, note_every):
+    """Eight workers take ten seconds for a batch of 64, and the scorer takes one second for all of these."""
+    done = [(10 * (count // 512 + 1) + (count % 512) / 512, count + 1) for count in range(512 * num_rounds)]
+    timeline = noted(monkeypatch, [note for note in done if note[1] % note_every == 0])
+    assert timeline.rate_of_rounds(512) == pytest.approx(51.2, rel=0.04)
