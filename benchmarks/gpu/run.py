@@ -5,7 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,9 @@ def _measured(part: Part, bench: Bench) -> dict[str, Any]:
 
     seconds = _timed(measure)
     if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # page-locked memory, which would count as the next part's
+        with suppress(RuntimeError):  # some errors leave a process no GPU; the figures are to be written all the same
+            torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # page-locked memory, which would count as the next part's
     return {**figures, "seconds": seconds}
 
 
