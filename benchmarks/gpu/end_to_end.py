@@ -15,7 +15,7 @@ from benchmarks.ours import InlineLoader, Rewrite
 from benchmarks.peers import WebDatasetLoop
 
 #: Share of the shards that a larger model takes.
-_FEWER = 1 / 3
+_FEWER = 1 / 4
 
 #: Batches of the plain loop: the best of them counts.
 _LOOP_BATCHES = (64, 256, 1024)

@@ -142,7 +142,7 @@ def test_every_worker_has_as_many_shards(tmp_path):
     options = Options(device="cpu", quick=True, num_workers=4, cache=tmp_path)
     with Bench(options, QUICK, Record(tmp_path, {})) as bench:
         assert [len(bench.shards(size).shards) for size in (256, 512)] == [8, 4]
-        assert [len(bench.shards(size, 1 / 3).shards) for size in (256, 512)] == [4, 4]
+        assert [len(bench.shards(size, 1 / 4).shards) for size in (256, 512)] == [4, 4]
 
 
 def noted(monkeypatch, notes) -> Timeline:
@@ -170,7 +170,13 @@ def test_the_rate_is_that_of_the_middle_of_a_run(monkeypatch):
     assert noted(monkeypatch, [(0.0, 10), (4.0, 30)]).rate_of_rounds(50) == pytest.approx(5)
 
 
-@pytest.mark.parametrize("num_rounds", [5, 6, 7, 8])
+def test_what_was_decoded_ahead_before_anything_was_scored_does_not_count(monkeypatch):
+    ahead = [(0.0, 0), *((10 + count / 1000, count) for count in range(10, 251, 10))]
+    then = [(10.25 + (count - 250) / 100, count) for count in range(260, 1001, 10)]
+    assert noted(monkeypatch, [*ahead, *then]).rate_of_rounds(125) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("num_rounds", [8, 9, 10, 11])
 @pytest.mark.parametrize("note_every", [64, 107])
 def test_so_is_that_of_workers_that_are_done_together(monkeypatch, num_rounds, note_every):
     """Eight workers take ten seconds for a batch of 64, and the scorer takes one second for all of these."""
