@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from clipfilter_wds.models.fast.graphs import Captured
 
-GPU = torch.device("cuda", 0)
+#: The last that can be stood in for, which hardly a machine has: what is found out of a device is remembered.
+GPU = torch.device("cuda", 7)
 
 
 class _OnlyOnGpu(TorchDispatchMode):
