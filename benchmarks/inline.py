@@ -24,6 +24,9 @@ _COSTS = (1, 4, 16)
 #: Steps that are timed, after those in which the workers and the scorer get ahead.
 _STEPS, _FIRST_STEPS = 4, 2
 
+#: Repeats of a training step's layers by which their time is measured.
+_FEW = 8
+
 _train_view = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(224, antialias=True)])
 
 
@@ -70,8 +73,11 @@ class TrainStep:
         self._activations = torch.randn(batch_size * tokens, width, device=device, dtype=dtype)
         self._device, self._repeats = device, 1
         self(None)
-        once = median(_timed(lambda: self(None)) for _ in range(5))
-        self._repeats = max(1, round(seconds / once))
+        self._repeats = repeats_for(seconds, self._seconds_of)
+
+    def _seconds_of(self, repeats: int) -> float:
+        self._repeats = repeats
+        return median(_timed(lambda: self(None)) for _ in range(5))
 
     def __call__(self, images: Tensor | None) -> None:
         for _ in range(self._repeats):
@@ -82,6 +88,12 @@ class TrainStep:
             images.to(self._device).float().mean()
         if self._device.type == "cuda":  # not for the scorer, which has a stream of its own
             torch.cuda.current_stream(self._device).synchronize()
+
+
+def repeats_for(seconds: float, seconds_of: Callable[[int], float]) -> int:
+    """How many repeats take so long. One alone takes a GPU longer than each of several, so a few are measured."""
+    few = min(_FEW, max(1, round(seconds / seconds_of(1))))
+    return max(1, round(seconds / seconds_of(few) * few))
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -16,6 +16,9 @@ from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.tables.scoring import Pair, batched, score_pairs
 from clipfilter_wds.training.keep_rate import StarvationError
 
+#: Of a GPU's loop, in which more are scored together.
+_LARGEST_TRAIN_BATCH = 256
+
 #: Keeps part of the samples by the tiny model's scores.
 _TINY_THRESHOLD = 0.1
 
@@ -76,7 +79,7 @@ class InlineLoader(_Use):
             ClipWebDataset([*data.shards], self._scorer.preprocess),
             self._scorer,
             threshold=self._threshold,
-            batch_size=self._options.batch_size,
+            batch_size=min(self._options.batch_size, _LARGEST_TRAIN_BATCH),  # each says how far it is
             score_batch_size=self._options.batch_size,
             num_workers=self._options.workers,
         )

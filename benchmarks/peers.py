@@ -1,5 +1,6 @@
 """How people filter without this package: the operator's loop, and webdataset with a batched model."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,9 +83,9 @@ class WebDatasetLoop:
     @torch.inference_mode()
     def scores(self, data: Data) -> Iterator[tuple[list[str], Tensor]]:
         """Keys and similarities, in batches."""
-        tokenizer, device = self._processor.tokenizer, self._model.device
-        for keys, pixel_values, captions in self._loader(data):
-            tokens = tokenizer(captions, return_tensors="pt", padding=self._padding, truncation=True).to(device)
+        device = self._model.device
+        for keys, pixel_values, tokens in self._loader(data):
+            tokens = {name: values.to(device, non_blocking=True) for name, values in tokens.items()}
             pixels = pixel_values.to(device, self._model.dtype, non_blocking=True)
             images = self._model.get_image_features(pixels).pooler_output.float()
             texts = self._model.get_text_features(**tokens).pooler_output.float()
@@ -102,13 +103,25 @@ class WebDatasetLoop:
             .to_tuple("__key__", "jpg", "txt")
             .map_tuple(lambda key: key, self._pixels, lambda caption: caption)
             .batched(self._batch_size)
+            .map_tuple(lambda keys: keys, lambda pixels: pixels, self._tokens)
         )
         return DataLoader(
-            dataset, batch_size=None, num_workers=self._num_workers, pin_memory=self._model.device.type == "cuda"
+            dataset,
+            batch_size=None,
+            num_workers=self._num_workers,
+            pin_memory=self._model.device.type == "cuda",
+            worker_init_fn=_tokenize_in_one_thread,
         )
 
     def _pixels(self, image: Image.Image) -> Tensor:
         return self._processor.image_processor(image, return_tensors="pt").pixel_values[0]
+
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        return dict(self._processor.tokenizer(captions, return_tensors="pt", padding=self._padding, truncation=True))
+
+
+def _tokenize_in_one_thread(_worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's worth of work
 
 
 def usual_threshold(loop: WebDatasetLoop, options: Options) -> float:

@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.rounds import Spread
 
 #: Of the tables, in a pipe or a narrow terminal too.
-_WIDTH = 130
+_WIDTH = 160
 
 
 class Report:

@@ -27,11 +27,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With ``-m gpu``, import only the files that have such tests: a machine with a GPU may lack what others need."""
-    if config.option.markexpr != "gpu" or collection_path.suffix != ".py" or collection_path.name == "conftest.py":
+    """With ``-m gpu``, import only what such tests take: a machine with a GPU may lack what others need."""
+    if config.option.markexpr != "gpu" or collection_path.name == "conftest.py":
         return None
-    text = collection_path.read_text()
-    return None if "mark.gpu" in text or "support.gpu" in text else True
+    files = collection_path.rglob("*.py") if collection_path.is_dir() else [collection_path]
+    return None if any(_has_gpu_tests(file) for file in files) else True
+
+
+def _has_gpu_tests(file: Path) -> bool:
+    text = "" if file.name == "conftest.py" else file.read_text()
+    return "mark.gpu" in text or "support.gpu" in text
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Makes what the parts share: models, shards, scorers and thresholds. Each is made once, when it is first asked for."""
 
+import math
 import multiprocessing
 import os
 import tempfile
@@ -63,12 +64,16 @@ class Bench:
         return make_data(self.options.cache, num_samples=self.scale.num_distinct, image_size=drawn)
 
     def shards(self, image_size: int, share: float = 1.0) -> Data:
-        """Shards for a run from end to end: those of the samples that differ, again and again under other names."""
-        distinct = self.data(image_size).shards
+        """Shards for a run from end to end: those of the samples that differ, again and again under other names.
+
+        As many for each worker, since to the end all of them have to have something to do.
+        """
+        distinct, workers = self.data(image_size).shards, max(1, self.options.workers)
+        per_worker = math.ceil(share * self.scale.num_shards[image_size] / workers)
         folder = Path(self._links.name, str(image_size))
         folder.mkdir(exist_ok=True)
         links = []
-        for number in range(max(1, round(share * self.scale.num_shards[image_size]))):
+        for number in range(per_worker * workers):
             links.append(folder / f"{number:05d}.tar")
             if not links[-1].exists():
                 os.link(distinct[number % len(distinct)], links[-1])

@@ -89,6 +89,7 @@ def _by_batch(
         "samples_per_s": best["samples/s"],
         "best_batch": best["batch"],
         "of_matmul": best["of matmul"],
+        "flops": flops * best["samples/s"],
         "useful_gflop_per_sample": round(flops / 1e9, 3),
         "rows": rows,
     }

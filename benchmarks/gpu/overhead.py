@@ -29,7 +29,14 @@ def overhead(bench: Bench, size: str, cost: int) -> dict[str, Any]:
         return 1e3 * step_time(_images(bench, size, scorer, threshold), train_step, steps, first_steps)
 
     plain = milliseconds(None, None)
-    found: dict[str, Any] = {"plain_ms": round(plain, 2), "clip_forward_ms": round(1e3 * forward, 2), "steps": steps}
+    decoded = bench.record.figure("decoding", "256 px, all")
+    found: dict[str, Any] = {
+        "plain_ms": round(plain, 2),
+        "clip_forward_ms": round(1e3 * forward, 2),
+        "forward_passes_per_step": round(plain / (1e3 * forward), 1),
+        "decoding_ms": None if decoded is None else round(1e3 * batch / decoded, 2),
+        "steps": steps,
+    }
     for kept, threshold in (("all", -1.0), (f"{KEPT:.0%}", bench.threshold(size))):
         filtered = milliseconds(scorer, threshold)
         found[f"{kept} kept, ms"] = round(filtered, 2)

@@ -1,9 +1,11 @@
 """Runs the parts that are missing, the most important first, as long as there is time."""
 
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,18 +47,21 @@ class Part:
     needs_gpu: bool = False
 
 
+#: A part that takes so many times as long as expected is ended: it hangs, or would leave no time for the others.
+_MOST_TIMES = 4
+
 #: In order of importance.
 PARTS = (
     Part("matmul", 12, matmul),
     Part(f"forward {B32}", 12, lambda bench: forward(bench, B32)),
     Part(f"decisions {B32}", 10, lambda bench: decisions(bench, B32)),
     Part("decoding", 8, decoding),
-    Part(f"rewrite {B32}, 256 px", 10, lambda bench: rewrite(bench, B32, 256)),
+    Part(f"rewrite {B32}, 256 px", 12, lambda bench: rewrite(bench, B32, 256)),
     Part(f"plain loop {B32}, 256 px", 25, lambda bench: plain_loop(bench, B32, 256)),
-    Part(f"inline {B32}, 256 px", 10, lambda bench: inline(bench, B32, 256)),
+    Part(f"inline {B32}, 256 px", 12, lambda bench: inline(bench, B32, 256)),
     Part(f"overhead {B32}, 16x", 15, lambda bench: overhead(bench, B32, 16)),
-    Part(f"rewrite {B32}, 512 px", 8, lambda bench: rewrite(bench, B32, 512)),
-    Part(f"inline {B32}, 512 px", 8, lambda bench: inline(bench, B32, 512)),
+    Part(f"rewrite {B32}, 512 px", 12, lambda bench: rewrite(bench, B32, 512)),
+    Part(f"inline {B32}, 512 px", 12, lambda bench: inline(bench, B32, 512)),
     Part(f"forward {L14}", 20, lambda bench: forward(bench, L14)),
     Part(f"rewrite {L14}, 256 px", 12, lambda bench: rewrite(bench, L14, 256)),
     Part(f"inline {L14}, 256 px", 12, lambda bench: inline(bench, L14, 256)),
@@ -110,18 +115,42 @@ def _measured(part: Part, bench: Bench) -> dict[str, Any]:
 
     def measure() -> None:
         try:
-            figures.update(part.measure(bench))
+            with time_limit(min(_MOST_TIMES * part.seconds, left)):
+                figures.update(part.measure(bench))
         except Exception as error:  # noqa: BLE001  # the other parts are worth having
             figures.update({FAILED: f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-3000:]})
 
     seconds = _timed(measure)
     if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # some errors leave a process no GPU; the figures are to be written all the same
+            torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # page-locked memory, which would count as the next part's
     return {**figures, "seconds": seconds}
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """In the main thread: end what runs in this context after so many seconds.
+
+    Raises:
+        TimeoutError: Then.
+    """
+
+    def end(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _in_a_line(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in figures.items() if name not in ("rows", "traceback"))
+    hidden = ("rows", "traceback", "flops")
+    return ", ".join(f"{name} {value}" for name, value in figures.items() if name not in hidden)
 
 
 def _conclude(options: Options, record: Record) -> str:

@@ -17,7 +17,7 @@ class Scale:
         precision: Of the scorers.
         drawn: Side of the JPEGs that are called 256 and 512 pixels, in pixels.
         num_distinct: Samples that differ; the shards hold them again and again.
-        num_shards: By side, how many shards there are.
+        num_shards: By side, how many shards there are at least.
         batches: Sizes of the batches of a forward pass, by model.
         train_batch: Size of the batches of a training step.
         num_decided: By model, samples whose decisions are compared.
@@ -46,7 +46,7 @@ FULL = Scale(
     precision="auto",
     drawn={256: 256, 512: 512},
     num_distinct=4096,
-    num_shards={256: 48, 512: 24},
+    num_shards={256: 64, 512: 64},
     batches={B32: (64, 128, 256, 512, 1024), L14: (64, 256, 1024)},
     train_batch=256,
     num_decided={B32: 4096, L14: 1024},

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Share of the samples after which a run is under way, and before which it has not begun to end.
-_BEGUN, _ENDING = 0.2, 0.9
+#: Share of the samples after which a run is under way, and before which it has not begun to end. By then, what workers
+#: had decoded ahead while graphs were captured (two batches each, at most) is scored.
+_BEGUN, _ENDING = 0.35, 0.9
+#: Places of a round that are looked at.
+_PLACES = 64
 
 
 def synchronize(device: torch.device) -> None:
@@ -59,11 +62,32 @@ class Timeline:
         self._times.append(time.perf_counter())
         self._counts.append(count)
 
-    @property
-    def rate(self) -> float:
-        """Samples per second in the middle of the run: start and end, when workers fill and drain, don't count."""
+    def rate_of_turns(self, num_workers: int) -> float:
+        """Samples per second of a DataLoader that takes its workers' batches in turn, their first ones left out.
+
+        Counted from a worker's batch to a later one of the same: workers that take seconds for a batch have theirs
+        ready all at once, and then none for a while.
+        """
+        last = len(self._times) - 1
+        turns = max(1, (last - num_workers + 1) // num_workers)
+        first = max(0, last - turns * num_workers)
+        return (self._counts[last] - self._counts[first]) / max(self._times[last] - self._times[first], 1e-9)
+
+    def rate_of_rounds(self, round_size: int) -> float:
+        """Samples per second in the middle of a run: start and end, when workers fill and drain, don't count.
+
+        Workers that begin together are done with a batch together, time after time. So it is measured how long a number
+        of whole rounds takes, from each place of one on.
+
+        Args:
+            round_size: Samples of a batch of each worker.
+        """
         times, counts = np.array(self._times), np.array(self._counts)
-        first, last = np.searchsorted(counts, [_BEGUN * counts[-1], _ENDING * counts[-1]])
-        if times[last] <= times[first]:  # too short a run to have a middle
-            first, last = 0, len(counts) - 1
-        return float((counts[last] - counts[first]) / max(times[last] - times[first], 1e-9))
+        begin, end = _BEGUN * counts[-1], _ENDING * counts[-1]
+        rounds = int((end - begin) / round_size) - 1
+        if rounds < 1:  # too short a run to have a middle
+            return float((counts[-1] - counts[0]) / max(times[-1] - times[0], 1e-9))
+        places = begin + round_size * np.linspace(0, 1, _PLACES, endpoint=False)
+        later = places + rounds * round_size
+        seconds = np.interp(later, counts, times) - np.interp(places, counts, times)
+        return float(rounds * round_size / max(seconds.mean(), 1e-9))

@@ -13,6 +13,7 @@ _MESSAGES = (
     "can't allocate memory",
     "could not create a primitive",
     "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
     "CUDA error: out of memory",
     "Cannot allocate memory",
 )

@@ -17,6 +17,7 @@ from clipfilter_wds.models.device_resize import resize_packed, views_on_device
 from clipfilter_wds.preprocess.batch import new_buffer
 from clipfilter_wds.preprocess.image import ImageView, RgbImage
 from clipfilter_wds.preprocess.packed import MOST_PIXELS, ImagePacker, PackedImages
+from tests.support.fake_gpu import GPU, on_fake_gpu
 from tests.support.toys import encoded, photo
 
 CLIP = ImageView(resize=224, crop=(224, 224))
@@ -157,6 +158,14 @@ def test_pixels_are_the_same_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = views_on_device(images, CPU)
     assert torch.equal(found, resized(CLIP, mixture()))
+
+
+@pytest.mark.parametrize("name", sorted(VIEWS))
+def test_all_is_done_on_the_device_and_no_value_looked_at(name, monkeypatch):
+    images = packed(VIEWS[name], mixture())
+    with on_fake_gpu(monkeypatch, torch.nn.Module()):
+        views = resize_packed(images, GPU)
+    assert (views.device, views.shape) == (GPU, (len(images), 3, *images.size))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipfilter_wds.models.dual_encoder import ModelError
-from clipfilter_wds.models.out_of_memory import BatchTooLargeError
+from clipfilter_wds.models.out_of_memory import BatchTooLargeError, memory_for
 from clipfilter_wds.models.recheck import NUM_MEASURED, Recheck
 from clipfilter_wds.models.scorer import ClipScorer
 from clipfilter_wds.offline.config import RewriteConfig
@@ -140,6 +140,19 @@ def test_a_model_that_does_not_fit_is_named(folder, device, room):
 def _named(message: str) -> int:
     """How many samples it says were scored at a time."""
     return int(re.match(r"(\d+) samples are scored at a time", message)[1])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+    ],
+)
+def test_so_are_those_that_libraries_of_a_gpu_run_out_for(message):
+    with pytest.raises(BatchTooLargeError, match="64 samples"), memory_for(64, torch.device("cpu")):
+        raise RuntimeError(message)
 
 
 def test_other_errors_are_left_as_they_are(folder):

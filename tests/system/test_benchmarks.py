@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPModel
 
+from benchmarks.inline import repeats_for
+from benchmarks.limits import image_flops, text_flops
 from benchmarks.material import make_data, make_model
 from benchmarks.rounds import Contender, Outcome, Spread, in_turns, ratios
 from clipfilter_wds import ClipScorer
@@ -66,6 +70,34 @@ def test_random_models_have_captions_of_10_to_29_tokens_and_scores_above_the_cli
     )
     assert (min(tokens.num_tokens), max(tokens.num_tokens)) == (10, 29)
     assert scorer(pixels, tokens.input_ids).median() > 0
+
+
+def test_operations_are_those_that_one_counts_by_hand(tmp_path):
+    """Attention, as products of matrices, included, whichever kernel there would be for it."""
+    model = CLIPModel.from_pretrained(make_model(tmp_path, "tiny")).eval()
+    width, inner, layers, projection, patch = 32, 64, 2, 32, 16
+    images, texts = 2 * 2 + 1, 7
+
+    def of_tower(tokens: int) -> int:
+        linear, attention = 4 * width * width + 2 * width * inner, 2 * tokens * width
+        return 2 * layers * tokens * (linear + attention) + 2 * width * projection
+
+    of_patches = 2 * (images - 1) * 3 * patch * patch * width
+    assert image_flops(model, (32, 32)) == of_tower(images) + of_patches
+    assert text_flops(model, torch.ones(1, texts, dtype=torch.int64)) == of_tower(texts)
+
+
+def test_a_training_step_is_as_long_as_wanted_though_one_repeat_alone_takes_longer():
+    taken = []
+
+    def seconds_of(repeats: int) -> float:
+        taken.append(repeats)
+        return 0.5 + repeats
+
+    assert 90 <= repeats_for(100.0, seconds_of) <= 100
+    assert max(taken) <= 8
+    assert repeats_for(3.0, seconds_of) == 2
+    assert repeats_for(0.1, seconds_of) == 1
 
 
 def test_turns_alternate_and_ratios_are_taken_within_each_round():
