@@ -49,7 +49,7 @@ class ShardScores:
         metadata: What was scored, and how.
 
     Raises:
-        ValueError: When they differ in the number of samples.
+        ValueError: When they differ in the number of samples, the rows are in another order, or a reason is unknown.
     """
 
     table: pa.Table
@@ -58,6 +58,8 @@ class ShardScores:
     def __post_init__(self) -> None:
         if self.table.num_rows != self.metadata.num_samples:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
+        if not (np.diff(self.table["index"].to_numpy()) >= 0).all():  # what a loader records may come twice
+            raise ValueError("its rows are not in the order of the shard; sort them by index")
         unknown = set(self.table["reason"].unique().drop_null().to_pylist()) - set(DropReason)
         if unknown:
             raise ValueError(f"it holds the reason {min(unknown)!r}, which this version knows nothing of")
@@ -106,7 +108,8 @@ class ShardScores:
         data = _content(path)
         with _naming_file(path):
             table = pq.read_table(pa.BufferReader(data))
-            return cls(table=table, metadata=ScoreMetadata.from_schema(table.schema.metadata))
+            metadata = ScoreMetadata.from_schema(table.schema.metadata)
+            return cls(table=_in_our_types(table), metadata=metadata)
 
     @property
     def scores(self) -> np.ndarray:
@@ -167,6 +170,20 @@ def table_schema(sources: Sequence[str] = ()) -> pa.Schema:
 def reason_texts(reasons: np.ndarray) -> pa.Array:
     """Reasons as the column holds them, given int8 ``[N]`` of ``REASON_CODES``, or ``NO_REASON``."""
     return pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
+
+
+def _in_our_types(table: pa.Table) -> pa.Table:
+    """With float32 scores and so on, as other programs may not leave them that join columns to a table.
+
+    Raises:
+        KeyError: When it lacks a column that every table has.
+        pa.ArrowException: When one holds something else.
+    """
+    for field in _SCHEMA:
+        if (column := table[field.name]).type != field.type:
+            place = table.schema.get_field_index(field.name)
+            table = table.set_column(place, field, column.cast(field.type))
+    return table
 
 
 def no_rows() -> pa.Table:
