@@ -7,7 +7,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.subset import Subset
-from tests.report.browser import PLACES
+from tests.report.browser import DESKTOP, PHONE, PLACES
 from tests.report.conftest import THRESHOLD
 from tests.support.pace import FOREVER
 
@@ -67,9 +67,12 @@ def test_samples_are_found_by_outcome_and_text_and_their_keys_are_a_subset(brows
         assert not any(browser.cards(f"{name}-cards") for name in PLACES[:-1])
 
 
-def test_without_shards_samples_are_lines_of_a_table(browser, run):
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_without_shards_samples_are_lines_of_a_table(browser, run, size):
     write_report(ReportConfig(scores=run.output, output=run.report.with_name("bare.html")))
-    browser.open(page="bare.html")
+    browser.open(size, page="bare.html")
+    widths = "return [...document.querySelectorAll('.lines td')].map((cell) => [cell.scrollWidth, cell.offsetWidth])"
+    assert all(content <= cell for content, cell in browser.run(widths))
     assert browser.run("return document.querySelectorAll('.frame').length") == 0
     lines = browser.lines("above-cards")
     above = run.all_scores()[run.all_scores() >= THRESHOLD][:6]
