@@ -1,5 +1,6 @@
 """Keeps or drops samples by their scores, with a reason."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ class Selection:
     def stats(self) -> FilterStats:
         """The counts."""
         return self.stats_between(0, len(self.reasons))
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """What tells this outcome of the samples with ``start <= index < stop``, by default of all, from another."""
+        return hashlib.sha256(self.reasons[start:stop].tobytes()).hexdigest()
 
     def stats_between(self, start: int, stop: int) -> FilterStats:
         """The counts of the samples with ``start <= index < stop``."""
@@ -105,6 +110,11 @@ class Choice:
     def needs_columns(self) -> bool:
         """Whether it takes more of a table than its scores, which a table may lack."""
         return self.subset is not None or self.where is not None or self.groups is not None
+
+    @property
+    def uses_further_columns(self) -> bool:
+        """Whether columns decide that somebody may have joined to the tables, and may join anew."""
+        return self.where is not None or self.groups is not None
 
     def candidates(self, scores: "ShardScores") -> np.ndarray:
         """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
