@@ -8,7 +8,7 @@ import numpy as np
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
-from clipfilter_wds.scores.groups import GroupCutoffs, Groups
+from clipfilter_wds.scores.groups import GroupCutoffs, Groups, rows_by_group
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.where import Where
@@ -129,8 +129,8 @@ class Choice:
         if self.groups is None:
             return {"": self.candidates(scores)}
         are_candidates, groups = self._are_candidates(scores), self.groups.of(scores)
-        names = dict.fromkeys(groups.tolist())
-        return {name: scores.scores[are_candidates & (groups == name)] for name in names}
+        found = scores.scores
+        return {group: found[rows][are_candidates[rows]] for group, rows in rows_by_group(groups).items()}
 
     def fraction_of(self, group: str) -> float:
         """What is kept of a group."""
