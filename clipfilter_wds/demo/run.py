@@ -36,7 +36,7 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     Raises:
         ValueError: When the output can't be written, or holds files that the demo did not write.
     """
-    folder = Path(config.output).expanduser()
+    folder = config.folder
     console = Console(quiet=quiet, markup=False, emoji=False)  # the folder's name may look like either
     console.print(
         f"Drawing {NUM_SHARDS} shards of {SAMPLES_PER_SHARD} scenes: {MISMATCHED_PERCENT} % carry "

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.metadata import ScoreMetadata
-from clipfilter_wds.scores.table import ShardScores, read_metadata, read_scores
+from clipfilter_wds.scores.table import ShardScores, read_metadata, read_schema, read_scores
 from clipfilter_wds.scores.table_folder import table_folder
 from clipfilter_wds.shards.names import public_url, shard_path, unnameable
 from clipfilter_wds.types import ShardError
@@ -140,7 +139,7 @@ def fingerprint_of_scores(folder: str | Path) -> Fingerprint | None:
 def schema_of_scores(folder: str | Path) -> pa.Schema | None:
     """The columns of the tables in a folder, by any of them; None where there is none yet."""
     path = next(table_folder(folder).rglob("*.parquet"), None)
-    return None if path is None else pq.read_schema(path)
+    return None if path is None else read_schema(path)
 
 
 def _why_empty(folder: Path) -> str:

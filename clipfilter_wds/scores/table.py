@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -198,9 +199,19 @@ def read_metadata(path: AnyPath) -> ScoreMetadata:
         ValueError: When the file is no score table of this version.
         OSError: When the storage fails.
     """
-    source = path if isinstance(path, Path) and path.is_file() else pa.BufferReader(_content(path))
-    with _naming_file(path):
-        return ScoreMetadata.from_schema(pq.read_metadata(source).metadata)
+    with _opened(path) as file:
+        return ScoreMetadata.from_schema(pq.read_metadata(file).metadata)
+
+
+def read_schema(path: AnyPath) -> pa.Schema:
+    """The columns of a score table, without reading the scores.
+
+    Raises:
+        ValueError: When the file is no parquet file.
+        OSError: When the storage fails.
+    """
+    with _opened(path) as file:
+        return pq.read_schema(file)
 
 
 def read_scores(path: AnyPath, url: str) -> ShardScores:
@@ -223,6 +234,18 @@ def check_table(path: AnyPath, url: str) -> ShardIdentity:
         ValueError: When the file is no score table of this version.
     """
     return check_identity(url, read_metadata(path).identity, path)
+
+
+@contextmanager
+def _opened(path: AnyPath) -> Iterator[BinaryIO]:
+    """A table to read a part of. Given the path itself, pyarrow would take ``run:1/0.parquet`` for a URL."""
+    if isinstance(path, Path) and path.is_file():
+        with _naming_file(path), path.open("rb") as file:
+            yield file
+    else:
+        data = _content(path)
+        with _naming_file(path):
+            yield BytesIO(data)
 
 
 def _content(path: AnyPath) -> bytes:

@@ -126,6 +126,14 @@ def test_an_output_that_can_not_be_written_is_an_argument_that_can_not_be_used(c
     assert "resume" not in said
 
 
+def test_an_output_on_other_storage_is_refused_and_no_folder_of_its_name_made(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = demo(command, "memory://bucket/demo")
+    assert code == 2
+    assert "output 'memory://bucket/demo' is not on this machine, where the demo writes; name a local folder" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_can_not_be_looked_into_is_left_alone(command, tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
