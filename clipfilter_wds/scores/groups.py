@@ -78,7 +78,9 @@ class GroupCutoffs:
     def keeps(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Whether each score of the shard, given its group, is kept, bool ``[N]``."""
         kept = np.zeros(len(scores), dtype=bool)
-        for group, rows in rows_by_group(groups).items():
+        rows_of = rows_by_group(groups)
+        for group in rows_of.keys() & self.by_group.keys():
+            rows = rows_of[group]
             kept[rows] = self.by_group[group].keeps(scores[rows])
         return kept
 
