@@ -50,7 +50,8 @@ class ShardScores:
         metadata: What was scored, and how.
 
     Raises:
-        ValueError: When they differ in the number of samples, the rows are in another order, or a reason is unknown.
+        ValueError: When they differ in the number of samples, the rows are in another order, a reason is unknown, or a
+            score without one is no finite number.
     """
 
     table: pa.Table
@@ -61,6 +62,9 @@ class ShardScores:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
         if not (np.diff(self.table["index"].to_numpy()) >= 0).all():  # what a loader records may come twice
             raise ValueError("its rows are not in the order of the shard; sort them by index")
+        if len(rows := np.flatnonzero(self.usable & ~np.isfinite(self.scores))):
+            key, score = self.keys[rows[0]], self.scores[rows[0]]
+            raise ValueError(f"the score of sample {key!r} is {score}, and no reason says why")
         unknown = set(self.table["reason"].unique().drop_null().to_pylist()) - set(DropReason)
         if unknown:
             raise ValueError(f"it holds the reason {min(unknown)!r}, which this version knows nothing of")

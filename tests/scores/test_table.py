@@ -182,10 +182,12 @@ def test_columns_that_came_back_in_another_type_hold_what_they_held(tmp_path, ch
     [
         (lambda table: table.sort_by([("score", "descending")]), "not in the order of the shard; sort them by index"),
         (lambda table: table.drop_columns("width"), "width"),
+        (lambda table: table.set_column(2, "score", pa.nulls(table.num_rows)), "score of sample 'é0' is nan"),
+        (lambda table: table.set_column(2, "score", pa.array([0.1, np.inf] * 2 + [0])), "score of sample 'é1' is inf"),
         (lambda table: table.set_column(2, "score", pa.array(["high"] * table.num_rows)), "high"),
     ],
 )
-def test_a_table_that_lost_its_order_or_its_columns_is_refused(tmp_path, change, says):
+def test_a_table_that_lost_its_order_its_columns_or_scores_is_refused(tmp_path, change, says):
     path = rewritten(tmp_path, change)
     with pytest.raises(ValueError, match=rf"0\.parquet' is not a score table .*{says}"):
         ShardScores.read(path)
