@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from clipfilter_wds.console import printable
 from clipfilter_wds.demo.config import DemoConfig
 from clipfilter_wds.demo.overview import Picture, write_overview
 from clipfilter_wds.demo.ownership import FILTERED, OVERVIEW, REPORT, SHARDS, check_own
@@ -35,8 +36,8 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     Raises:
         ValueError: When the output can't be written, or holds files that the demo did not write.
     """
-    folder = Path(config.output).expanduser()
-    console = Console(quiet=quiet)
+    folder = config.folder
+    console = Console(quiet=quiet, markup=False, emoji=False)  # the folder's name may look like either
     console.print(
         f"Drawing {NUM_SHARDS} shards of {SAMPLES_PER_SHARD} scenes: {MISMATCHED_PERCENT} % carry "
         "another scene's caption, six are odd or broken, and one shard is torn.",
@@ -55,14 +56,15 @@ def run_demo(config: DemoConfig, *, quiet: bool = False) -> None:
     truth = Truth.of(decided)
     write_overview(folder / OVERVIEW, decided, threshold)
     write_report(ReportConfig(scores=rewrite.output, shards=shards, output=folder / REPORT))
+    shown = printable(str(folder))
     console.print(
         f"\nAgainst the truth: precision {truth.precision:.3f}, recall {truth.recall:.3f} "
         f"({truth.kept_matched} true pairs kept of {truth.matched}, {truth.kept - truth.kept_matched} false ones).\n"
-        f"What was kept and dropped, and what other thresholds would keep: {folder / 'report.html'}\n"
-        f"Some of it as a picture: {folder / 'overview.png'}\n\n"
+        f"What was kept and dropped, and what other thresholds would keep: {shown}/{REPORT}\n"
+        f"Some of it as a picture: {shown}/{OVERVIEW}\n\n"
         "The same by hand, into another folder, with a report of its own:\n"
-        f"  clipfilter-wds rewrite {shlex.quote(f'{folder}/shards/*.tar')} --output {shlex.quote(f'{folder}/by_hand')} "
-        f"--model {MODEL} --threshold {threshold} --report {shlex.quote(f'{folder}/by_hand.html')}\n"
+        f"  clipfilter-wds rewrite {shlex.quote(f'{shown}/{SHARDS}')} --output {shlex.quote(f'{shown}/by_hand')} "
+        f"--model {MODEL} --threshold {threshold} --report {shlex.quote(f'{shown}/by_hand.html')}\n"
         f"{MODEL} knows drawn scenes only. For photographs: --model openai/clip-vit-base-patch32",
         highlight=False,
         soft_wrap=True,

@@ -1,13 +1,14 @@
 """Copies the kept samples of a shard to a tar, as they are stored."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, Self
 
 import numpy as np
 
-from clipfilter_wds.offline.commit import OutputFiles, check_source
+from clipfilter_wds.offline.commit import OutputFiles, Record, check_source
 from clipfilter_wds.offline.config import RewriteConfig
 from clipfilter_wds.offline.duplicate_keys import suffixes_of_neighbours
 from clipfilter_wds.offline.tally import ShardStats
@@ -94,6 +95,9 @@ class CopyTask:
         if not is_scored(self.url, ShardIdentity.from_record(record), self.files.mark):
             self.files.forget()
             return None
+        if not self._chooses_as(record):
+            self.files.forget()
+            return None
         return self.files.stats_of(record, **self._plan)
 
     def is_done(self) -> bool:
@@ -107,7 +111,16 @@ class CopyTask:
             return False
         check_source(self.files.mark, record["source"], self.url)
         is_same = is_scored(self.url, ShardIdentity.from_record(record), self.files.mark)
-        return is_same and record["cutoff"] == self._plan["cutoff"]
+        return is_same and record["cutoff"] == self._plan["cutoff"] and self._chooses_as(record)
+
+    def _chooses_as(self, record: Record) -> bool:
+        """Whether the columns that decide hold what they did, as far as mark and table tell."""
+        if record.get("selection") is None or self.table is None:
+            return True
+        with suppress(ValueError):  # it is gone or damaged, and nothing is made of it
+            selection = self.options.choice.select(ShardScores.read(self.table), self.cutoff)
+            return bool(selection.digest() == record["selection"])
+        return True
 
     @property
     def _plan(self) -> dict[str, Any]:
@@ -136,6 +149,7 @@ class CopyTask:
             **identity._asdict(),
             **self.options.settings,
             "cutoff": _cutoff_record(self.cutoff),
+            "selection": selection.digest() if choice.uses_further_columns else None,
             "batch_size": scores.metadata.batch_size,
             "fingerprint": dict(scores.metadata.fingerprint),
         }

@@ -8,6 +8,7 @@ from clipfilter_wds.offline.tally import ShardStats
 from clipfilter_wds.options import did_you_mean
 from clipfilter_wds.preprocess.json_columns import COLUMN_TYPES, column_name, fields_of
 from clipfilter_wds.preprocess.json_member import json_member
+from clipfilter_wds.scores.table import table_schema
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import read_samples
 from clipfilter_wds.types import Sample, ShardError
@@ -41,7 +42,8 @@ def _cure(source: str, fields: dict[str, str]) -> str:
     more = [f"and {len(shown) - _MAX_NAMED} others"] if len(shown) > _MAX_NAMED else []
     found = f"The fields of the first json member are {', '.join([*shown[:_MAX_NAMED], *more])}"
     name = column_name(source)
-    can_be = {name: _written(name, kind) for name, kind in fields.items() if kind in COLUMN_TYPES}
+    taken = table_schema().names
+    can_be = {name: _written(name, kind) for name, kind in fields.items() if kind in COLUMN_TYPES and name not in taken}
     if name in can_be and can_be[name] != _written(name, source.rpartition("=")[2]):
         return f"{found}. Name its type: --columns {can_be[name]}"
     if name in fields:

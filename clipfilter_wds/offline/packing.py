@@ -29,6 +29,7 @@ class Source:
         stop: Index behind the last one.
         num_kept: How many of these samples are kept.
         to_end: Whether they are the last ones of the shard.
+        selection: A digest of which are kept, where columns of the table decide; else None.
     """
 
     url: str
@@ -39,13 +40,14 @@ class Source:
     stop: int
     num_kept: int
     to_end: bool
+    selection: str | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What the commit mark says of it."""
         # That it was copied makes no other plan, nor that it was scored before there were signatures.
-        identity = self.identity._replace(storage_version=None)._asdict()
-        known = {name: value for name, value in identity.items() if value is not None}
+        found = {**self.identity._replace(storage_version=None)._asdict(), "selection": self.selection}
+        known = {name: value for name, value in found.items() if value is not None}
         samples = {"start": self.start, "stop": self.stop, "kept": self.num_kept}
         return {"source": public_url(self.url), **known, **samples}
 

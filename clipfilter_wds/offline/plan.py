@@ -189,7 +189,8 @@ def _pack(
     room = samples_per_shard
     for (url, table), cutoff in zip(tables.items(), cutoffs, strict=True):
         scores = ShardScores.read(table)
-        kept = np.flatnonzero(config.choice.select(scores, cutoff).keep)
+        selection = config.choice.select(scores, cutoff)
+        kept = np.flatnonzero(selection.keep)
         num_samples = scores.table.num_rows
         counts[url] = (num_samples, len(kept))
         stops = [*(kept[room - 1 :: samples_per_shard] + 1).tolist(), num_samples]
@@ -205,6 +206,7 @@ def _pack(
                     stop=stop,
                     num_kept=num_kept,
                     to_end=stop == num_samples,
+                    selection=selection.digest(start, stop) if config.choice.uses_further_columns else None,
                 )
                 outputs[-1].append(source)
             room -= num_kept

@@ -73,8 +73,11 @@ function drawn(id, height, parts) {
 
 const TOP = 24, BOTTOM = 226, CURVE_TOP = 262, CURVE_BOTTOM = 340;
 
+const axisLow = Math.min(data.lowest, least), axisHigh = Math.max(data.highest, most);
+
+// At most 70 bars, none narrower than 1 in 300 of the axis, which goes further than scores that are all alike.
 const barSteps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-  .find((steps) => (data.highest - data.lowest) * data.steps / steps <= 70) || 2000;
+  .find((steps) => (data.highest - data.lowest) * data.steps / steps <= 70 && (axisHigh - axisLow) * data.steps / steps <= 300) || 2000;
 
 /** Per bar: its ends, and how many of its scores are kept and dropped. */
 function scoreBars(threshold) {
@@ -106,12 +109,11 @@ function scoresChart(choose) {
     svg("rect", { class: "grip", x: -8, width: 16, y: 8, height: 30, rx: 8 }),
     svg("path", { class: "arrows", d: "M-2.5 19l-3 4l3 4M2.5 19l3 4l-3 4" }));
   place.append(svg("svg", { width: "100%", height: CURVE_BOTTOM + 44 }, plot, handle));
-  const low = Math.min(data.lowest, least), high = Math.max(data.highest, most);
-  let x = across(low, high, place.clientWidth);
+  let x = across(axisLow, axisHigh, place.clientWidth);
 
   function draw(threshold, isLog) {
     const width = place.clientWidth, right = width - RIGHT, bars = scoreBars(threshold);
-    x = across(low, high, width);
+    x = across(axisLow, axisHigh, width);
     const { y, ticks } = countScale(Math.max(...bars.map((bar) => bar.kept + bar.dropped)), BOTTOM, TOP, isLog);
     const share = scale(0, 1, CURVE_BOTTOM, CURVE_TOP), points = [];
     for (let pixel = LEFT; pixel <= right; pixel += 2) points.push(`${pixel},${share(atLeast(firstStepKept(x.of(pixel))) / (data.seen || 1))}`);
@@ -122,7 +124,7 @@ function scoresChart(choose) {
       ...bars.flatMap((bar) => barShapes(bar, x, y, BOTTOM)),
       ...yAxis(share, [0, 0.5, 1], right, (value) => `${100 * value}%`, "kept at each threshold, of all samples", CURVE_TOP),
       svg("polyline", { class: "curve", points: points.join(" ") }),
-      ...xAxis(x, roundNumbers(low, high, Math.max(width / 110, 5)), CURVE_BOTTOM, decimal, data.kind),
+      ...xAxis(x, roundNumbers(axisLow, axisHigh, Math.max(width / 110, 5)), CURVE_BOTTOM, decimal, data.kind),
       svg("circle", { class: "dot", r: 5, cx: x(threshold), cy: share(numKept(threshold) / (data.seen || 1)) }));
     handle.setAttribute("transform", `translate(${x(threshold)} 0)`);
     handle.setAttribute("aria-valuenow", plain(threshold));

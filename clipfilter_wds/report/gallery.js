@@ -72,15 +72,15 @@ function drawGallery(threshold) {
   const below = cards.slice(0, boundary), above = cards.slice(boundary);
   const near = [below.slice(-numShown).reverse(), above.slice(0, numShown)];
   const lowest = below.slice(0, -numShown).slice(0, numShown), highest = above.slice(numShown).slice(-numShown).reverse();
-  const unusable = data.unusable_cards.filter((card) => chosen(card, threshold)).slice(0, numShown);
-  const groups = { below: near[0], above: near[1], lowest, highest, unusable };
+  const unusable = data.unusable_cards.filter((card) => chosen(card, threshold));
+  const groups = { below: near[0], above: near[1], lowest, highest, unusable: unusable.slice(0, numShown) };
   for (const [name, group] of Object.entries(groups)) place(name, group, threshold);
   shownCards = Object.values(groups).flat();
   element("none").hidden = shownCards.length > 0;
   const listable = shownCards.filter((card) => card.listable).length;
   element("save").textContent = `Save ${plural(listable, "key")}`;
   element("save").disabled = listable === 0;
-  element("more").hidden = numShown === FEW && [...near, lowest, highest, unusable].every((group) => group.length < FEW);
+  element("more").hidden = numShown === FEW && shownCards.length === cards.length + unusable.length;
 }
 
 /** A list for `rewrite --subset`. */

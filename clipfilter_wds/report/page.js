@@ -110,6 +110,7 @@ box.max = most;
 box.step = 1 / data.steps;
 box.value = shown(current);
 box.addEventListener("input", () => choose(box.valueAsNumber, box));
+box.addEventListener("change", () => (box.value = shown(current)));  // what is beyond the ends, or no number, is not taken
 reset.textContent = `Back to ${shown(data.threshold)}`;
 reset.addEventListener("click", () => choose(data.threshold));
 logScale.addEventListener("change", drawScores);

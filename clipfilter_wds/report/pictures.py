@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from PIL import Image
 
@@ -13,7 +14,9 @@ from clipfilter_wds.preprocess.members import first_image, read_captions
 from clipfilter_wds.report.findings import ScoredRun
 from clipfilter_wds.report.picks import Pick
 from clipfilter_wds.scores.fingerprint import Fingerprint
+from clipfilter_wds.scores.metadata import ScoreMetadata
 from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.shards.identity import OtherShardError, check_identity
 from clipfilter_wds.shards.open import open_shard
 from clipfilter_wds.shards.samples import SampleLayout, read_samples
 from clipfilter_wds.types import DropReason, Sample, ShardError, UnusableError
@@ -87,7 +90,7 @@ def cards_by_pick(picks: Sequence[Pick], run: ScoredRun, urls: Sequence[str]) ->
         of_table = {pick.index: pick for pick in group}
         bare = {index: _bare_card(pick, name, scores) for index, pick in of_table.items()}
         if (url := shards.get(path)) is not None:
-            bare = _illustrate(bare, url, scores.metadata.fingerprint)
+            bare = _illustrate(bare, url, path, scores.metadata)
         elif urls:
             bare = _with_problem(bare, "its shard is not among those given")
         cards |= {of_table[index]: card for index, card in bare.items()}
@@ -109,14 +112,19 @@ def _bare_card(pick: Pick, name: str, scores: ShardScores) -> Card:
     )
 
 
-def _illustrate(cards: Mapping[int, Card], url: str, fingerprint: Fingerprint) -> dict[int, Card]:
+def _illustrate(cards: Mapping[int, Card], url: str, table: Path, metadata: ScoreMetadata) -> dict[int, Card]:
     """The cards with captions and thumbnails, by index in the shard."""
+    fingerprint = metadata.fingerprint
     done = _with_problem(cards, "its shard has no such sample any more")
     try:
+        # The size has to do: to tell a copy by its headers, the whole shard would be read.
+        check_identity(url, metadata.identity, table, is_read_next=True)
         for sample in _read(url, cards, SampleLayout.from_fingerprint(fingerprint)):
             card = cards[sample.index]
             if _printable(sample.key) == card.key:
                 done[sample.index] = _illustrated(card, sample, fingerprint)
+    except OtherShardError:
+        done = _with_problem(cards, "its shard is not the one that was scored")
     except ShardError as error:
         unread = {index: card for index, card in done.items() if card.caption is None}
         done |= _with_problem(unread, f"its shard can't be read: {error}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from clipfilter_wds.scores.table_folder import table_folder
 from clipfilter_wds.storage.paths import AnyPath, folder_identity
 
 
@@ -13,10 +14,9 @@ def check_apart(output: AnyPath, scores: str | Path) -> None:
         scores: Folder of tables, or one that holds ``_scores``.
 
     Raises:
-        ValueError: When one of both is, or lies within, the other.
+        ValueError: When one of both is, or lies within, the other; or as :func:`table_folder`.
     """
-    folder = Path(scores).expanduser()
-    tables = folder / "_scores" if (folder / "_scores").is_dir() else folder
+    tables = table_folder(scores)
     one, other = folder_identity(output), folder_identity(tables)
     if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
         raise ValueError(f"output {str(output)!r} would mix with the tables in {str(tables)!r}; choose another folder")

@@ -114,8 +114,11 @@ def _open(path: AnyPath, metadata: ScoreMetadata) -> np.ndarray:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except PermissionError as error:
+        raise ValueError(f"can't read the embeddings {str(path)!r}: {error.strerror}") from error
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"can't read the embeddings {str(path)!r}: {error}; score the shard again") from error
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"can't read the embeddings {str(path)!r}: {why}; score the shard again") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(
             f"{str(path)!r} holds {array.dtype} {list(array.shape)}, and its score table goes with {dtype} "

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.embeddings import EmbeddingFiles
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.metadata import ScoreMetadata
-from clipfilter_wds.scores.table import ShardScores, read_metadata, read_scores
+from clipfilter_wds.scores.table import ShardScores, read_metadata, read_schema, read_scores
+from clipfilter_wds.scores.table_folder import table_folder
 from clipfilter_wds.shards.names import public_url, shard_path, unnameable
-from clipfilter_wds.storage.errors import without_secrets
 from clipfilter_wds.types import ShardError
 
 #: Folder within a folder of tables in which a loader records scores of shards that it has not read whole.
@@ -39,7 +38,7 @@ class ScoreFolder:
 
     def __init__(self, folder: str | Path) -> None:
         #: Where the tables lie.
-        self.folder = _table_folder(folder)
+        self.folder = table_folder(folder)
         self._name_by_source: dict[str, str] = {}
         self._names_by_stem: dict[str, list[str]] = defaultdict(list)
         fingerprint, kind = None, COSINES
@@ -123,7 +122,7 @@ def kind_of_scores(folder: str | Path) -> ScoreKind:
     Raises:
         ValueError: When a parquet file is no score table.
     """
-    path = next(_table_folder(folder).rglob("*.parquet"), None)
+    path = next(table_folder(folder).rglob("*.parquet"), None)
     return COSINES if path is None else read_metadata(path).kind
 
 
@@ -133,14 +132,14 @@ def fingerprint_of_scores(folder: str | Path) -> Fingerprint | None:
     Raises:
         ValueError: When a parquet file is no score table.
     """
-    path = next(_table_folder(folder).rglob("*.parquet"), None)
+    path = next(table_folder(folder).rglob("*.parquet"), None)
     return None if path is None else read_metadata(path).fingerprint
 
 
 def schema_of_scores(folder: str | Path) -> pa.Schema | None:
     """The columns of the tables in a folder, by any of them; None where there is none yet."""
-    path = next(_table_folder(folder).rglob("*.parquet"), None)
-    return None if path is None else pq.read_schema(path)
+    path = next(table_folder(folder).rglob("*.parquet"), None)
+    return None if path is None else read_schema(path)
 
 
 def _why_empty(folder: Path) -> str:
@@ -153,17 +152,6 @@ def _why_empty(folder: Path) -> str:
         )
     found = f"there is no score table in {str(folder)!r}" if folder.is_dir() else f"there is no folder {str(folder)!r}"
     return f"{found}; `clipfilter-wds score SHARDS --output DIR` writes score tables to DIR"
-
-
-def _table_folder(folder: str | Path) -> Path:
-    if "://" in str(folder):
-        raise ValueError(
-            f"score tables are read from this machine; copy {without_secrets(str(folder))!r} to a local folder first"
-        )
-    if not str(folder).strip():  # as of a variable that is not set; a path would take it for the current folder
-        raise ValueError("scores is empty; name the folder of score tables")
-    folder = Path(folder).expanduser()
-    return folder / "_scores" if (folder / "_scores").is_dir() else folder
 
 
 def read_all_metadata(folder: Path) -> Iterator[tuple[Path, ScoreMetadata]]:

@@ -137,7 +137,7 @@ class _Search:
 
     def count_upper(self, scores: np.ndarray) -> None:
         """Count the upper halves of a shard's scores."""
-        self._counts += _histogram(_ranks(scores) >> _HALF_BITS)
+        np.add.at(self._counts, _ranks(scores) >> _HALF_BITS, 1)  # a group may have few scores, and its bins are many
 
     def settle_upper(self, fraction: float) -> None:
         """Find the upper half of the lowest score that is kept."""
@@ -150,7 +150,7 @@ class _Search:
     def count_lower(self, scores: np.ndarray) -> None:
         """Count the lower halves of those with that upper half."""
         ranks = _ranks(scores)
-        self._counts += _histogram(ranks[ranks >> _HALF_BITS == self._upper] & 0xFFFF)
+        np.add.at(self._counts, ranks[ranks >> _HALF_BITS == self._upper] & 0xFFFF, 1)
 
     def settle_lower(self) -> None:
         """Find the score."""
@@ -180,10 +180,6 @@ def _score_of(rank: int) -> np.float32:
     bits = rank ^ int(_SIGN) if rank & int(_SIGN) else rank ^ 0xFFFFFFFF
     score: np.float32 = np.uint32(bits).view(np.float32)
     return score
-
-
-def _histogram(halves: np.ndarray) -> np.ndarray:
-    return np.bincount(halves, minlength=1 << _HALF_BITS)
 
 
 def _bin_of(counts: np.ndarray, num_kept: int) -> tuple[int, int]:

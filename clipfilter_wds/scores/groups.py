@@ -78,7 +78,16 @@ class GroupCutoffs:
     def keeps(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Whether each score of the shard, given its group, is kept, bool ``[N]``."""
         kept = np.zeros(len(scores), dtype=bool)
-        for group, cutoff in self.by_group.items():
-            rows = groups == group
-            kept[rows] = cutoff.keeps(scores[rows])
+        rows_of = rows_by_group(groups)
+        for group in rows_of.keys() & self.by_group.keys():
+            rows = rows_of[group]
+            kept[rows] = self.by_group[group].keeps(scores[rows])
         return kept
+
+
+def rows_by_group(groups: np.ndarray) -> dict[str, list[int]]:
+    """The rows of each group, ascending, given the group of each row, object ``[N]``."""
+    found: dict[str, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        found.setdefault(group, []).append(row)
+    return found

@@ -1,5 +1,6 @@
 """Keeps or drops samples by their scores, with a reason."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from clipfilter_wds.preprocess.rows import count_reasons
 from clipfilter_wds.scores.fraction import Cutoff, check_fraction
-from clipfilter_wds.scores.groups import GroupCutoffs, Groups
+from clipfilter_wds.scores.groups import GroupCutoffs, Groups, rows_by_group
 from clipfilter_wds.scores.kind import COSINES, ScoreKind
 from clipfilter_wds.scores.subset import Subset
 from clipfilter_wds.scores.where import Where
@@ -41,6 +42,10 @@ class Selection:
     def stats(self) -> FilterStats:
         """The counts."""
         return self.stats_between(0, len(self.reasons))
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """What tells this outcome of the samples with ``start <= index < stop``, by default of all, from another."""
+        return hashlib.sha256(self.reasons[start:stop].tobytes()).hexdigest()
 
     def stats_between(self, start: int, stop: int) -> FilterStats:
         """The counts of the samples with ``start <= index < stop``."""
@@ -106,6 +111,11 @@ class Choice:
         """Whether it takes more of a table than its scores, which a table may lack."""
         return self.subset is not None or self.where is not None or self.groups is not None
 
+    @property
+    def uses_further_columns(self) -> bool:
+        """Whether columns decide that somebody may have joined to the tables, and may join anew."""
+        return self.where is not None or self.groups is not None
+
     def candidates(self, scores: "ShardScores") -> np.ndarray:
         """The scores, float32 ``[N]``, of a shard's samples that the fraction is of."""
         candidates: np.ndarray = scores.scores[self._are_candidates(scores)]
@@ -119,8 +129,8 @@ class Choice:
         if self.groups is None:
             return {"": self.candidates(scores)}
         are_candidates, groups = self._are_candidates(scores), self.groups.of(scores)
-        names = dict.fromkeys(groups.tolist())
-        return {name: scores.scores[are_candidates & (groups == name)] for name in names}
+        found = scores.scores
+        return {group: found[rows][are_candidates[rows]] for group, rows in rows_by_group(groups).items()}
 
     def fraction_of(self, group: str) -> float:
         """What is kept of a group."""

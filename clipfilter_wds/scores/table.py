@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -49,7 +50,8 @@ class ShardScores:
         metadata: What was scored, and how.
 
     Raises:
-        ValueError: When they differ in the number of samples.
+        ValueError: When they differ in the number of samples, the rows are in another order, a reason is unknown, or a
+            score without one is no finite number.
     """
 
     table: pa.Table
@@ -58,6 +60,11 @@ class ShardScores:
     def __post_init__(self) -> None:
         if self.table.num_rows != self.metadata.num_samples:
             raise ValueError(f"it holds {self.table.num_rows} of {self.metadata.num_samples} samples")
+        if not (np.diff(self.table["index"].to_numpy()) >= 0).all():  # what a loader records may come twice
+            raise ValueError("its rows are not in the order of the shard; sort them by index")
+        if len(rows := np.flatnonzero(self.usable & ~np.isfinite(self.scores))):
+            key, score = self.keys[rows[0]], self.scores[rows[0]]
+            raise ValueError(f"the score of sample {key!r} is {score}, and no reason says why")
         unknown = set(self.table["reason"].unique().drop_null().to_pylist()) - set(DropReason)
         if unknown:
             raise ValueError(f"it holds the reason {min(unknown)!r}, which this version knows nothing of")
@@ -106,7 +113,8 @@ class ShardScores:
         data = _content(path)
         with _naming_file(path):
             table = pq.read_table(pa.BufferReader(data))
-            return cls(table=table, metadata=ScoreMetadata.from_schema(table.schema.metadata))
+            metadata = ScoreMetadata.from_schema(table.schema.metadata)
+            return cls(table=_in_our_types(table), metadata=metadata)
 
     @property
     def scores(self) -> np.ndarray:
@@ -169,6 +177,20 @@ def reason_texts(reasons: np.ndarray) -> pa.Array:
     return pa.array(list(DropReason), pa.string()).take(pa.array(reasons, mask=reasons == NO_REASON))
 
 
+def _in_our_types(table: pa.Table) -> pa.Table:
+    """With float32 scores and so on, as other programs may not leave them that join columns to a table.
+
+    Raises:
+        KeyError: When it lacks a column that every table has.
+        pa.ArrowException: When one holds something else.
+    """
+    for field in _SCHEMA:
+        if (column := table[field.name]).type != field.type:
+            place = table.schema.get_field_index(field.name)
+            table = table.set_column(place, field, column.cast(field.type))
+    return table
+
+
 def no_rows() -> pa.Table:
     """The table of a shard without samples."""
     return _SCHEMA.empty_table()
@@ -181,9 +203,19 @@ def read_metadata(path: AnyPath) -> ScoreMetadata:
         ValueError: When the file is no score table of this version.
         OSError: When the storage fails.
     """
-    source = path if isinstance(path, Path) and path.is_file() else pa.BufferReader(_content(path))
-    with _naming_file(path):
-        return ScoreMetadata.from_schema(pq.read_metadata(source).metadata)
+    with _opened(path) as file:
+        return ScoreMetadata.from_schema(pq.read_metadata(file).metadata)
+
+
+def read_schema(path: AnyPath) -> pa.Schema:
+    """The columns of a score table, without reading the scores.
+
+    Raises:
+        ValueError: When the file is no parquet file.
+        OSError: When the storage fails.
+    """
+    with _opened(path) as file:
+        return pq.read_schema(file)
 
 
 def read_scores(path: AnyPath, url: str) -> ShardScores:
@@ -206,6 +238,18 @@ def check_table(path: AnyPath, url: str) -> ShardIdentity:
         ValueError: When the file is no score table of this version.
     """
     return check_identity(url, read_metadata(path).identity, path)
+
+
+@contextmanager
+def _opened(path: AnyPath) -> Iterator[BinaryIO]:
+    """A table to read a part of. Given the path itself, pyarrow would take ``run:1/0.parquet`` for a URL."""
+    if isinstance(path, Path) and path.is_file():
+        with _naming_file(path), path.open("rb") as file:
+            yield file
+    else:
+        data = _content(path)
+        with _naming_file(path):
+            yield BytesIO(data)
 
 
 def _content(path: AnyPath) -> bytes:

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfilter_wds.scores.fingerprint import check_fingerprint
 from clipfilter_wds.scores.folder import ScoreFolder
 from clipfilter_wds.scores.kind import COSINES
 from clipfilter_wds.scores.selection import select
-from clipfilter_wds.scores.table import ShardScores
+from clipfilter_wds.scores.table import ShardScores, read_schema
 from clipfilter_wds.shards.names import public_url
 from clipfilter_wds.shards.samples import SampleLayout
 from clipfilter_wds.training.config import LoaderConfig
@@ -134,7 +133,7 @@ def _check_columns(table: ScoreFolder, columns: Sequence[str]) -> None:
     if taken := [name for name in columns if name in _TAKEN]:
         raise ValueError(f"score_columns: {taken[0]!r} is what batches call something else")
     for path in table.paths if columns else ():
-        schema = pq.read_schema(path)
+        schema = read_schema(path)
         for name in columns:
             if name not in schema.names:
                 raise ValueError(

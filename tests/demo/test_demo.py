@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from tests.support.pace import cpu_seconds_of_children
 from tests.support.toys import tar_members
 
 
-def test_demo_runs_within_a_minute_and_finds_the_truth(tmp_path):
+def test_demo_runs_within_a_minute_and_finds_the_truth(command, tmp_path):
+    folder = tmp_path / "a [demo]"
     began = cpu_seconds_of_children()
     done = subprocess.run(
-        [sys.executable, "-m", "clipfilter_wds", "demo", "--output", str(tmp_path)],
+        [sys.executable, "-m", "clipfilter_wds", "demo", "--output", str(folder)],
         capture_output=True,
         text=True,
         check=True,
@@ -32,12 +34,18 @@ def test_demo_runs_within_a_minute_and_finds_the_truth(tmp_path):
     assert precision > 0.95
     assert recall > 0.95
 
-    summary = check_accounting(tmp_path / "filtered")
+    summary = check_accounting(folder / "filtered")
     assert summary["threshold"] == demo_threshold()
     dropped = {reason: count for reason, count in summary["dropped"].items() if reason != "below_threshold"}
     assert dropped == {"blank_caption": 1, "missing_caption": 1, "unreadable_image": 2, "torn": 1}
     assert f"seen {summary['seen']:,}" in out
-    assert Image.open(tmp_path / "overview.png").width > 500
+    assert Image.open(folder / "overview.png").width > 500
+    assert f"would keep: {folder}/report.html\n" in done.stdout
+    assert f"as a picture: {folder}/overview.png\n" in done.stdout
+    [by_hand] = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("  clipfilter-wds ")]
+    code, said = command(*by_hand[1:], "--dry_run")
+    assert code == 0
+    assert "would read 4 shards" in said
 
 
 def test_demo_shards_carry_exactly_the_mistakes_they_are_said_to(tmp_path):
@@ -116,6 +124,14 @@ def test_an_output_that_can_not_be_written_is_an_argument_that_can_not_be_used(c
     assert code == 2
     assert f"can't write to output '{tmp_path / 'out' / name}': Not a directory" in said
     assert "resume" not in said
+
+
+def test_an_output_on_other_storage_is_refused_and_no_folder_of_its_name_made(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = demo(command, "memory://bucket/demo")
+    assert code == 2
+    assert "output 'memory://bucket/demo' is not on this machine, where the demo writes; name a local folder" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_can_not_be_looked_into_is_left_alone(command, tmp_path, monkeypatch):

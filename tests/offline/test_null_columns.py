@@ -43,6 +43,7 @@ def said(command, clip_folder, tmp_path):
         ("json:meta.land=text", "; did you mean json:meta.lang=text?"),
         ("json:tags=text", ""),
         ("json:zzz", ""),
+        ("json:widths=integer", ""),  # every table has a column `width`
     ],
 )
 @pytest.mark.parametrize("command_name", ["score", "rewrite"])

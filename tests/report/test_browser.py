@@ -126,6 +126,10 @@ def test_pages_of_hardly_any_sample_are_drawn(browser, run, tmp_path, num_sample
     browser.driver.get_log("browser")
     browser.open(page="few.html")
     assert browser.number("seen") == num_samples
+    assert browser.driver.title == f"Scores of {num_samples} sample{'' if num_samples == 1 else 's'}"
+    widths = browser.run("return [...document.querySelectorAll('[data-count]')].map((bar) => bar.getBBox().width)")
+    assert len(widths) == few.usable.sum()
+    assert all(width > 2 for width in widths)
     browser.press(Keys.END)
     browser.press(Keys.HOME)
     assert browser.number("kept") == few.usable.sum()

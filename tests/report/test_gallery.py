@@ -7,8 +7,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from clipfilter_wds.report.config import ReportConfig
 from clipfilter_wds.report.run import write_report
 from clipfilter_wds.scores.subset import Subset
-from tests.report.browser import PLACES
-from tests.report.conftest import THRESHOLD
+from tests.report.browser import DESKTOP, PHONE, PLACES
+from tests.report.conftest import THRESHOLD, page_data
 from tests.support.pace import FOREVER
 
 
@@ -40,6 +40,15 @@ def test_no_sample_is_shown_twice(browser, fewer):
     assert len(shown) == len(set(shown)) > 24
 
 
+def test_more_samples_are_offered_only_where_there_are_more(browser, run):
+    page = run.report.with_name("few.html")
+    write_report(ReportConfig(scores=run.output, output=page, threshold=1, thumbnails=6))
+    browser.open(page="few.html")
+    num_cards = sum(len(page_data(page)[cards]) for cards in ("cards", "unusable_cards"))
+    assert sum(len(browser.lines(f"{name}-cards")) for name in PLACES) == num_cards > 6
+    assert not browser.find("more").is_displayed()
+
+
 def test_samples_are_found_by_outcome_and_text_and_their_keys_are_a_subset(browser, run, tmp_path):
     browser.open()
     browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
@@ -60,6 +69,7 @@ def test_samples_are_found_by_outcome_and_text_and_their_keys_are_a_subset(brows
     browser.find("text-filter").send_keys("no caption has this")
     assert browser.find("none").is_displayed()
     assert not browser.find("save").is_enabled()
+    assert not browser.find("more").is_displayed()
     browser.open()
     for reason in ("blank_caption", "unreadable_image"):
         browser.select_outcome(reason)
@@ -67,9 +77,12 @@ def test_samples_are_found_by_outcome_and_text_and_their_keys_are_a_subset(brows
         assert not any(browser.cards(f"{name}-cards") for name in PLACES[:-1])
 
 
-def test_without_shards_samples_are_lines_of_a_table(browser, run):
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_without_shards_samples_are_lines_of_a_table(browser, run, size):
     write_report(ReportConfig(scores=run.output, output=run.report.with_name("bare.html")))
-    browser.open(page="bare.html")
+    browser.open(size, page="bare.html")
+    widths = "return [...document.querySelectorAll('.lines td')].map((cell) => [cell.scrollWidth, cell.offsetWidth])"
+    assert all(content <= cell for content, cell in browser.run(widths))
     assert browser.run("return document.querySelectorAll('.frame').length") == 0
     lines = browser.lines("above-cards")
     above = run.all_scores()[run.all_scores() >= THRESHOLD][:6]

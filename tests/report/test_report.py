@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -184,14 +185,20 @@ def test_shards_are_found_where_they_are_now(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run.shards, moved)
     (moved / "00000.tar").unlink()
-    write_shard(moved / "00001.tar", [pair(index) for index in range(40)], start=1000)
+    num_bytes = {path.name: path.stat().st_size for path in moved.iterdir()}
+    write_shard(moved / "00001.tar", [pair(index, size=(8, 8)) for index in range(40)], start=1000)
     (moved / "00002.tar").write_bytes(b"this is no tar at all, but it is long enough to be looked at" * 20)
+    for name in ("00001.tar", "00002.tar"):
+        assert (moved / name).stat().st_size < num_bytes[name]
+        os.truncate(moved / name, num_bytes[name])
+    write_shard(moved / "00003.tar", [pair(index) for index in range(39, -1, -1)])
     cards = report(run, tmp_path, shards=f"{moved}/*.tar", thumbnails=200)["cards"]
     problems = {card["shard"]: card["problem"] for card in cards}
     assert "not among those given" in problems["00000"]
     assert "no such sample" in problems["00001"]
     assert "can't be read" in problems["00002"]
-    assert all((card["image"] is None) == (card["shard"] in ("00000", "00001", "00002")) for card in cards)
+    assert "not the one that was scored" in problems["00003"]
+    assert all((card["image"] is None) == (card["shard"] in sorted(problems)[:4]) for card in cards)
 
 
 def test_pictures_and_captions_are_those_of_the_samples(run):

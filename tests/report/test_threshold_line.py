@@ -86,6 +86,17 @@ def test_numbers_follow_the_keyboard(browser, run):
     check_numbers(browser, run, browser.threshold())
 
 
+@pytest.mark.parametrize("typed", ["7", "-7", "", "-", "0.12345"])
+def test_the_box_shows_what_is_taken_of_what_is_typed(browser, run, typed):
+    browser.open()
+    box = browser.find("threshold-number")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(Keys.DELETE, typed, Keys.TAB)
+    browser.settle()
+    assert float(box.get_attribute("value")) == browser.threshold()
+    check_numbers(browser, run, browser.threshold())
+
+
 @pytest.mark.slow
 def test_numbers_are_those_of_the_tables_at_twenty_thresholds(browser, run):
     browser.open()

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -67,6 +70,18 @@ def test_damaged_or_missing_embeddings_are_named(tmp_path, content):
     if content is not None:
         (tmp_path / "00000.image.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"can't read the embeddings '.*00000.image.npy'.*score the shard again"):
+        files.read(metadata(5))
+
+
+def test_embeddings_that_may_not_be_read_need_not_be_made_again(tmp_path, monkeypatch):
+    files = EmbeddingFiles(tmp_path, "00000")
+    files.write(made(5))
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(np, "load", refuse)  # the tests may run as root, who may read everything
+    with pytest.raises(ValueError, match=r"can't read the embeddings '.*00000\.image\.npy': Permission denied$"):
         files.read(metadata(5))
 
 

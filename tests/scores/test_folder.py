@@ -1,6 +1,8 @@
 import pytest
 
 from clipfilter_wds.scores.folder import ScoreFolder, kind_of_scores, schema_of_scores
+from clipfilter_wds.scores.kind import COSINES
+from clipfilter_wds.scores.table import table_schema
 from clipfilter_wds.shards.names import output_names, public_url
 from clipfilter_wds.types import SampleRow, ShardError
 from tests.support.score_tables import FINGERPRINT, plain_parquet, shard_scores, written
@@ -59,6 +61,14 @@ def test_the_shard_itself_goes_before_one_of_its_name(tmp_path):
 def test_a_folder_that_is_not_on_this_machine_is_refused_with_the_cure(find):
     with pytest.raises(ValueError, match="are read from this machine; copy 's3://bucket/scores' to a local folder"):
         find("s3://bucket/scores")
+
+
+def test_a_folder_may_be_named_like_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tables(tmp_path / "run:1", ["/data/0.tar"])
+    assert found_key(ScoreFolder("run:1"), "/data/0.tar") == "/data/0.tar"
+    assert kind_of_scores("run:1") == COSINES
+    assert schema_of_scores("run:1").names == table_schema().names
 
 
 def test_a_folder_without_tables_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from clipfilter_wds.scores import fraction
 from clipfilter_wds.scores.fraction import find_group_cutoffs
-from clipfilter_wds.scores.groups import GroupCutoffs, Groups
+from clipfilter_wds.scores.groups import GroupCutoffs, Groups, rows_by_group
 from clipfilter_wds.scores.selection import Choice, select
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.types import DropReason, SampleRow, ShardError
@@ -37,6 +37,13 @@ def test_of_each_group_its_own_fraction_is_kept_as_sorting_would(shards, fractio
         for _, shard, index in sorted(rows)[: round((of_english if language == "en" else fraction) * len(rows))]:
             expected[shard][index] = True
     assert kept == expected
+
+
+@given(st.lists(st.sampled_from(["null", "en", "de"])))
+def test_each_row_is_in_the_group_that_is_its_own(languages):
+    found = rows_by_group(np.array(languages, dtype=object))
+    assert sorted(row for rows in found.values() for row in rows) == list(range(len(languages)))
+    assert all(rows == sorted(rows) and {languages[row] for row in rows} == {name} for name, rows in found.items())
 
 
 def test_groups_have_thresholds_of_their_own():

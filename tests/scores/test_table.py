@@ -137,6 +137,62 @@ def test_scores_of_low_precision_are_kept_as_float32(tmp_path):
     assert found.scores.tobytes() == cosines.tobytes()
 
 
+# --- tables that other programs have written again ---
+
+
+def rewritten(tmp_path, change) -> Path:
+    rows = [SampleRow(f"é{index}", index, DropReason.TORN if index == 3 else None) for index in range(5)]
+    (tmp_path / "0.parquet").write_bytes(written(shard_scores(rows, [0.1, 0.25, 0.3, 0.7])))
+    table = pq.read_table(tmp_path / "0.parquet")
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), tmp_path / "0.parquet")
+    return tmp_path / "0.parquet"
+
+
+def with_type(name: str, kind: pa.DataType):
+    def change(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(name)
+        column = table[name].dictionary_encode() if pa.types.is_dictionary(kind) else table[name].cast(kind)
+        return table.set_column(place, name, column)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_type("key", pa.large_string()),
+        with_type("index", pa.int64()),
+        with_type("score", pa.float64()),
+        with_type("reason", pa.dictionary(pa.int32(), pa.string())),
+        with_type("uid", pa.binary()),
+        lambda table: table.set_column(8, "uid", pa.nulls(table.num_rows)),
+        lambda table: pa.Table.from_pandas(table.to_pandas()),
+    ],
+)
+def test_columns_that_came_back_in_another_type_hold_what_they_held(tmp_path, change):
+    path = rewritten(tmp_path, lambda table: table)
+    expected = ShardScores.read(path)
+    found = ShardScores.read(rewritten(tmp_path, change))
+    assert found.table.select(list(COLUMNS)).equals(expected.table)
+    assert found.scores.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda table: table.sort_by([("score", "descending")]), "not in the order of the shard; sort them by index"),
+        (lambda table: table.drop_columns("width"), "width"),
+        (lambda table: table.set_column(2, "score", pa.nulls(table.num_rows)), "score of sample 'é0' is nan"),
+        (lambda table: table.set_column(2, "score", pa.array([0.1, np.inf] * 2 + [0])), "score of sample 'é1' is inf"),
+        (lambda table: table.set_column(2, "score", pa.array(["high"] * table.num_rows)), "high"),
+    ],
+)
+def test_a_table_that_lost_its_order_its_columns_or_scores_is_refused(tmp_path, change, says):
+    path = rewritten(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"0\.parquet' is not a score table .*{says}"):
+        ShardScores.read(path)
+
+
 # --- files that are no score table ---
 
 WHOLE = written(shard_scores([SampleRow(str(index), index) for index in range(50)]))

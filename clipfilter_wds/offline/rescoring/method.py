@@ -62,20 +62,25 @@ class Method:
     settings: Mapping[str, Any]
     kind: ScoreKind | None = None
 
+    @property
+    def base(self) -> int:
+        """The folder whose tables get the new scores."""
+        return -1 if self.kind is None else 0
+
     def fingerprint(self, sources: Sources) -> Fingerprint:
         """What the new scores depend on beside the shards."""
         parents = [{name: value for name, value in parent.items() if name != "model"} for parent in sources.parents]
         derived = {**self.settings, "of": list(map(digest_of, parents))}
         if self.kind is None:
-            return {**sources.fingerprints[-1], "derived": derived}
-        return {**sources.fingerprints[0], "score": self.kind.name, "derived": derived}
+            return {**sources.fingerprints[self.base], "derived": derived}
+        return {**sources.fingerprints[self.base], "score": self.kind.name, "derived": derived}
 
     def metadata(self, shard: SourceShard, fingerprint: Fingerprint) -> ScoreMetadata:
         """What the new table of a shard says of itself."""
         if self.kind is None:
-            return replace(shard.metadata[-1], fingerprint=fingerprint, embeddings=None)
+            return replace(shard.metadata[self.base], fingerprint=fingerprint, embeddings=None)
         return replace(
-            shard.metadata[0],
+            shard.metadata[self.base],
             fingerprint=fingerprint,
             range=(self.kind.low, self.kind.high),
             embeddings=None,

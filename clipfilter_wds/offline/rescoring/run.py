@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clipfilter_wds.models.device import resolve_device
@@ -18,7 +19,7 @@ from clipfilter_wds.offline.rescoring.sources import Sources
 from clipfilter_wds.offline.tally import OnProgress, Phase, ShardStats, Tally
 from clipfilter_wds.scores.fingerprint import Fingerprint, check_fingerprint
 from clipfilter_wds.scores.metadata import ScoreMetadata
-from clipfilter_wds.scores.rescore.derived import derive
+from clipfilter_wds.scores.rescore.derived import derive, has_columns_of
 from clipfilter_wds.scores.selection import select
 from clipfilter_wds.scores.table import ShardScores
 from clipfilter_wds.storage.paths import AnyPath
@@ -69,6 +70,7 @@ def _rescore(
         RescoreTask(
             number=shard.number,
             url=shard.metadata[0].shard,
+            source=shard.tables[method.base],
             table=config.folder / f"{shard.name}.parquet",
             metadata=method.metadata(shard, run.fingerprint),
         )
@@ -117,12 +119,14 @@ class RescoreTask:
     Attributes:
         number: The shard's place in the run.
         url: The shard.
+        source: The table that gets new scores.
         table: Where its new scores go.
         metadata: What the table will say of itself.
     """
 
     number: int
     url: str
+    source: Path
     table: AnyPath
     metadata: ScoreMetadata
 
@@ -136,12 +140,13 @@ class RescoreTask:
         """See ``Task``."""
 
     def committed(self) -> ShardStats | None:
-        """See ``Task``. A table that was made of another one of this name is made anew."""
+        """See ``Task``. A table that was made of another one, or one of other columns, is made anew."""
         if not self.table.is_file():
             return None
         scores = ShardScores.read(self.table)
         check_fingerprint(scores.metadata.fingerprint, self.metadata.fingerprint, repr(str(self.table)), _CURE)
-        return _stats_of(scores) if scores.metadata == self.metadata else None
+        is_same = scores.metadata == self.metadata and has_columns_of(scores, ShardScores.read(self.source))
+        return _stats_of(scores) if is_same else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +180,7 @@ class _Run:
     def _rescore(self, task: RescoreTask) -> ShardScores:
         shard = self.sources.shard(task.number)
         found = self.method.score(shard)
-        table = shard.scores[-1 if self.method.kind is None else 0]
-        scores = derive(table, found.scores, found.reasons, task.metadata)
+        scores = derive(shard.scores[self.method.base], found.scores, found.reasons, task.metadata)
         with publish(task.table) as file:
             scores.write(file)
         return scores

@@ -53,8 +53,8 @@ def export(config: ExportConfig) -> tuple[int, int]:
         How many samples were written, and of how many shards.
 
     Raises:
-        ValueError: When there are no tables, one has no embeddings, a sample has no uid that DataComp would need, or
-            there is another score of the same name.
+        ValueError: When there are no tables, one has no embeddings, no sample has a score, one has no uid
+            that DataComp would need, or there is another score of the same name.
         OSError: When the output can't be written.
     """
     write = _write_clip_retrieval if config.format == "clip_retrieval" else _write_datacomp
@@ -63,6 +63,10 @@ def export(config: ExportConfig) -> tuple[int, int]:
         write(config, part)
         num_samples += part.table.num_rows
         num_shards += 1
+    if not num_samples:
+        raise ValueError(
+            f"none of the samples in {str(config.scores)!r} has a score and an embedding; there is nothing to export"
+        )
     return num_samples, num_shards
 
 

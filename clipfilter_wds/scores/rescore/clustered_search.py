@@ -35,6 +35,7 @@ class ClusteredSearch:
             self._quantizer, dim, num_clusters, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
         )
         self._index.cp.spherical = True
+        self._index.cp.min_points_per_centroid = 1  # of fewer than 39 faiss would warn
         self._index.nprobe = _NUM_PROBED
         step = max(1, num_rows // (num_clusters * _ROWS_PER_CLUSTER))
         self._index.train(embeddings[::step].astype(np.float32))

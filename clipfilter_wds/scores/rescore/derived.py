@@ -26,3 +26,15 @@ def derive(source: ShardScores, scores: np.ndarray, reasons: np.ndarray, metadat
     for name, column in (("score", pa.array(all_scores)), ("reason", reason_texts(all_reasons))):
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
     return ShardScores(table=table, metadata=metadata)
+
+
+def has_columns_of(derived: ShardScores, source: ShardScores) -> bool:
+    """Whether a table's columns but for scores and reasons are still those of the one that it was made of."""
+    one, other = (table.table.drop_columns(["score", "reason"]) for table in (derived, source))
+    return one.schema.equals(other.schema) and all(map(_equal, one.columns, other.columns))
+
+
+def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    if pa.types.is_floating(one.type):  # to pyarrow, NaN is not NaN
+        return np.array_equal(one.to_numpy(), other.to_numpy(), equal_nan=True)
+    return bool(one.equals(other))

@@ -5,6 +5,8 @@ import shutil
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clipfilter_wds.offline.rescoring.config import DedupConfig, RescoreConfig
@@ -183,6 +185,21 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(scored, tmp_path, conf
     assert (tally.resumed, tally.done) == (2, 4)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert (tally.counts.seen, tally.num_scored) == (166, 166 - 81)
+
+
+@pytest.mark.parametrize("config", [lambda **each: RescoreConfig(**each, **NEG), DedupConfig], ids=["rescore", "dedup"])
+def test_columns_that_were_joined_to_the_tables_later_come_along(scored, tmp_path, config):
+    scores = shutil.copytree(scored, tmp_path / "scores")
+    run = config(scores=scores, output=tmp_path / "out")
+    rescore_shards(run)
+    for resumed, weight in ((3, 0.5), (3, np.nan), (4, np.nan)):
+        [path, *_] = sorted(scores.glob("*.parquet"))
+        table = pq.read_table(path)
+        plain = table.select([name for name in table.column_names if name != "weight"])
+        pq.write_table(plain.append_column("weight", pa.array([weight] * table.num_rows)), path)
+        assert rescore_shards(run).resumed == resumed
+        found = tables(tmp_path / "out")[path.stem].table["weight"].to_numpy()
+        np.testing.assert_array_equal(found, [weight] * table.num_rows)
 
 
 def test_ranks_write_what_one_process_writes(scored, derived, tmp_path):

@@ -173,3 +173,12 @@ def test_what_can_not_be_exported_is_refused(scorer, scores, tmp_path):
         process_shards(ScoreConfig(embeddings=embeddings, **plain), scorer)
         with pytest.raises(ValueError, match=message):
             export(ExportConfig(scores=plain["output"], output=tmp_path / f"{embeddings}-out", format=layout))
+
+
+@pytest.mark.parametrize("layout", ["clip_retrieval", "datacomp"])
+def test_scores_of_no_sample_are_not_exported(scorer, tmp_path, layout):
+    write_shard(tmp_path / "0.tar", [{"jpg": b"no image", "txt": b"a caption"}])
+    config = ScoreConfig(shards=tmp_path / "0.tar", output=tmp_path / "scores", embeddings="fp16", num_workers=0)
+    process_shards(config, scorer)
+    with pytest.raises(ValueError, match=r"none of the samples in .* has a score and an embedding"):
+        export(ExportConfig(scores=tmp_path / "scores", output=tmp_path / "out", format=layout))

@@ -92,6 +92,11 @@ def test_no_rows_are_no_duplicates(search):
     assert found(np.zeros((0, 8), dtype=np.float16), 0.95, search).tolist() == []
 
 
+def test_clusters_of_few_rows_are_made_without_a_warning(capfd):
+    found(unit_rows(np.random.default_rng(0), 100, 32), 0.95, "clustered")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_clusters_find_nearly_all():
     embeddings, _ = with_copies(np.random.default_rng(0), 6000, 32)
     exact, clustered = (found(embeddings, 0.95, search) for search in SEARCHES)
