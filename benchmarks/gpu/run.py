@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from benchmarks.gpu import scale
+from benchmarks.gpu.attention import attention
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.copies import copies
 from benchmarks.gpu.decisions import decisions
@@ -71,6 +72,7 @@ PARTS = (
     Part(f"overhead {B32}, 1x", 12, lambda bench: overhead(bench, B32, 1)),
     Part(f"kernels {B32}", 6, lambda bench: kernels(bench, B32)),
     Part("copies", 4, copies),
+    Part("attention", 5, attention),
     Part(f"plain forward {L14}", 10, lambda bench: plain_forward(bench, L14)),
     Part(f"kernels {L14}", 6, lambda bench: kernels(bench, L14)),
     Part("nvjpeg", 8, nvjpeg),
