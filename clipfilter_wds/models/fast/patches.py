@@ -59,9 +59,11 @@ class PatchEmbedding(nn.Module):
         (high, wide), (height, width) = self.size, pixels.shape[2:]
         patches = pixels[:, :, : height // high * high, : width // wide * wide]
         patches = patches.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
-        if self.shift is not None:  # in one pass over memory
-            shifted = torch.empty(patches.shape, dtype=self.weight.dtype, device=patches.device)
-            patches = torch.add(self.shift.to(shifted.dtype), patches, alpha=_PIXEL_SCALE, out=shifted)
+        if self.shift is not None:
+            out = None
+            if not torch.compiler.is_compiling():  # patch by patch at once
+                out = torch.empty(patches.shape, dtype=self.weight.dtype, device=patches.device)
+            patches = torch.add(self.shift.to(self.weight.dtype), patches, alpha=_PIXEL_SCALE, out=out)
         features: Tensor = self.linear(patches.flatten(3))
         return features.permute(0, 3, 1, 2)
 
