@@ -31,6 +31,7 @@ class FitLoader:
         self._begin: Mapping[str, Any] = {"batches": 0}
         self._num_before = 0  # batches that were trained before the loader's epoch
         self._num_batches: int | None = None  # of the loader's epoch, once that has ended
+        self._is_cycled = False  # whether the same epoch was begun again after its end
         if resumed is not None:
             loader.load_state_dict(resumed["ranks"])
 
@@ -42,6 +43,8 @@ class FitLoader:
         counted: int = self._fit_loop.epoch_progress.current.processed
         if counted != self._counted:
             self._start_epoch(counted)
+        elif self._num_batches is not None and self._num_batches > self._begin["batches"]:
+            self._is_cycled = True
         self.loader.load_state_dict(self._begin)
         return iter(()) if self._is_through else self._batches(iter(self.loader))
 
@@ -65,11 +68,14 @@ class FitLoader:
         self._counted, self._begin = counted, self.loader.state_dict()
         self._num_before = self._num_trained - self._begin["batches"]
         self._num_batches = self._begin["batches"] if resumed is not None and resumed["is_through"] else None
+        self._is_cycled = False
 
     @property
     def _num_given(self) -> int:
         """Batches of the loader's epoch that were trained; the fit loop fetches one batch ahead."""
-        return self._num_trained - self._num_before
+        num_given = self._num_trained - self._num_before
+        # A CombinedLoader may have more of another loader.
+        return num_given if self._num_batches is None else min(num_given, self._num_batches)
 
     @property
     def _is_through(self) -> bool:
@@ -89,7 +95,18 @@ class FitLoader:
             self.loader.set_epoch(self._epoch)
 
     def position(self) -> dict[str, Any]:
-        """Where all ranks are, after the batch that was trained last."""
+        """Where all ranks are, after the batch that was trained last.
+
+        Raises:
+            ValueError: When a batch was given twice in an epoch.
+        """
+        if self._is_cycled:
+            raise ValueError(
+                "the Trainer has begun the filtered batches again within an epoch, as a CombinedLoader of the mode "
+                "'max_size_cycle' does with the shorter of its loaders, and can't resume there. Make it "
+                "CombinedLoader(..., mode='min_size'), or let the Trainer save no checkpoints: "
+                "Trainer(enable_checkpointing=False)"
+            )
         mine = self.loader.state_dict(after=self._num_given)
         # Only rank zero's checkpoint is written, so it holds the states of all.
         ranks: list[Any] = [mine]
