@@ -126,8 +126,10 @@ class FitLoader:
     def _is_cut_off(self) -> bool:
         """Whether the fit loop trains on no more batches of its epoch, as by ``limit_train_batches``."""
         batches = self._fit_loop.epoch_loop.batch_progress
-        is_last = batches.is_last_batch or batches.current.ready == self.trainer.num_training_batches
-        return is_last and batches.current.processed == batches.current.ready  # else it is still to be trained on
+        num_trained: int = batches.current.processed
+        if num_trained != batches.current.ready:  # the one that may be the last is still to be trained on
+            return False
+        return bool(batches.is_last_batch) or num_trained == self.trainer.num_training_batches
 
     @property
     def _num_trained(self) -> int:

@@ -196,15 +196,17 @@ class ClipFilterLoader:
         give = evaluation_batches if self.config.is_evaluation else training_batches
         try:
             for batch in give(epoch, self._agreement, self.config):
-                self._remembered.append(epoch.state)
-                self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
+                if self._epoch is epoch:  # no other beginning was set meanwhile
+                    self._remembered.append(epoch.state)
+                    self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
                 yield batch
             # Only reached when the epoch was not broken off.
-            self._remembered.append(self._following(epoch))
             self.left_over = epoch.num_left_over
+            if self._epoch is epoch:
+                self._remembered.append(self._following(epoch))
         finally:
             epoch.close()
-            if self._epoch is epoch:  # no other beginning was set meanwhile
+            if self._epoch is epoch:
                 self._next = self._following(epoch)
 
     def _following(self, epoch: Epoch) -> LoaderState:
