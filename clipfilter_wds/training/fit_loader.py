@@ -31,7 +31,7 @@ class FitLoader:
         self._begin: Mapping[str, Any] = {"batches": 0}
         self._num_before = 0  # batches that were trained before the loader's epoch
         self._num_batches: int | None = None  # of the loader's epoch, once that has ended
-        self._is_cycled = False  # whether the same epoch was begun again after its end
+        self._is_begun_again = False  # after its end, by a CombinedLoader or by who looks at batches
         if resumed is not None:
             loader.load_state_dict(resumed["ranks"])
 
@@ -43,10 +43,11 @@ class FitLoader:
         counted: int = self._fit_loop.epoch_progress.current.processed
         if counted != self._counted:
             self._start_epoch(counted)
-        elif self._num_batches is not None and self._num_batches > self._begin["batches"]:
-            self._is_cycled = True
         self.loader.load_state_dict(self._begin)
-        return iter(()) if self._is_through else self._batches(iter(self.loader))
+        if self._num_batches == self._begin["batches"]:  # saved when it was through
+            return iter(())
+        self._is_begun_again = self._num_batches is not None
+        return self._batches(iter(self.loader))
 
     def _batches(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         num_batches = self._begin["batches"]
@@ -68,14 +69,17 @@ class FitLoader:
         self._counted, self._begin = counted, self.loader.state_dict()
         self._num_before = self._num_trained - self._begin["batches"]
         self._num_batches = self._begin["batches"] if resumed is not None and resumed["is_through"] else None
-        self._is_cycled = False
+        self._is_begun_again = False
 
     @property
     def _num_given(self) -> int:
         """Batches of the loader's epoch that were trained; the fit loop fetches one batch ahead."""
-        num_given = self._num_trained - self._num_before
-        # A CombinedLoader may have more of another loader.
-        return num_given if self._num_batches is None else min(num_given, self._num_batches)
+        return self._num_trained - self._num_before - self._num_beyond
+
+    @property
+    def _num_beyond(self) -> int:
+        """Batches of the fit loop after the end of the loader's epoch, where a CombinedLoader has more of another."""
+        return max(0, self._num_trained - self._num_before - self._num_batches) if self._num_batches is not None else 0
 
     @property
     def _is_through(self) -> bool:
@@ -100,7 +104,7 @@ class FitLoader:
         Raises:
             ValueError: When a batch was given twice in an epoch.
         """
-        if self._is_cycled:
+        if self._is_begun_again and self._num_beyond:
             raise ValueError(
                 "the Trainer has begun the filtered batches again within an epoch, as a CombinedLoader of the mode "
                 "'max_size_cycle' does with the shorter of its loaders, and can't resume there. Make it "

@@ -1,5 +1,6 @@
 """The fit loop's own switches, and a loader that it is given as it is."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -60,6 +61,25 @@ def test_a_trainer_that_fits_twice_does_not_train_in_the_same_order_again(data, 
     trainer.fit(module, datamodule=stream)
     assert len(module.trained) == 2 * num_done
     assert module.trained[num_done][1:] == fit(data, {}).trained[6][1:]  # the first batch of the second epoch's order
+
+
+class Peeks(L.Callback):
+    """Looks at a training batch, as to log pictures, when a hook is called."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: next(iter(trainer.datamodule.train_dataloader())))
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_start"]
+)
+def test_looking_at_a_batch_in_a_hook_changes_neither_training_nor_checkpoints(data, tmp_path, hook):
+    whole = fit(data, {"val_check_interval": 3}, callbacks=[Peeks(hook), SaveEverywhere(tmp_path)]).trained
+    assert whole == fit(data, {}).trained
+    for saved in ("batch1", "batch4", "batch6", "epoch0"):
+        rest = fit(data, {"val_check_interval": 3}, checkpoint=tmp_path / f"{saved}.ckpt").trained
+        assert rest == whole[-len(rest) :], saved
+        assert len(rest) == {"batch1": 11, "batch4": 8, "batch6": 6, "epoch0": 6}[saved]
 
 
 # --- beside another loader ---
