@@ -71,7 +71,8 @@ class Peeks(L.Callback):
 
 
 @pytest.mark.parametrize(
-    "hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_start"]
+    "hook",
+    ["on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_start", "on_train_epoch_end"],
 )
 def test_looking_at_a_batch_in_a_hook_changes_neither_training_nor_checkpoints(data, tmp_path, hook):
     whole = fit(data, {"val_check_interval": 3}, callbacks=[Peeks(hook), SaveEverywhere(tmp_path)]).trained
