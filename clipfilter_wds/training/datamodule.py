@@ -148,7 +148,8 @@ class ClipFilterDataModule(L.LightningDataModule):
             if trainer.overfit_batches:  # type: ignore[attr-defined]  # set by a connector
                 shuffle = 0
                 config = replace(config, end="sync", batches_per_epoch=None, persistent_workers=False)
-            self.train_loader = self._train_loader(config, shuffle)
+            # A Trainer that fits once more, for more epochs, does not begin an endless stream in the same order again.
+            self.train_loader = self._train_loader(config, shuffle, epoch=trainer.current_epoch)
             self._fit_loader = FitLoader(self.train_loader, trainer, self._resumed)
         return self._fit_loader
 
@@ -191,8 +192,9 @@ class ClipFilterDataModule(L.LightningDataModule):
         state = self.trainer.state if self.trainer is not None else None
         return state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
 
-    def _train_loader(self, config: LoaderConfig, shuffle: int) -> ClipFilterLoader:
-        return self._loader(self.hparams["train"], config, is_filtered=self.hparams["filter_train"], shuffle=shuffle)
+    def _train_loader(self, config: LoaderConfig, shuffle: int, epoch: int = 0) -> ClipFilterLoader:
+        is_filtered = self.hparams["filter_train"]
+        return self._loader(self.hparams["train"], config, is_filtered=is_filtered, shuffle=shuffle, epoch=epoch)
 
     def _eval_shards(self, stage: EvalStage) -> str | list[str]:
         shards: str | list[str] | None = self.hparams[stage]
@@ -215,7 +217,7 @@ class ClipFilterDataModule(L.LightningDataModule):
         return self._loader(self._eval_shards(stage), config, is_filtered=is_filtered, shuffle=0)
 
     def _loader(
-        self, shards: str | list[str], config: LoaderConfig, *, is_filtered: bool, shuffle: int
+        self, shards: str | list[str], config: LoaderConfig, *, is_filtered: bool, shuffle: int, epoch: int = 0
     ) -> ClipFilterLoader:
         trainer, scorer = self.trainer, self._scorer
         if scorer is None:
@@ -238,6 +240,7 @@ class ClipFilterDataModule(L.LightningDataModule):
             skip_missing_shards=self.hparams["skip_missing_shards"],
             world=None if trainer is None else World(rank=trainer.global_rank, world_size=trainer.world_size),
         )
+        dataset.set_epoch(epoch)
         return ClipFilterLoader(dataset, scorer if is_scored else None, **asdict(config))
 
 

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from clipfilter_wds.models.scorer import ClipScorer
 
 _STATE_VERSION = 2
-#: States kept of the batches handed out last; Lightning fetches one batch ahead of the one that it trains on.
-_NUM_REMEMBERED = 4
+#: States kept of the batches handed out last. Lightning fetches one batch ahead of the one that it trains on, and its
+#: hooks may look at some more, in an iteration of their own.
+_NUM_REMEMBERED = 16
 
 
 class ClipFilterLoader:
@@ -78,8 +79,8 @@ class ClipFilterLoader:
         self._asked_epoch: int = getattr(dataset, "epoch", 0)
         self._source = self._open_source()
         self._epoch: Epoch | None = None
-        self._next = self._start_of(self._asked_epoch)
-        self._remembered: deque[LoaderState] = deque([self._next], maxlen=_NUM_REMEMBERED)
+        self._next = self._last = self._start_of(self._asked_epoch)
+        self._remembered: deque[LoaderState] = deque([self._last], maxlen=_NUM_REMEMBERED)
 
     def __repr__(self) -> str:
         dataset = repr(self.dataset) if isinstance(self.dataset, ClipWebDataset) else type(self.dataset).__name__
@@ -89,7 +90,7 @@ class ClipFilterLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: all but what belongs to this process, or to an iteration that is not over."""
-        return {**self.__dict__, "_agreement": None, "_epoch": None}
+        return {**self.__dict__, "_agreement": None, "_epoch": None, "_remembered": self._remembered.copy()}
 
     def _open_source(self) -> BatchSource:
         """What gives scored batches, with the scores that are known beforehand."""
@@ -163,9 +164,8 @@ class ClipFilterLoader:
             self._begin_at(self._start_of(epoch, self.stats))
 
     def _begin_at(self, state: LoaderState) -> None:
-        self._next = state
+        self._next = self._last = state
         self._epoch = None
-        self._remembered.clear()
         self._remembered.append(state)
 
     def __len__(self) -> int:
@@ -197,20 +197,23 @@ class ClipFilterLoader:
         try:
             for batch in give(epoch, self._agreement, self.config):
                 self._remembered.append(epoch.state)
-                self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
+                if self._epoch is epoch:  # no other beginning was set meanwhile
+                    self._last = epoch.state
+                    self._next = self._following(epoch)  # now, since a trainer may never come back to this iterator
                 yield batch
             # Only reached when the epoch was not broken off.
-            self._remembered.append(self._following(epoch))
             self.left_over = epoch.num_left_over
+            if self._epoch is epoch:
+                self._last = self._following(epoch)
         finally:
             epoch.close()
-            if self._epoch is epoch:  # no other beginning was set meanwhile
+            if self._epoch is epoch:
                 self._next = self._following(epoch)
 
     def _following(self, epoch: Epoch) -> LoaderState:
         """Where the iteration after this one begins."""
         if self.config.end == "repeat":
-            return replace(self._remembered[-1], batches=0)
+            return replace(self._last, batches=0)
         number = epoch.begun_at.epoch + (0 if self.config.is_evaluation else 1)  # which is the same every time
         # The ranks are those of this one. At the program's end, when nothing can be imported, nobody can look them up.
         progress = Progress.start(self._topology_in(epoch.world), number, epoch.progress.stats)
@@ -227,7 +230,7 @@ class ClipFilterLoader:
 
         Args:
             after: Instead, after this many batches of the epoch, for a trainer that fetches ahead of the batch that it
-                trains on. At most three batches back.
+                trains on, also where it has begun another iteration there meanwhile. At most fifteen batches back.
 
         Raises:
             ValueError: When the dataset is not a :class:`ClipWebDataset`, the loader is there to evaluate, or ``after``
@@ -240,12 +243,13 @@ class ClipFilterLoader:
                 "save none: Trainer(enable_checkpointing=False)"
             )
         settings = self._settings()
-        states = [state for state in self._remembered if after is None or state.batches == after]
-        if not states:
-            raise ValueError(
-                f"the state after {after} batches is no longer known; {self._remembered[-1].batches} are out"
-            )
-        return {"version": _STATE_VERSION, "settings": settings, **self._for_these_ranks(states[-1]).to_json()}
+        state = self._last
+        if after is not None:
+            states = [state for state in self._remembered if state.batches == after]
+            if not states:
+                raise ValueError(f"the state after {after} batches is no longer known; {state.batches} are out")
+            state = states[-1]
+        return {"version": _STATE_VERSION, "settings": settings, **self._for_these_ranks(state).to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Resume, with the next iteration, where :meth:`state_dict` was called.

@@ -16,6 +16,10 @@ from clipfilter_wds.training.rebatch import Rebatcher
 from clipfilter_wds.training.scoring import Scored
 from clipfilter_wds.training.state import LoaderState, Progress
 
+#: Ranks are dealt shuffled shards anew in each epoch. In this many times as many epochs as there are ranks, one of them
+#: misses a shard with a probability of less than e^-20.
+_NUM_DEALS = 20
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
@@ -99,12 +103,13 @@ class Packer:
         self._num_seen, self._num_kept = self._num_seen + stats.seen, self._num_kept + kept
         self.watch.add(scored.scores, seen=stats.seen, kept=kept, unusable=scored.unusable, ends=scored.ends)
         num_passes = self.progress.topology.num_passes_for_all
+        # By then this rank has read all shards. (One more, since the last kept pair may have been early in its epoch,
+        # read by a worker that was ahead, and the next may come late.)
+        num_passes = 2 if num_passes == 1 else num_passes * _NUM_DEALS
         if kept:
             self._last_kept_epoch = self.progress.epoch
-        elif self.progress.epoch - self._last_kept_epoch > num_passes + 1:
-            # By now this rank has read all shards. (One more, since the last kept pair may have been early in its
-            # epoch, read by a worker that was ahead, and the next may come late.)
-            raise self.watch.starved(f"{num_passes + 1} whole epochs left none")
+        elif self.progress.epoch - self._last_kept_epoch > num_passes:
+            raise self.watch.starved(f"{num_passes} whole epochs left none")
         if kept > given:
             self._push(scored, scored.places[keep][given:], scored.scores[keep][given:])
             self._waiting.append((scored.stream, before))

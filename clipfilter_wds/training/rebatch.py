@@ -1,7 +1,8 @@
 """Packs kept rows into batches of constant size."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +102,12 @@ def _new_page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may_share: bool = False) -> Any:
     """The rows of one column after another, as one column; its memory may be another's if ``may_share``."""
     first = columns[0]
+    kinds = dict.fromkeys(_kind(column) for column, some in zip(columns, rows, strict=True) if len(some))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"some rows of a batch are {' and others '.join(kinds)}, which no column can hold; have the transform, or "
+            "the collation of the loader, give all samples the same, padded or resized where need be"
+        )
     if isinstance(first, torch.Tensor):
         return _gathered_tensors(columns, rows, new, may_share=may_share)
     if isinstance(first, Mapping):
@@ -110,7 +117,11 @@ def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may
                     f"one batch has the columns {sorted(map(str, first))} and another {sorted(map(str, column))}; all "
                     "have to have the same"
                 )
-        return {name: _gathered([column[name] for column in columns], rows, new, may_share=may_share) for name in first}
+        gathered = {}
+        for name in first:
+            with _at_column(name):
+                gathered[name] = _gathered([column[name] for column in columns], rows, new, may_share=may_share)
+        return gathered
     if isinstance(first, np.ndarray):
         return np.concatenate([column[some] for column, some in zip(columns, rows, strict=True)])
     if isinstance(first, tuple) and not any(map(is_of_texts, columns)):
@@ -122,13 +133,34 @@ def _gathered(columns: list[Any], rows: list[np.ndarray], new: NewTensor, *, may
     raise TypeError(f"a column of a batch is a {kind}; use tensors, arrays, lists, or dicts and tuples of these")
 
 
+def _kind(column: Any) -> str:
+    """What has to be the same for columns to become one."""
+    if isinstance(column, torch.Tensor | np.ndarray):
+        return f"{type(column).__name__}s of the shape {tuple(column.shape[1:])}"
+    if isinstance(column, Mapping):
+        return "dicts"
+    if isinstance(column, tuple) and not is_of_texts(column):
+        return f"tuples of {len(column)}"
+    return "items of a list"
+
+
+@contextmanager
+def _at_column(name: Any) -> Iterator[None]:
+    """Name the column where an error is raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the column {name!r}")
+        raise
+
+
 def _gathered_tensors(
     tensors: list[torch.Tensor], rows: list[np.ndarray], new: NewTensor, *, may_share: bool
 ) -> torch.Tensor:
     if may_share and len(tensors) == 1 and (run := _as_run(rows[0])):
         return tensors[0][run]
     shapes = {(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors}
-    if len(shapes) > 1 or tensors[0].device.type != "cpu":  # torch says what does not go together
+    if len(shapes) > 1 or tensors[0].device.type != "cpu":  # of several types torch makes one
         indices = [torch.from_numpy(some).to(tensor.device) for tensor, some in zip(tensors, rows, strict=True)]
         return torch.cat([tensor[index] for tensor, index in zip(tensors, indices, strict=True)])
     gathered = new((sum(map(len, rows)), *tensors[0].shape[1:]), dtype=tensors[0].dtype)

@@ -20,7 +20,7 @@ _MAX_DEATHS_IN_A_ROW = 32
 #: What is said where a worker ended with an error before it had begun, most likely because it imported the script.
 _AT_START = (
     "; its own error is above. Where processes are spawned (by default from Python 3.14), workers import the script "
-    'that starts them: put what it does under `if __name__ == "__main__":`'
+    'that starts them: put what it does under `if __name__ == "__main__":`, and what a notebook defines in a module'
 )
 
 

@@ -4,6 +4,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -32,13 +33,19 @@ def init_worker(worker: int) -> None:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Say what to do where the system does not start the processes that are started in this context.
+    """Say what to do where the processes that are started in this context can't be.
 
     Raises:
-        OSError: Then.
+        OSError: When the system does not start them.
     """
     try:
         yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what can't be pickled raises any of these
+        error.add_note(
+            "Where processes are spawned (by default from Python 3.14), what they run is pickled: give them functions "
+            "and classes of a module, no lambdas and none that are defined in a function"
+        )
+        raise
     except OSError as error:
         raise OSError(
             f"no more processes can be started ({error.strerror or error}); fewer num_workers or devices may help, or "

@@ -13,7 +13,7 @@ from tests.support.toys import pair, write_shard
 GUARD = 'if __name__ == "__main__":'
 HINT = (
     "its own error is above. Where processes are spawned (by default from Python 3.14), workers import the script that "
-    f"starts them: put what it does under `{GUARD}`"
+    f"starts them: put what it does under `{GUARD}`, and what a notebook defines in a module"
 )
 
 HEAD = """

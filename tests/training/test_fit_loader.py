@@ -1,10 +1,13 @@
 """The fit loop's own switches, and a loader that it is given as it is."""
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 
+from clipfilter_wds.training.datamodule import ClipFilterDataModule
 from clipfilter_wds.training.loader import ClipFilterLoader
-from tests.support.fitting import Recorder, SaveEverywhere, data_module, fit, new_trainer
+from tests.support.fitting import TRUSTED, Recorder, SaveEverywhere, data_module, fit, in_groups, new_trainer
 
 REPEAT = {"end": "repeat", "batches_per_epoch": 3}
 
@@ -47,6 +50,77 @@ def test_reloading_after_a_resume_in_an_epoch_that_max_steps_cut_off_skips_no_or
     rest = keys_of(fit(data, reload, checkpoint=tmp_path / "epoch0.ckpt").trained)
     assert rest == whole[2 : 2 + len(rest)]
     assert len(rest) > 12
+
+
+@pytest.mark.parametrize("more", [{}, REPEAT], ids=["sync", "repeat"])
+def test_a_trainer_that_fits_twice_does_not_train_in_the_same_order_again(data, more):
+    trainer, module, stream = new_trainer(max_epochs=1), Recorder(), data_module({**data, **more})
+    trainer.fit(module, datamodule=stream)
+    num_done = len(module.trained)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=stream)
+    assert len(module.trained) == 2 * num_done
+    assert module.trained[num_done][1:] == fit(data, {}).trained[6][1:]  # the first batch of the second epoch's order
+
+
+class Peeks(L.Callback):
+    """Looks at a training batch, as to log pictures, when a hook is called."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: next(iter(trainer.datamodule.train_dataloader())))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_start", "on_train_epoch_end"],
+)
+def test_looking_at_a_batch_in_a_hook_changes_neither_training_nor_checkpoints(data, tmp_path, hook):
+    whole = fit(data, {"val_check_interval": 3}, callbacks=[Peeks(hook), SaveEverywhere(tmp_path)]).trained
+    assert whole == fit(data, {}).trained
+    for saved in ("batch1", "batch4", "batch6", "epoch0"):
+        rest = fit(data, {"val_check_interval": 3}, checkpoint=tmp_path / f"{saved}.ckpt").trained
+        assert rest == whole[-len(rest) :], saved
+        assert len(rest) == {"batch1": 11, "batch4": 8, "batch6": 6, "epoch0": 6}[saved]
+
+
+# --- beside another loader ---
+
+
+class Beside(ClipFilterDataModule):
+    """Trains on numbers beside the filtered batches."""
+
+    def __init__(self, mode: str, num_numbers: int, **options) -> None:
+        super().__init__(**options)
+        self.mode, self.numbers = mode, torch.arange(num_numbers)
+
+    def train_dataloader(self):
+        numbers = torch.utils.data.DataLoader(self.numbers, batch_size=1)
+        return CombinedLoader({"pairs": super().train_dataloader(), "numbers": numbers}, self.mode)
+
+
+class PairsRecorder(Recorder):
+    def training_step(self, batch, index):
+        return None if batch["pairs"] is None else super().training_step(batch["pairs"], index)
+
+
+def fit_beside(data, mode, num_numbers, *, checkpoint=None, **trainer):
+    module = PairsRecorder()
+    beside = Beside(mode, num_numbers, **in_groups(data))
+    new_trainer(**trainer).fit(module, datamodule=beside, ckpt_path=checkpoint, **TRUSTED)
+    return keys_of(module.trained)
+
+
+@pytest.mark.parametrize(("mode", "num_numbers"), [("min_size", 4), ("min_size", 20), ("max_size", 20)])
+def test_a_run_with_another_loader_resumes_in_the_stream(data, tmp_path, mode, num_numbers):
+    whole = fit_beside(data, mode, num_numbers, callbacks=[SaveEverywhere(tmp_path)])
+    for num_done in (3, 4):
+        rest = fit_beside(data, mode, num_numbers, checkpoint=tmp_path / f"batch{num_done}.ckpt")
+        assert rest == whole[num_done:] != [], num_done
+
+
+def test_a_loader_that_is_begun_again_in_an_epoch_is_not_saved(data, tmp_path):
+    with pytest.raises(ValueError, match=r"begun the filtered batches again .* Make it CombinedLoader.*'min_size'"):
+        fit_beside(data, "max_size_cycle", 20, callbacks=[SaveEverywhere(tmp_path)])
 
 
 # --- a loader that is given to a Trainer as it is ---

@@ -17,8 +17,26 @@ def test_an_iteration_that_is_not_over_takes_nothing_from_the_next_ones(half, pe
     kept_open = iter(loader)  # as in a notebook
     first = [next(kept_open)["__key__"]]
     assert keys(loader, 2) == epochs[1:]
+    state = loader.state_dict()
     assert [*first, *(batch["__key__"] for batch in kept_open)] == epochs[0]
+    assert loader.state_dict() == state
+    assert keys(loader) == keys(half.build(), 4)[3:]
     loader.close()
+
+
+@pytest.mark.parametrize(
+    "begin", [lambda loader, state: loader.load_state_dict(state), lambda loader, _: loader.set_epoch(0)]
+)
+def test_a_beginning_that_is_set_in_an_iteration_holds_when_that_continues(half, begin):
+    first = keys(half.build())[0]
+    loader = half.build()
+    state = loader.state_dict()
+    batches = iter(loader)
+    next(batches)
+    begin(loader, state)
+    assert [batch["__key__"] for batch in batches] == first[1:]
+    assert loader.state_dict()["streams"] == state["streams"]
+    assert keys(loader) == [first]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])

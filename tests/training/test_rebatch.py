@@ -108,6 +108,29 @@ def test_pieces_of_different_columns_are_refused_with_all_names():
         rebatcher.pop()
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (
+            torch.zeros(1, 3, 8),
+            torch.zeros(1, 3, 9),
+            r"Tensors of the shape \(3, 8\) and others Tensors of the shape \(3, 9\)",
+        ),
+        (np.zeros((1, 2)), np.zeros((1, 1)), r"ndarrays of the shape \(2,\) and others ndarrays of the shape \(1,\)"),
+        (torch.zeros(1), ["a"], r"Tensors of the shape \(\) and others items of a list"),
+        ((torch.zeros(1),), (torch.zeros(1), torch.zeros(1)), "tuples of 1 and others tuples of 2"),
+        ({"a": [1]}, [1], "dicts and others items of a list"),
+    ],
+)
+def test_rows_of_different_kinds_or_shapes_are_refused_with_their_column(one, other, said):
+    rebatcher = Rebatcher(2)
+    rebatcher.push({"text": {"ids": one}}, np.array([0]))
+    rebatcher.push({"text": {"ids": other}}, np.array([0]))
+    with pytest.raises(ValueError, match=f"some rows of a batch are {said}, which no column can hold") as error:
+        rebatcher.pop()
+    assert error.value.__notes__ == ["in the column 'ids'", "in the column 'text'"]
+
+
 def test_a_named_tuple_keeps_its_columns():
     views = namedtuple("views", "left right")
     taken = take(views(torch.arange(4), list("abcd")), np.array([2, 3]))
