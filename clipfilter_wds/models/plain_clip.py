@@ -73,19 +73,13 @@ def _options_of(transformer: Any) -> dict[str, Any]:
     for block in transformer.resblocks:
         if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
             return {}
-        found.add(
-            (
-                block.attn.num_heads,
-                *block.mlp.c_fc.weight.shape,
-                _name_of(block.mlp.gelu),
-                block.ln_1.eps,
-                block.ln_2.eps,
-            )
-        )
+        found.add((block.attn.num_heads, *block.mlp.c_fc.weight.shape, _name_of(block.mlp.gelu), block.ln_1.eps))
+        if block.ln_2.eps != block.ln_1.eps:
+            return {}
     if len(found) != 1:
         return {}
-    [(heads, hidden, width, activation, eps, other_eps)] = found
-    if activation is None or eps != other_eps:
+    [(heads, hidden, width, activation, eps)] = found
+    if activation is None:
         return {}
     return {
         "hidden_size": width,

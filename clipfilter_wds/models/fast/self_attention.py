@@ -91,10 +91,8 @@ class FastMultiheadAttention(SelfAttention):
             queries, keys, values = self._heads(self.qkv_proj(query.to(dtype)), 3)
         else:
             queries, keys, values = self._heads_of_other(query.to(dtype), key.to(dtype))
-        if attn_mask is None:
-            return self._project(attention(queries, keys, values, scale=self.scale)), None
-        mask = attn_mask.to(dtype)
-        return self._project(matmul_attention(queries, keys, values, scale=self.scale, mask=mask)), None
+        mask = None if attn_mask is None else attn_mask.to(dtype)
+        return self._project(attention(queries, keys, values, scale=self.scale, mask=mask)), None
 
 
 def is_replaceable(module: object) -> bool:
