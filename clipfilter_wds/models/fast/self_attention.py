@@ -97,7 +97,9 @@ class FastMultiheadAttention(SelfAttention):
 
 def is_replaceable(module: object) -> bool:
     """Whether :class:`FastMultiheadAttention` can do what a module does."""
-    return type(module) is nn.MultiheadAttention and module.batch_first and module._qkv_same_embed_dim
+    if not isinstance(module, nn.MultiheadAttention):
+        return False
+    return module.batch_first and module._qkv_same_embed_dim and module.in_proj_bias is not None
 
 
 def taken(features: Tensor, wanted: Tensor | int) -> Tensor:
