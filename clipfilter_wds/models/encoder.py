@@ -13,9 +13,9 @@ from clipfilter_wds.models.device import pixels_to_device, to_device
 from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
 from clipfilter_wds.models.fast.float32 import check_float32_products, keep_convolutions
 from clipfilter_wds.models.fast.graphs import GraphedFunction, Graphs
-from clipfilter_wds.models.fast.image_tower import optimize_layers
 from clipfilter_wds.models.fast.low_precision import low_precision_towers
 from clipfilter_wds.models.fast.onednn import onednn_linear
+from clipfilter_wds.models.fast.optimize import optimize_layers
 from clipfilter_wds.models.precision import DTYPES, NARROW
 
 #: Float32 batches are filled up to a multiple of so many rows. They are cut into pieces of so many for wide models on

@@ -23,7 +23,7 @@ _TOOLS = ("pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis
 
 #: Models, preprocessing, offline runs, training with Lightning, tables and commands.
 TESTS = (
-    "tests/models/fast/test_image_tower.py",
+    "tests/models/fast/test_optimize.py",
     "tests/models/fast/test_text_tower.py",
     "tests/models/test_dual_encoders.py",
     "tests/models/test_releases.py",

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from clipfilter_wds.models.dual_encoder import DualEncoder, Towers
-from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.optimize import optimize_layers
 from clipfilter_wds.models.fast.patches import normalize_in_weights
 from clipfilter_wds.models.fast.text_tower import optimize_text_tower
 from clipfilter_wds.models.precision import to_low_precision

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.optimize import optimize_layers
 from clipfilter_wds.models.fast.patches import PatchEmbedding, normalize_in_weights
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.toys import make_clip

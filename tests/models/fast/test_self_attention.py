@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.optimize import optimize_layers
 from clipfilter_wds.models.fast.self_attention import FastMultiheadAttention
 
 N, T, WIDTH, HEADS = 3, 7, 32, 4

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from clipfilter_wds.models.fast.image_tower import optimize_layers
+from clipfilter_wds.models.fast.optimize import optimize_layers
 from clipfilter_wds.models.precision import NARROW
 from clipfilter_wds.models.scorer import ClipScorer
 from tests.support.dual_encoders import FAMILIES
