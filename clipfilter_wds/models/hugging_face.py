@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL.Image import Resampling
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from clipfilter_wds.models.dual_encoder import DualEncoder, ModelError, ModelSou
 from clipfilter_wds.models.hub import cached_copy
 from clipfilter_wds.models.naming import check_folder
 from clipfilter_wds.models.probe import TokenIds, check_tokenizer
-from clipfilter_wds.models.releases import embeddings_in, resampler_of, text_embeddings
+from clipfilter_wds.models.releases import USES_DEFAULT_DTYPE, embeddings_in, resampler_of, text_embeddings
 from clipfilter_wds.preprocess.clip import ClipPreprocess
 from clipfilter_wds.preprocess.image import ImageView
 from clipfilter_wds.preprocess.tokens import CaptionTokenizer, Encoder, PythonEncoder, RustEncoder, last_places
@@ -89,6 +90,7 @@ class HuggingFaceTowers(Towers):
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """See :class:`Towers`."""
+        _check_default_dtype()
         mask = {}
         if self._pad_id is not None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -102,6 +104,7 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
     Raises:
         ModelError: When there is none, it is no dual encoder, it lacks a part, or the hub can't be reached.
     """
+    _check_default_dtype()
     source = cached_copy(source, _check_files, _REPLACEABLE)
     name, place = source.name, source.place
     if isinstance(place, Path):
@@ -136,6 +139,16 @@ def load_hugging_face(source: ModelSource) -> DualEncoder:
         width=max(config.vision_config.hidden_size, config.text_config.hidden_size),
         temperature=temperature_of(model, info["missing_keys"]),
     )
+
+
+def _check_default_dtype() -> None:
+    dtype = torch.get_default_dtype()
+    if USES_DEFAULT_DTYPE and dtype.itemsize < torch.float32.itemsize:
+        raise ModelError(
+            f"transformers {transformers.__version__} computes in torch's default dtype, which is {dtype} here, so "
+            "scores would not be float32's: pip install -U 'transformers>=5', or call "
+            "torch.set_default_dtype(torch.float32)"
+        )
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -35,6 +36,10 @@ MULTIHEAD_ATTENTION = {
     "ResidualAttentionBlock": "attn",  # of open_clip
     "SiglipMultiheadAttentionPoolingHead": "attention",
 }
+
+
+#: Whether the library computes masks, and loads some weights, in torch's default dtype, as releases before 5.0 do.
+USES_DEFAULT_DTYPE = transformers.__version__.startswith("4.")
 
 
 def embeddings_in(features: Any) -> Tensor:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
 from clipfilter_wds.models.dual_encoder import ModelError
+from clipfilter_wds.models.hugging_face import HuggingFaceTowers
 from clipfilter_wds.models.open_clip import OpenClipTowers
+from clipfilter_wds.models.releases import USES_DEFAULT_DTYPE
 from tests.support.dual_encoders import FAMILIES, make_open_clip
 from tests.support.gpu import needs_gpu
 from tests.support.toys import encoded, photo, write_shard
@@ -90,6 +92,8 @@ def test_low_precision_is_near(family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_of_a_training_script_changes_no_bit(family, dtype):
     scorer, _ = family
+    if USES_DEFAULT_DTYPE and dtype == torch.bfloat16 and isinstance(scorer.exact.towers, HuggingFaceTowers):
+        pytest.skip("refused, as the next test has it")
     opened = [scorer.preprocess.open_pair(encoded(image, "PNG"), caption) for image, caption in pairs()]
     pixel_values, tokens = scorer.preprocess.collate(opened)
     torch.set_default_dtype(dtype)
@@ -107,6 +111,21 @@ def test_a_model_is_loaded_on_the_cpu_whatever_the_default_device_of_a_training_
         again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
     assert again.fingerprint == scorer.fingerprint
     assert again.device.type == "cpu"
+
+
+def test_a_release_that_would_compute_in_a_narrow_default_dtype_is_refused(clip_folder, monkeypatch):
+    scorer = ClipScorer(clip_folder, device="cpu")
+    ids = scorer.preprocess.tokenize([["a cat"]]).input_ids
+    monkeypatch.setattr("clipfilter_wds.models.hugging_face.USES_DEFAULT_DTYPE", True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(ModelError, match=r"default dtype, which is torch\.bfloat16 here.*transformers>=5"):
+            scorer.exact.encode_text(ids)
+        with pytest.raises(ModelError, match="default dtype"):
+            ClipScorer(clip_folder, device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scorer.exact.encode_text(ids).shape[0] == 1
 
 
 def test_training_a_module_that_holds_a_scorer_changes_no_bit(family):
