@@ -13,10 +13,11 @@ from clipfilter_wds import ClipFilterLoader, ClipScorer, ClipWebDataset
 from clipfilter_wds.models.dual_encoder import ModelError
 from clipfilter_wds.models.hugging_face import HuggingFaceTowers
 from clipfilter_wds.models.open_clip import OpenClipTowers
+from clipfilter_wds.models.precision import NARROW
 from clipfilter_wds.models.releases import USES_DEFAULT_DTYPE
 from tests.support.dual_encoders import FAMILIES, make_open_clip
 from tests.support.gpu import needs_gpu
-from tests.support.toys import encoded, photo, write_shard
+from tests.support.toys import encoded, make_clip, photo, write_shard
 
 CAPTIONS = [
     "a red dog, 2 cats!",
@@ -111,6 +112,22 @@ def test_a_model_is_loaded_on_the_cpu_whatever_the_default_device_of_a_training_
         again = ClipScorer(scorer.model_name, device="cpu", precision="fp32")
     assert again.fingerprint == scorer.fingerprint
     assert again.device.type == "cpu"
+
+
+@pytest.mark.skipif(USES_DEFAULT_DTYPE, reason="refused")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_neither_does_it_where_layers_are_rewritten(tmp_path, precision):
+    options = {"device": "cpu", "precision": precision}
+    scorer = ClipScorer(make_clip(tmp_path, width=NARROW), **options)
+    pixel_values = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    input_ids = scorer.preprocess.tokenize([["a cat"], ["a dog on a sofa"], ["red"], ["two cats"]]).input_ids
+    expected = scorer(pixel_values, input_ids)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(scorer(pixel_values, input_ids), expected)
+        assert torch.equal(ClipScorer(scorer.model_name, **options)(pixel_values, input_ids), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_release_that_would_compute_in_a_narrow_default_dtype_is_refused(clip_folder, monkeypatch):

@@ -56,8 +56,8 @@ def _kernel_on(device: torch.device) -> Any:
     try:
         from clipfilter_wds.models.fast.add_norm_kernel import add_norm_kernel
 
-        norm = nn.LayerNorm(96, device=device)  # no power of two
-        states = torch.linspace(-2, 3, 4 * 96, device=device).view(4, 96)
+        norm = nn.LayerNorm(96, device=device, dtype=torch.float32)  # no power of two
+        states = torch.linspace(-2, 3, 4 * 96, device=device, dtype=torch.float32).view(4, 96)
         expected = layer_norm(states + states, norm, torch.float16)
         torch.testing.assert_close(_launch(add_norm_kernel, states, states.clone(), norm, torch.float16), expected)
     except Exception as error:  # noqa: BLE001  # of Triton, of a compiler or of the GPU

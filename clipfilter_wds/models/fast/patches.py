@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipfilter_wds.models.fast.linear import linear_of
+
 #: Changes no bit of a pixel, and has float16 hold the weights that pixels meet.
 _PIXEL_SCALE = 2.0**-8
 
@@ -23,13 +25,8 @@ class PatchEmbedding(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.size = convolution.kernel_size
-        weight, bias = convolution.weight, convolution.bias
-        self.linear = nn.Linear(
-            weight[0].numel(), convolution.out_channels, bias=bias is not None, device=weight.device
-        )
-        self.linear.weight.data = weight.data.flatten(1)
-        if bias is not None:
-            self.linear.bias.data = bias.data
+        bias = None if convolution.bias is None else convolution.bias.data
+        self.linear = linear_of(convolution.weight.data.flatten(1), bias)
         self.register_buffer("shift", None)
 
     @property
@@ -50,8 +47,7 @@ class PatchEmbedding(nn.Module):
         bias = (of_channel.sum(-1) * (mean.round() - mean)).sum(-1)
         if self.linear.bias is not None:
             bias = bias + self.linear.bias.data
-        self.linear.weight.data = (of_channel / _PIXEL_SCALE).flatten(1)
-        self.linear.bias = nn.Parameter(bias, requires_grad=False)
+        self.linear = linear_of((of_channel / _PIXEL_SCALE).flatten(1), bias)
         self.shift = -mean.round()[:, None, None] * _PIXEL_SCALE
 
     def forward(self, pixels: Tensor) -> Tensor:

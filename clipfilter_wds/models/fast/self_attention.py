@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipfilter_wds.models.fast.attention import attention, matmul_attention
+from clipfilter_wds.models.fast.linear import linear_of
 
 
 class SelfAttention(nn.Module):
@@ -24,9 +25,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.is_causal, width = num_heads, is_causal, weight.shape[1]
         self.scale = (width // num_heads) ** -0.5
-        self.qkv_proj = nn.Linear(width, 3 * width, device=weight.device)
-        self.qkv_proj.weight.data, self.qkv_proj.bias.data = weight, bias
-        self.out_proj = out_proj
+        self.qkv_proj, self.out_proj = linear_of(weight, bias), out_proj
 
     def forward(self, normed: Tensor) -> Tensor:
         """``[N, T, D]`` -> ``[N, T, D]``."""
