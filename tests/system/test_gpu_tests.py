@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 #: Of the extra ``test``, what a machine with PyTorch, transformers and Lightning hardly has.
@@ -15,6 +17,7 @@ ABSENT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_they_are_found_without_the_packages_that_only_other_tests_take(tmp_path):
     hide = "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split())); import pytest; "
     run = "sys.exit(pytest.main(['-n0', '-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
