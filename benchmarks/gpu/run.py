@@ -126,7 +126,7 @@ def _measured(part: Part, bench: Bench) -> dict[str, Any]:
     if bench.device.type == "cuda":
         with suppress(RuntimeError):  # some errors leave a process no GPU; the figures are to be written all the same
             torch.cuda.empty_cache()
-            torch._C._host_emptyCache()  # page-locked memory, which would count as the next part's
+            torch._C._host_emptyCache()  # page-locked memory, the next part's else; public in newer torch
     return {**figures, "seconds": seconds}
 
 

@@ -42,11 +42,12 @@ def as_plain_clip(model: Any) -> CLIPModel | None:
 
 def _is_plain_image_tower(tower: Any) -> bool:
     """Whether its features are the first token's, normalised before the layers and after them, and projected."""
+    norms = tower.ln_pre, tower.ln_post, tower.transformer.resblocks[0].ln_1
+    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or len({norm.eps for norm in norms}) > 1:
+        return False
     is_square = len({*tower.image_size}) == len({*tower.patch_size}) == 1
-    has_norms = isinstance(tower.ln_pre, nn.LayerNorm) and isinstance(tower.ln_post, nn.LayerNorm)
-    eps = {norm.eps for norm in (tower.ln_pre, tower.ln_post, tower.transformer.resblocks[0].ln_1) if has_norms}
     is_projected = tower.proj is not None and tower.conv1.bias is None
-    return is_square and len(eps) == 1 and is_projected and tower.attn_pool is None and tower.pool_type == "tok"
+    return is_square and is_projected and tower.attn_pool is None and tower.pool_type == "tok"
 
 
 def _end_token(tower: Any) -> int | None:

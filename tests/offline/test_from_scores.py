@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -273,36 +271,3 @@ def test_a_condition_on_the_columns_chooses_among_all(scorer, shards, scores, tm
         from_scores(shards, tmp_path / "later", scores, threshold=0.1)
     with pytest.raises(ValueError, match="there is no column 'wdith'; the tables have key, index"):
         RewriteConfig(shards=f"{shards}/*.tar", output=tmp_path / "none", where="wdith > 3", scores=scores)
-
-
-def join_weight(tables: list[Path], offset: int) -> None:
-    """Give tables a column, or another one of that name; ``weight == 0`` holds for as many samples of each."""
-    for path in tables:
-        table = pq.read_table(path)
-        plain = table.select([name for name in table.column_names if name != "weight"])
-        weight = (table["index"].to_numpy() + offset) % 3
-        pq.write_table(plain.append_column("weight", pa.array(weight)), path)
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"where": "weight == 0"},
-        {"where": "weight == 0", "keep_fraction": 0.5},
-        {"where": "weight == 0", "samples_per_shard": 100},
-        {"group_by": "weight", "group_limits": "0=-1", "threshold": 1.0},
-    ],
-    ids=str,
-)
-def test_a_column_that_was_joined_anew_chooses_anew(shards, scores, tmp_path, choice):
-    tables = sorted(shutil.copytree(scores, tmp_path / "scores").glob("*.parquet"))
-    join_weight(tables, 0)
-    from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)
-    before = bits(tmp_path / "out")
-    num_done = from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)["resumed_shards"]
-    assert num_done == len(list((tmp_path / "out").glob("*_stats.json")))
-
-    join_weight(tables[-1:], 1)
-    assert from_scores(shards, tmp_path / "out", tmp_path / "scores", **choice)["resumed_shards"] < num_done
-    from_scores(shards, tmp_path / "fresh", tmp_path / "scores", **choice)
-    assert bits(tmp_path / "out") == bits(tmp_path / "fresh") != before
