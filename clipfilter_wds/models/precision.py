@@ -43,11 +43,11 @@ def to_low_precision(towers: Towers, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class _Float32Linear(nn.Module):
+class _Float32Linear(nn.Linear):  # which open_clip looks for
     """Stays in float32 under autocast."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, features: Tensor) -> Tensor:

@@ -147,7 +147,8 @@ def make_open_clip(
 ) -> Path:
     """As open_clip's ``push_to_hf_hub`` writes them: a config of its own, and open_clip_model.safetensors.
 
-    With ``averaged``, patches are averaged, and tokens see those behind them, as in CLIPA.
+    With ``averaged``, patches are averaged, and tokens see those behind them, as in CLIPA. Captions are projected
+    with a bias, as in SigLIP.
     """
     import open_clip
     from safetensors.torch import save_file
@@ -161,7 +162,7 @@ def make_open_clip(
     }
     if averaged:
         config["vision_cfg"] |= {"pool_type": "avg", "no_ln_pre": True}
-        config["text_cfg"] |= {"pool_type": "last", "no_causal_mask": True}
+        config["text_cfg"] |= {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}
     images = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "resize_mode": resize_mode}
     folder.mkdir()
     text = json.dumps({"model_cfg": config, "preprocess_cfg": images})
